@@ -1,0 +1,230 @@
+//! ClusterCIDR: one range that blocks are carved from.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use crate::block::{Block, ParseBlockError};
+use crate::condition;
+use crate::routing::Routing;
+
+/// Quarantine of a released block unless the ClusterCIDR says otherwise, in seconds.
+pub const DEFAULT_QUARANTINE_SECONDS: i32 = 900;
+
+/// Whether blocks are carved from the range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Allocation {
+    /// New blocks are carved.
+    #[default]
+    Enabled,
+    /// No new blocks; existing ones stay with their nodes.
+    Draining,
+    /// A value of a newer version: no new blocks.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
+}
+
+/// Whether pod traffic that leaves the cluster gets the node's address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum MasqueradeMode {
+    /// Traffic to anything but pods, nodes and `exclude` is masqueraded.
+    #[default]
+    Enabled,
+    /// Pod addresses leave the cluster as they are.
+    Disabled,
+    /// A value of a newer version: treated as `Enabled`.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
+}
+
+/// Masquerade of the pods of a range.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Masquerade {
+    /// `Enabled` (the default): traffic from these pods to anything but pods, nodes, multicast, link-local
+    /// and `exclude` leaves with the node's address. `Disabled`: it leaves with the pod's.
+    #[serde(default)]
+    pub mode: MasqueradeMode,
+    /// Destinations that see the pod's own address, besides pods and nodes. At most 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 43)))]
+    #[x_kube(validation = Rule::new("self.all(c, isCIDR(c) && cidr(c) == cidr(c).masked())")
+        .message("each must be a CIDR without host bits, such as 192.168.0.0/16"))]
+    pub exclude: Vec<String>,
+}
+
+/// One range of pod addresses, of one family, that the operator carves blocks from for nodes. A
+/// dual-stack cluster has two.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "plat.network",
+    version = "v1alpha1",
+    kind = "ClusterCIDR",
+    plural = "clustercidrs",
+    singular = "clustercidr",
+    shortname = "ccidr",
+    category = "plat",
+    status = "ClusterCIDRStatus",
+    derive = "PartialEq",
+    printcolumn(name = "CIDR", type_ = "string", json_path = ".spec.cidr", description = "The range"),
+    printcolumn(name = "Block", type_ = "integer", json_path = ".spec.blockPrefixLength", description = "Prefix length of its blocks"),
+    printcolumn(name = "Allocated", type_ = "integer", json_path = ".status.blocks.allocated", description = "Blocks that nodes hold"),
+    printcolumn(name = "Free", type_ = "integer", json_path = ".status.blocks.free", description = "Blocks that can still be carved"),
+    printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#, description = "Whether blocks are carved from it"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Allocation", type_ = "string", json_path = ".spec.allocation", priority = 1, description = "Enabled or Draining"),
+    printcolumn(name = "Quarantined", type_ = "integer", json_path = ".status.blocks.quarantined", priority = 1, description = "Released blocks that wait before reuse"),
+    printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].reason"#, priority = 1, description = "Why it is ready or not"),
+    validation = Rule::new("size(self.metadata.name) <= 63").message("the name must not be longer than 63 characters: it becomes a label value")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!isCIDR(self.cidr) || (cidr(self.cidr).ip().family() == 4 ? cidr(self.cidr).prefixLength() >= 8 && cidr(self.cidr).prefixLength() <= 30 : cidr(self.cidr).prefixLength() >= 16 && cidr(self.cidr).prefixLength() <= 124)")
+        .message("the range must be /8 to /30 (IPv4) or /16 to /124 (IPv6)").field_path(".cidr"),
+    validation = Rule::new("!isCIDR(self.cidr) || has(self.blockPrefixLength) || cidr(self.cidr).prefixLength() <= (cidr(self.cidr).ip().family() == 4 ? 24 : 64)")
+        .message("the range is smaller than the default block (/24, /64): set blockPrefixLength").field_path(".blockPrefixLength"),
+    validation = Rule::new("!isCIDR(self.cidr) || !has(self.blockPrefixLength) || (self.blockPrefixLength >= cidr(self.cidr).prefixLength() && self.blockPrefixLength - cidr(self.cidr).prefixLength() <= 24)")
+        .message("blocks must not be larger than the range, nor may it hold more than 2^24 of them").field_path(".blockPrefixLength"),
+    validation = Rule::new("!isCIDR(self.cidr) || !has(self.blockPrefixLength) || (cidr(self.cidr).ip().family() == 4 ? self.blockPrefixLength >= 16 && self.blockPrefixLength <= 30 : self.blockPrefixLength >= 48 && self.blockPrefixLength <= 124)")
+        .message("blocks must be /16 to /30 (IPv4) or /48 to /124 (IPv6)").field_path(".blockPrefixLength"),
+    validation = Rule::new("!has(oldSelf.blockPrefixLength) || (has(self.blockPrefixLength) && self.blockPrefixLength == oldSelf.blockPrefixLength)")
+        .message("blockPrefixLength is set once: add another ClusterCIDR for blocks of another size").field_path(".blockPrefixLength"),
+    validation = Rule::new("!isCIDR(self.cidr) || !has(self.reserved) || self.reserved.all(r, isCIDR(r) && cidr(self.cidr).containsCIDR(r))")
+        .message("each reserved range must be a CIDR inside the range").field_path(".reserved")
+)]
+pub struct ClusterCIDRSpec {
+    /// The range, such as `10.244.0.0/16` or `fd00:10:244::/48`, in canonical form. Never changes: add
+    /// another ClusterCIDR to grow.
+    #[schemars(length(max = 43))]
+    #[x_kube(
+        validation = Rule::new("isCIDR(self) && cidr(self) == cidr(self).masked() && string(cidr(self)) == self")
+            .message("must be a CIDR without host bits, in canonical (RFC 5952) form"),
+        validation = Rule::new("!self.startsWith('::')").message("a range that starts with '::' cannot be named; use another"),
+        validation = Rule::new("self == oldSelf").message("the range cannot be changed: add another ClusterCIDR"),
+    )]
+    pub cidr: String,
+
+    /// Prefix length of the blocks: one block per node. The operator fills in 24 (IPv4) or 64 (IPv6)
+    /// when it is not set; afterwards it never changes. IPv6 blocks lease their first 65,534 addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_prefix_length: Option<i32>,
+
+    /// Nodes that get blocks from this range, by their labels; all nodes if not set. A block that was
+    /// carved stays when labels change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "node_selector_schema")]
+    pub node_selector: Option<LabelSelector>,
+
+    /// Of several ranges that fit a node, the highest priority with a free block wins, then the name.
+    /// Default 0.
+    #[serde(default)]
+    #[schemars(range(min = -1000000, max = 1000000))]
+    pub priority: i32,
+
+    /// Parts of the range that are never handed out. At most 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 43)))]
+    pub reserved: Vec<String>,
+
+    /// How long a released block rests before another node may get it, in seconds, 60 to 604800 (a
+    /// week). A node that is cut off from the API server goes on leasing for this long, less a minute.
+    #[serde(default = "default_quarantine_seconds")]
+    #[schemars(range(min = 60, max = 604800))]
+    pub quarantine_seconds: i32,
+
+    /// `Enabled` (the default): nodes get new blocks. `Draining`: no new blocks; existing ones stay.
+    #[serde(default)]
+    pub allocation: Allocation,
+
+    /// Routing policy of the range's blocks; a PodCIDR's own `spec.routing` goes before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<Routing>,
+
+    /// Masquerade of the range's pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masquerade: Option<Masquerade>,
+}
+
+fn default_quarantine_seconds() -> i32 {
+    DEFAULT_QUARANTINE_SECONDS
+}
+
+/// A LabelSelector with the bounds that Kubernetes' own type leaves open.
+fn node_selector_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "type": "object",
+        "nullable": true,
+        "properties": {
+            "matchLabels": {
+                "type": "object", "maxProperties": 32,
+                "description": "Labels that a node must have, with exactly these values.",
+                "additionalProperties": {"type": "string", "maxLength": 63},
+            },
+            "matchExpressions": {
+                "type": "array", "maxItems": 32,
+                "description": "Requirements that a node's labels must all meet.",
+                "items": {
+                    "type": "object",
+                    "required": ["key", "operator"],
+                    "properties": {
+                        "key": {"type": "string", "maxLength": 317, "description": "Label key."},
+                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the label is compared."},
+                        "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values for In and NotIn."},
+                    },
+                },
+            },
+        },
+    })
+}
+
+/// What the operator observed of a range.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClusterCIDRStatus {
+    /// Generation of the spec that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Blocks of the range.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BlockCounts>,
+    /// Where carving goes on (next-fit): index of the block after the last one carved. A hint; it may be
+    /// lost or stale without harm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<i64>,
+    /// `Ready`: blocks are carved from it. `Exhausted`: none is free. `Overlapping`: it shares addresses
+    /// with an older range, the Service range or a node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(transform = condition::bound)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Blocks of a range, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BlockCounts {
+    /// Blocks that fit into the range.
+    pub total: i64,
+    /// Blocks that nodes hold.
+    pub allocated: i64,
+    /// Released blocks that wait before reuse.
+    pub quarantined: i64,
+    /// Blocks that can still be carved; neither held, quarantined nor reserved.
+    pub free: i64,
+}
+
+impl ClusterCIDRSpec {
+    /// The range; an error if an object that the API server should have refused came through a cache.
+    pub fn range(&self) -> Result<Block, ParseBlockError> {
+        self.cidr.parse()
+    }
+
+    /// Prefix length of the range's blocks, with the default of `range`'s family where it is not set.
+    pub fn block_prefix(&self, range: &Block) -> u8 {
+        self.block_prefix_length
+            .and_then(|length| u8::try_from(length).ok())
+            .unwrap_or_else(|| range.family().default_block_prefix())
+    }
+}

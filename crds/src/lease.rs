@@ -1,0 +1,1 @@
+//! The lease record of `/run/plat/leases`.

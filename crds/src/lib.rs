@@ -1,0 +1,42 @@
+//! The contract: whatever two of Plat's programs must agree on lives here, and nothing else does.
+//!
+//! | module | agreed between |
+//! |---|---|
+//! | [`block`] | everyone: what a block of pod addresses is, its gateway, its host numbers |
+//! | [`names`] | everyone: API group, field managers, route protocol and metrics, tables, file paths |
+//! | [`blocks_file`] | agent (writes `/run/plat/blocks.json`) and CNI binary (reads it) |
+//! | [`lease`] | CNI binary (writes `/run/plat/leases`) and agent (sweeps it) |
+//! | [`cni_conf`] | agent (writes the conflist) and CNI binary (reads one plugin of it) |
+//! | [`cluster_cidr`], [`pod_cidr`], [`node_network`] | operator, agents and users, through the API server |
+//! | [`routing`] | users (write it), operator and agents (resolve it) |
+//! | [`digest`] | agents (report it) and operator (compares it) |
+//!
+//! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
+//! build) only the first five modules exist and no Kubernetes crate is linked.
+
+pub mod block;
+pub mod blocks_file;
+pub mod cni_conf;
+pub mod lease;
+pub mod names;
+
+#[cfg(feature = "k8s")]
+pub mod cluster_cidr;
+#[cfg(feature = "k8s")]
+pub mod condition;
+#[cfg(feature = "k8s")]
+pub mod digest;
+#[cfg(feature = "k8s")]
+pub mod node_network;
+#[cfg(feature = "k8s")]
+pub mod pod_cidr;
+#[cfg(feature = "k8s")]
+pub mod routing;
+
+pub use block::{Block, Family};
+#[cfg(feature = "k8s")]
+pub use cluster_cidr::{ClusterCIDR, ClusterCIDRSpec, ClusterCIDRStatus};
+#[cfg(feature = "k8s")]
+pub use node_network::{NodeNetwork, NodeNetworkStatus};
+#[cfg(feature = "k8s")]
+pub use pod_cidr::{PodCIDR, PodCIDRSpec, PodCIDRStatus};

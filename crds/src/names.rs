@@ -1,0 +1,89 @@
+//! Names and numbers that two of our programs, or a program and an administrator, must agree on.
+
+/// API group of every kind.
+pub const GROUP: &str = "plat.network";
+/// API version of every kind.
+pub const VERSION: &str = "v1alpha1";
+
+/// Finalizer on a ClusterCIDR: it stays until its last PodCIDR is gone, so that a range never comes back
+/// in another block size over living blocks.
+pub const CLUSTER_CIDR_FINALIZER: &str = "plat.network/blocks";
+/// Label of a PodCIDR: the name of its ClusterCIDR.
+pub const LABEL_CLUSTER_CIDR: &str = "plat.network/clustercidr";
+/// Label of a PodCIDR: the name of the node that holds it (cut at 63 bytes, the limit of a label value).
+pub const LABEL_NODE: &str = "plat.network/node";
+/// Server-side-apply field manager of the operator.
+pub const OPERATOR_MANAGER: &str = "plat-operator";
+/// Server-side-apply field manager of every agent; constant, as a node name could exceed the limit of 128 bytes.
+pub const AGENT_MANAGER: &str = "plat-agent";
+/// Name of the operator's leader Lease.
+pub const LEADER_LEASE: &str = "plat-operator";
+/// Name of the default IPv4 ClusterCIDR, which the operator creates from its `--cluster-cidr` flag.
+pub const DEFAULT_CLUSTER_CIDR_V4: &str = "default-v4";
+/// Name of the default IPv6 ClusterCIDR.
+pub const DEFAULT_CLUSTER_CIDR_V6: &str = "default-v6";
+
+/// `rtm_protocol` of every route of ours (shown by `ip route` as `proto 112`). Free in iproute2's
+/// `rt_protos` and unused by the routing daemons listed there.
+pub const ROUTE_PROTOCOL: u8 = 112;
+/// Metric of our routes to blocks. The kernel's replace key is prefix, table and metric, not protocol: a
+/// metric of our own keeps a replace from overwriting an administrator's route or a device's own.
+pub const ROUTE_METRIC: u32 = 1120;
+/// Metric of our `unreachable` routes: worse than any route to a block, so they only catch what has none.
+pub const UNREACHABLE_METRIC: u32 = 65_535;
+
+/// The agent's nftables table (family inet): masquerade; replaced whole.
+pub const NFT_TABLE: &str = "plat";
+/// The CNI binary's nftables table (family inet): what belongs to single pods.
+pub const NFT_PODS_TABLE: &str = "plat-pods";
+/// Comment that marks our accept rules in foreign FORWARD chains, for people who read them. The agent
+/// recognises its rules by their content, as iptables-restore changes the encoding of comments.
+pub const FORWARD_COMMENT: &str = "plat";
+
+/// The CNI type and the file name of the CNI binary.
+pub const CNI_TYPE: &str = "plat";
+/// The network name in the conflist. Never changed: runtimes key their caches on it.
+pub const CNI_NETWORK: &str = "plat";
+/// The conflist's file name: sorts before other networks' files.
+pub const CONFLIST_FILE: &str = "05-plat.conflist";
+/// The default bridge.
+pub const BRIDGE: &str = "cni0";
+
+/// Default folder of the node's state; a tmpfs, so that a reboot ends pods and leases together.
+pub const RUN_DIR: &str = "/run/plat";
+/// Blocks file in [`RUN_DIR`].
+pub const BLOCKS_FILE: &str = "blocks.json";
+/// Lease store in [`RUN_DIR`].
+pub const LEASES_FILE: &str = "leases";
+/// The agent's cache of the objects in [`RUN_DIR`], for starting without the API server.
+pub const MAP_FILE: &str = "map.json";
+/// Former sysctl values in [`RUN_DIR`], restored by `plat-agent cleanup`.
+pub const SYSCTLS_FILE: &str = "sysctls.json";
+/// Default folder of CNI binaries.
+pub const CNI_BIN_DIR: &str = "/opt/cni/bin";
+/// Default folder of CNI configurations.
+pub const CNI_CONF_DIR: &str = "/etc/cni/net.d";
+
+/// The `ifalias` that the CNI binary sets on each host veth: the kernel's own proof of who holds what.
+pub fn veth_alias(container_id: &str, ifname: &str) -> String {
+    format!("{CNI_TYPE} {container_id} {ifname}")
+}
+
+/// Takes an [`veth_alias`] apart into container ID and interface name; `None` if it is not one of ours.
+pub fn parse_veth_alias(alias: &str) -> Option<(&str, &str)> {
+    let (container_id, ifname) = alias.strip_prefix(CNI_TYPE)?.strip_prefix(' ')?.split_once(' ')?;
+    (!container_id.is_empty() && !ifname.is_empty() && !ifname.contains(' ')).then_some((container_id, ifname))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_comes_back_as_its_parts() {
+        assert_eq!(parse_veth_alias(&veth_alias("abc.1_2-3", "eth0")), Some(("abc.1_2-3", "eth0")));
+        for foreign in ["", "plat", "plat a", "plat  eth0", "platx a b", "cali a b", "plat a b c"] {
+            assert_eq!(parse_veth_alias(foreign), None, "{foreign:?}");
+        }
+    }
+}

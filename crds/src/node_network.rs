@@ -1,0 +1,169 @@
+//! NodeNetwork: what a node says of itself. The operator creates and deletes it; the node's agent writes
+//! its status and nothing else.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use crate::condition;
+
+/// At most this many entries in [`Applied::failed`] and [`NodeNetworkStatus::incidents`].
+pub const MAX_REPORTED: usize = 16;
+
+/// A node's own report about its network: what is applied, what it holds, what went wrong. Named after
+/// the node; status only.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "plat.network",
+    version = "v1alpha1",
+    kind = "NodeNetwork",
+    plural = "nodenetworks",
+    singular = "nodenetwork",
+    shortname = "nn",
+    category = "plat",
+    status = "NodeNetworkStatus",
+    derive = "PartialEq",
+    no_spec,
+    printcolumn(name = "Routes", type_ = "integer", json_path = ".status.routes.installed", description = "Our routes in the kernel"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".status.routes.desired", description = "Routes that should be there"),
+    printcolumn(name = "Repaired", type_ = "integer", json_path = ".status.routes.repaired", description = "Routes put back since the agent started"),
+    printcolumn(name = "CNI", type_ = "string", json_path = r#".status.conditions[?(@.type=="CNIReady")].status"#, description = "Whether new pods get our network"),
+    printcolumn(name = "Blocked", type_ = "string", json_path = r#".status.conditions[?(@.type=="ForwardingBlocked")].status"#, description = "Whether a foreign firewall drops pod packets"),
+    printcolumn(name = "Agent", type_ = "string", json_path = ".status.agentVersion", description = "Version of the agent"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "MTU", type_ = "integer", json_path = ".status.mtu", priority = 1, description = "MTU of new pods"),
+    printcolumn(name = "Conf", type_ = "string", json_path = ".status.cni.active", priority = 1, description = "CNI configuration that the runtime takes"),
+    printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="RoutesReady")].reason"#, priority = 1, description = "Why its routes are ready or not")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeNetworkSpec {}
+
+/// The report of a node's agent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeNetworkStatus {
+    /// When the agent last wrote this report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported_at: Option<Time>,
+    /// Version of the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub agent_version: Option<String>,
+    /// Boot of the node that the report is from.
+    #[serde(default, rename = "bootID", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub boot_id: Option<String>,
+    /// Objects whose effect is in this node's kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<Applied>,
+    /// Blocks that this node leases from or still has leases in. The operator hands none of them to
+    /// another node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub held_blocks: Vec<HeldBlockReport>,
+    /// Routes of ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routes: Option<RouteCounts>,
+    /// The CNI configuration on this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<CniReport>,
+    /// MTU of new pods, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<i32>,
+    /// What happened lately, oldest first; at most 16. The operator turns new ones into Events.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub incidents: Vec<Incident>,
+    /// `RoutesReady`, `MasqueradeReady`, `CNIReady`, `ForwardingBlocked`, `Overlapping`,
+    /// `WithdrawalsHeld`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(transform = condition::bound)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Objects whose effect is in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Applied {
+    /// Number of PodCIDRs and ClusterCIDRs in the digest.
+    pub count: i64,
+    /// Sum modulo 2^64 over hash(uid, generation) of those objects, as 16 hex digits. The operator
+    /// compares it with its own sum: equal means that this node carries everything.
+    #[schemars(length(max = 16))]
+    pub digest: String,
+    /// Names of objects that could not be applied; at most 16.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub failed: Vec<FailedObject>,
+}
+
+/// An object that could not be applied.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FailedObject {
+    /// Name of the PodCIDR or ClusterCIDR.
+    #[schemars(length(max = 253))]
+    pub name: String,
+    /// CamelCase word for programs.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// What is wrong, and what to do.
+    #[schemars(length(max = 512))]
+    pub message: String,
+}
+
+/// A block that a node holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HeldBlockReport {
+    /// The block.
+    #[schemars(length(max = 43))]
+    pub cidr: String,
+    /// Leased addresses.
+    pub used: i64,
+    /// Addresses that pods can have.
+    pub capacity: i64,
+}
+
+/// Our routes, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RouteCounts {
+    /// Routes that should be in the kernel.
+    pub desired: i64,
+    /// Of those, routes that are.
+    pub installed: i64,
+    /// Routes put back after somebody removed or changed them, since the agent started.
+    pub repaired: i64,
+}
+
+/// The CNI configuration on a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CniReport {
+    /// File that the container runtime takes: the first by name. Ours is `05-plat.conflist`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255))]
+    pub active: Option<String>,
+    /// Chained plugins of our configuration that the node has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(max = 64)))]
+    pub chained: Vec<String>,
+}
+
+/// Something that happened on a node and that its users should know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Incident {
+    /// When it was last seen.
+    pub time: Time,
+    /// CamelCase word for programs, such as `RouteRestored`; the Event's reason.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// What happened, to what, and who likely did it.
+    #[schemars(length(max = 512))]
+    pub message: String,
+    /// How often, since the agent started.
+    pub count: i64,
+}
