@@ -289,10 +289,14 @@ mod tests {
     #[test]
     fn only_canonical_text_without_host_bits_is_a_block() {
         assert_eq!(block("10.244.3.0/24").to_string(), "10.244.3.0/24");
-        assert_eq!("10.244.3.7/24".parse::<Block>().unwrap_err().to_string(),
-            "'10.244.3.7/24' has host bits set; the block is 10.244.3.0/24");
-        assert_eq!("fd00:10:244:03::/64".parse::<Block>().unwrap_err().to_string(),
-            "'fd00:10:244:03::/64' is not in canonical form; write fd00:10:244:3::/64");
+        assert_eq!(
+            "10.244.3.7/24".parse::<Block>().unwrap_err().to_string(),
+            "'10.244.3.7/24' has host bits set; the block is 10.244.3.0/24"
+        );
+        assert_eq!(
+            "fd00:10:244:03::/64".parse::<Block>().unwrap_err().to_string(),
+            "'fd00:10:244:03::/64' is not in canonical form; write fd00:10:244:3::/64"
+        );
         for bad in ["", "10.244.3.0", "10.244.3.0/33", "a/24", "10.244.3.0/24 ", "fd00::/129"] {
             assert!(matches!(bad.parse::<Block>(), Err(ParseBlockError::NotCidr(_))), "{bad:?}");
         }

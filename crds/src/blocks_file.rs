@@ -68,7 +68,9 @@ pub enum ParseBlocksFileError {
     #[error("blocks file is damaged: {0}")]
     Damaged(#[from] serde_json::Error),
     /// Written by a newer agent.
-    #[error("blocks file has version {found}, this program reads up to {BLOCKS_FILE_VERSION}; install the CNI binary of the running agent")]
+    #[error(
+        "blocks file has version {found}, this program reads up to {BLOCKS_FILE_VERSION}; install the CNI binary of the running agent"
+    )]
     Newer {
         /// The file's version.
         found: u32,
@@ -93,7 +95,9 @@ mod tests {
     #[test]
     fn a_newer_version_is_refused_and_says_what_to_do() {
         let newer = TEXT.replace(r#""version":1"#, r#""version":2"#);
-        assert!(BlocksFile::parse(newer.as_bytes()).unwrap_err().to_string().contains("install the CNI binary"));
+        assert!(
+            BlocksFile::parse(newer.as_bytes()).unwrap_err().to_string().contains("install the CNI binary")
+        );
     }
 
     #[test]

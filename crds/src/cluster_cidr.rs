@@ -68,6 +68,7 @@ pub struct Masquerade {
     category = "plat",
     status = "ClusterCIDRStatus",
     derive = "PartialEq",
+    doc = "One range of pod addresses that the operator carves blocks from, one block per node. A dual-stack cluster has two, one per family.",
     printcolumn(name = "CIDR", type_ = "string", json_path = ".spec.cidr", description = "The range"),
     printcolumn(name = "Block", type_ = "integer", json_path = ".spec.blockPrefixLength", description = "Prefix length of its blocks"),
     printcolumn(name = "Allocated", type_ = "integer", json_path = ".status.blocks.allocated", description = "Blocks that nodes hold"),

@@ -86,9 +86,27 @@ pub fn is_true(conditions: &[Condition], type_: &str) -> bool {
     find(conditions, type_).is_some_and(|c| c.status == "True")
 }
 
-/// Bounds what `Condition` leaves open: at most 16 of them, as the API server estimates rule costs by it.
+/// Bounds what `Condition` leaves open, as Kubernetes bounds it in its own types: the API server estimates
+/// the cost of rules by these bounds. At most 16 conditions.
 pub(crate) fn bound(schema: &mut Schema) {
     schema.insert("maxItems".to_owned(), 16.into());
+    let bounds = [
+        ("message", serde_json::json!({"maxLength": 32_768})),
+        (
+            "reason",
+            serde_json::json!({"maxLength": 1024, "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"}),
+        ),
+        ("status", serde_json::json!({"enum": ["True", "False", "Unknown"]})),
+        ("type", serde_json::json!({"maxLength": 316})),
+    ];
+    let Some(fields) = schema.pointer_mut("/items/properties") else { return };
+    for (name, bound) in bounds {
+        if let (Some(serde_json::Value::Object(field)), serde_json::Value::Object(bound)) =
+            (fields.get_mut(name), bound)
+        {
+            field.extend(bound);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -107,7 +125,10 @@ mod tests {
         set(&mut conditions, &Verdict::new(READY, Some(true), "B", "b"), Some(2), &at(2));
         assert_eq!((conditions[0].last_transition_time.clone(), conditions[0].reason.as_str()), (at(1), "B"));
         set(&mut conditions, &Verdict::new(READY, None, "C", "c"), Some(2), &at(3));
-        assert_eq!((conditions[0].last_transition_time.clone(), conditions[0].status.as_str()), (at(3), "Unknown"));
+        assert_eq!(
+            (conditions[0].last_transition_time.clone(), conditions[0].status.as_str()),
+            (at(3), "Unknown")
+        );
     }
 
     #[test]

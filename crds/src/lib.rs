@@ -14,6 +14,11 @@
 //! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
 //! build) only the first five modules exist and no Kubernetes crate is linked.
 
+#![cfg_attr(
+    feature = "k8s",
+    expect(clippy::duplicated_attributes, reason = "columns of `#[kube(printcolumn(...))]` repeat keys")
+)]
+
 pub mod block;
 pub mod blocks_file;
 pub mod cni_conf;

@@ -72,7 +72,8 @@ pub fn veth_alias(container_id: &str, ifname: &str) -> String {
 /// Takes an [`veth_alias`] apart into container ID and interface name; `None` if it is not one of ours.
 pub fn parse_veth_alias(alias: &str) -> Option<(&str, &str)> {
     let (container_id, ifname) = alias.strip_prefix(CNI_TYPE)?.strip_prefix(' ')?.split_once(' ')?;
-    (!container_id.is_empty() && !ifname.is_empty() && !ifname.contains(' ')).then_some((container_id, ifname))
+    (!container_id.is_empty() && !ifname.is_empty() && !ifname.contains(' '))
+        .then_some((container_id, ifname))
 }
 
 #[cfg(test)]

@@ -23,17 +23,66 @@ pub const MAX_REPORTED: usize = 16;
     category = "plat",
     status = "NodeNetworkStatus",
     derive = "PartialEq",
+    doc = "A node's own report about its network: what is applied, what it holds, what went wrong. Named after the node; written by its agent.",
     no_spec,
-    printcolumn(name = "Routes", type_ = "integer", json_path = ".status.routes.installed", description = "Our routes in the kernel"),
-    printcolumn(name = "Desired", type_ = "integer", json_path = ".status.routes.desired", description = "Routes that should be there"),
-    printcolumn(name = "Repaired", type_ = "integer", json_path = ".status.routes.repaired", description = "Routes put back since the agent started"),
-    printcolumn(name = "CNI", type_ = "string", json_path = r#".status.conditions[?(@.type=="CNIReady")].status"#, description = "Whether new pods get our network"),
-    printcolumn(name = "Blocked", type_ = "string", json_path = r#".status.conditions[?(@.type=="ForwardingBlocked")].status"#, description = "Whether a foreign firewall drops pod packets"),
-    printcolumn(name = "Agent", type_ = "string", json_path = ".status.agentVersion", description = "Version of the agent"),
+    printcolumn(
+        name = "Routes",
+        type_ = "integer",
+        json_path = ".status.routes.installed",
+        description = "Our routes in the kernel"
+    ),
+    printcolumn(
+        name = "Desired",
+        type_ = "integer",
+        json_path = ".status.routes.desired",
+        description = "Routes that should be there"
+    ),
+    printcolumn(
+        name = "Repaired",
+        type_ = "integer",
+        json_path = ".status.routes.repaired",
+        description = "Routes put back since the agent started"
+    ),
+    printcolumn(
+        name = "CNI",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="CNIReady")].status"#,
+        description = "Whether new pods get our network"
+    ),
+    printcolumn(
+        name = "Blocked",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="ForwardingBlocked")].status"#,
+        description = "Whether a foreign firewall drops pod packets"
+    ),
+    printcolumn(
+        name = "Agent",
+        type_ = "string",
+        json_path = ".status.agentVersion",
+        description = "Version of the agent"
+    ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "MTU", type_ = "integer", json_path = ".status.mtu", priority = 1, description = "MTU of new pods"),
-    printcolumn(name = "Conf", type_ = "string", json_path = ".status.cni.active", priority = 1, description = "CNI configuration that the runtime takes"),
-    printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="RoutesReady")].reason"#, priority = 1, description = "Why its routes are ready or not")
+    printcolumn(
+        name = "MTU",
+        type_ = "integer",
+        json_path = ".status.mtu",
+        priority = 1,
+        description = "MTU of new pods"
+    ),
+    printcolumn(
+        name = "Conf",
+        type_ = "string",
+        json_path = ".status.cni.active",
+        priority = 1,
+        description = "CNI configuration that the runtime takes"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="RoutesReady")].reason"#,
+        priority = 1,
+        description = "Why its routes are ready or not"
+    )
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NodeNetworkSpec {}

@@ -38,6 +38,7 @@ pub enum BlockState {
     category = "plat",
     status = "PodCIDRStatus",
     derive = "PartialEq",
+    doc = "One block of pod addresses, held by one node. Its name is its CIDR. The operator creates, changes and deletes PodCIDRs; only spec.routing is yours.",
     selectable = ".spec.nodeName",
     selectable = ".spec.state",
     selectable = ".spec.clusterCIDR",

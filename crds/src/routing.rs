@@ -145,8 +145,12 @@ mod tests {
     #[test]
     fn each_field_comes_from_the_nearest_layer_that_sets_it() {
         let pod = Routing { metric: Some(5), ..Routing::default() };
-        let cluster =
-            Routing { metric: Some(7), mtu: Some(1400), next_hop: Some("10.0.0.1".into()), ..Routing::default() };
+        let cluster = Routing {
+            metric: Some(7),
+            mtu: Some(1400),
+            next_hop: Some("10.0.0.1".into()),
+            ..Routing::default()
+        };
         let got = resolve(Some(&pod), Some(&cluster)).unwrap();
         assert_eq!(got.metric, Decided { value: 5, from: Layer::PodCIDR });
         assert_eq!(got.mtu, Decided { value: Some(1400), from: Layer::ClusterCIDR });
@@ -157,14 +161,20 @@ mod tests {
     #[test]
     fn nothing_set_is_the_default() {
         let got = resolve(None, Some(&Routing::default())).unwrap();
-        assert_eq!((got.mode.value, got.next_hop.value, got.metric.value, got.mtu.value), (Mode::Auto, None, ROUTE_METRIC, None));
+        assert_eq!(
+            (got.mode.value, got.next_hop.value, got.metric.value, got.mtu.value),
+            (Mode::Auto, None, ROUTE_METRIC, None)
+        );
     }
 
     #[test]
     fn a_next_hop_that_is_no_address_names_its_layer() {
         let pod = Routing { next_hop: Some("router".into()), ..Routing::default() };
         let error = resolve(Some(&pod), None).unwrap_err();
-        assert_eq!(error.to_string(), "nextHop 'router' is not an IP address; correct spec.routing.nextHop of the PodCIDR");
+        assert_eq!(
+            error.to_string(),
+            "nextHop 'router' is not an IP address; correct spec.routing.nextHop of the PodCIDR"
+        );
     }
 
     #[test]
