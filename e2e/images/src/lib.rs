@@ -1,0 +1,11 @@
+//! What the image maker and the programs in the test images share with the tests.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`archive`] | the OCI image archive, as bytes |
+//! | [`ping`] | what `probe ping` counts and prints |
+//! | [`reach`] | what `probe serve` answers and `probe reach` prints |
+
+pub mod archive;
+pub mod ping;
+pub mod reach;
