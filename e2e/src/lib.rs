@@ -1,1 +1,20 @@
-//! plat-e2e
+//! Real clusters for tests, in namespaces of this machine.
+//!
+//! | module | gives |
+//! |---|---|
+//! | [`testbed`] | what both kinds of cluster share: its life, its scripts, its network, its API |
+//! | [`light`] | etcd and API server alone, ready in 3 s: objects, rights, thousands of nodes |
+//! | [`cluster`] | nodes with kubelet, containerd and kube-proxy, ready in 5 s |
+//! | [`matrix`] | who must reach whom, and as whom |
+//! | [`wait`] | waiting for a condition with a deadline; never a bare sleep |
+//!
+//! The clusters themselves are made by the scripts in `e2e/testbed`, which also work by hand. They need
+//! root, and the programs that `make setup` builds.
+
+pub mod cluster;
+pub mod light;
+pub mod matrix;
+pub mod testbed;
+pub mod wait;
+
+pub use wait::wait_until;

@@ -6,6 +6,7 @@
 #   node.sh remove I         takes the machine away (power off); its Node object stays
 #   node.sh kubelet-stop I   SIGKILL to its kubelet; pods go on
 #   node.sh kubelet-start I
+#   node.sh proxy I MODE     restarts its kube-proxy as nftables or iptables
 #   node.sh run I COMMAND... runs a command on the node
 #   node.sh load I FILE...   imports image archives
 . "$(dirname "$0")/lib/box.sh"
@@ -56,7 +57,7 @@ apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: $TB_RUN/proxy.kubeconfig}
 hostnameOverride: n$1
-mode: $PROXY
+mode: $2
 oomScoreAdj: 0
 metricsBindAddress: 127.0.0.1:10249
 detectLocalMode: ClusterCIDR
@@ -68,6 +69,11 @@ C
 start_kubelet() {
   daemon_start "n$1" kubelet kubelet --config="$TB_RUN/n$1/kubelet.yaml" --kubeconfig="$TB_RUN/n$1.kubeconfig" \
     --hostname-override="n$1" --node-ip="$(node_ip4 "$1"),$(node_ip6 "$1")" --root-dir=/var/lib/kubelet
+}
+
+start_proxy() {
+  proxy_conf "$1" "$2" >"$TB_RUN/n$1/proxy.yaml"
+  daemon_start "n$1" kube-proxy kube-proxy --config="$TB_RUN/n$1/proxy.yaml"
 }
 
 load() {
@@ -86,14 +92,13 @@ add() {
   "$TESTBED/network.sh" node "$i"
   containerd_conf >"$dir/containerd.toml"
   kubelet_conf >"$dir/kubelet.yaml"
-  proxy_conf "$i" >"$dir/proxy.yaml"
   daemon_start "n$i" containerd containerd -c "$dir/containerd.toml" -l warn
   wait_for 30 box_run "n$i" test -S /run/containerd/containerd.sock
   shopt -s nullglob
   load "$i" "$PLAT_IMAGES"/*.tar
   wait_for 90 k get --raw /readyz
   start_kubelet "$i"
-  [[ $PROXY == none ]] || daemon_start "n$i" kube-proxy kube-proxy --config="$dir/proxy.yaml"
+  [[ $PROXY == none ]] || start_proxy "$i" "$PROXY"
 }
 
 remove() {
@@ -102,12 +107,13 @@ remove() {
 }
 
 action=${1:-} i=${2:-}
-[[ $i =~ ^[1-9][0-9]?$ ]] || die "usage: node.sh add|remove|kubelet-stop|kubelet-start|run|load I ..."
+[[ $i =~ ^[1-9][0-9]?$ ]] || die "usage: node.sh add|remove|kubelet-stop|kubelet-start|proxy|run|load I ..."
 case $action in
   add) cgroup_step; add "$i" ;;
   remove) cgroup_step; remove "$i" ;;
   kubelet-stop) cgroup_step; daemon_kill "n$i" kubelet ;;
   kubelet-start) cgroup_step; start_kubelet "$i" ;;
+  proxy) cgroup_step; daemon_kill "n$i" kube-proxy; start_proxy "$i" "$3" ;;
   run) box_run "n$i" "${@:3}" ;;
   load) cgroup_step; load "$i" "${@:3}" ;;
   *) die "unknown action '$action'" ;;

@@ -3,7 +3,9 @@
 # and a token per component. Components prove themselves by token: fewer keys to make, same rights.
 #
 #   pki.sh        makes what is missing under <run>/pki, and the kubeconfigs
-. "$(dirname "$0")/lib/settings.sh"
+. "$(dirname "$0")/lib/box.sh"
+need_root
+cgroup_step
 pki=$TB_RUN/pki
 mkdir -p "$pki"
 

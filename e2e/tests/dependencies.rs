@@ -48,7 +48,9 @@ fn every_licence_is_one_that_we_allow() {
         .iter()
         .filter(|p| {
             let text = p["license"].as_str().unwrap_or_default();
-            let Ok(expression) = spdx::Expression::parse_mode(text, spdx::ParseMode::LAX) else { return true };
+            let Ok(expression) = spdx::Expression::parse_mode(text, spdx::ParseMode::LAX) else {
+                return true;
+            };
             !expression.evaluate(|wanted| allowed.iter().any(|a| a.satisfies(wanted)))
         })
         .map(|p| format!("{}: {}", label(p), p["license"]))

@@ -61,7 +61,7 @@ k() { in_cluster kubectl --kubeconfig "$TB_RUN/admin.kubeconfig" "$@"; }
 
 # clear_run_folder: removes the run folder, if it is one of ours: TB_RUN may have been set by mistake.
 clear_run_folder() {
-  [[ ! -e $TB_RUN || -e $TB_RUN/.testbed ]] || die "$TB_RUN exists and is no run folder of a testbed: set TB_RUN"
+  [[ ! -e $TB_RUN || -e $TB_RUN/.testbed || -z $(ls -A "$TB_RUN") ]] || die "$TB_RUN exists and is no run folder of a testbed: set TB_RUN"
   rm -rf "$TB_RUN"
 }
 make_run_folder() { mkdir -p "$TB_RUN"; touch "$TB_RUN/.testbed"; }

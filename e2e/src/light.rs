@@ -1,0 +1,123 @@
+//! A control plane without nodes: real etcd and kube-apiserver, hand-made Node objects. Ready in 3 s.
+
+use std::fs;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use anyhow::Result;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client, CustomResourceExt};
+use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use serde_json::json;
+
+use crate::testbed::{Extent, Testbed, output};
+use crate::wait::{holds, wait_until_async};
+
+/// etcd and API server. See [`Testbed`] for what can be done with it.
+#[derive(Debug)]
+pub struct ControlPlane(Testbed);
+
+/// What a service account's token is bound to. A token that is bound to a node, or to a pod of a node,
+/// carries the node's name as a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound<'a> {
+    /// Nothing.
+    Free,
+    /// A node of that name.
+    Node(&'a str),
+    /// A pod of that name, in the account's namespace.
+    Pod(&'a str),
+}
+
+impl ControlPlane {
+    /// A control plane of the caller's own.
+    pub fn up() -> Result<ControlPlane> {
+        Ok(ControlPlane(Testbed::up(Extent::Core, &[])?))
+    }
+
+    /// The one that all tests of this process share, with Plat's CRDs.
+    ///
+    /// # Panics
+    /// If it cannot be brought up.
+    pub fn shared() -> &'static ControlPlane {
+        static SHARED: LazyLock<ControlPlane> = LazyLock::new(|| {
+            let plane = ControlPlane::up().unwrap_or_else(|e| panic!("no control plane: {e:#}"));
+            plane.block_on(install_crds).unwrap_or_else(|e| panic!("cannot install the CRDs: {e:#}"));
+            plane
+        });
+        &SHARED
+    }
+
+    /// A token of a service account, for an hour.
+    pub fn token(&self, namespace: &str, account: &str, bound: Bound<'_>) -> Result<String> {
+        let mut command = self.kubectl_command();
+        command.args(["-n", namespace, "create", "token", account]);
+        match bound {
+            Bound::Free => {}
+            Bound::Node(name) => {
+                command.args(["--bound-object-kind=Node", "--bound-object-name", name]);
+            }
+            Bound::Pod(name) => {
+                command.args(["--bound-object-kind=Pod", "--bound-object-name", name]);
+            }
+        }
+        Ok(output(&mut command)?.trim().to_owned())
+    }
+
+    /// A kubeconfig file that proves itself by `token`; `name` becomes part of the file name.
+    pub fn kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
+        let admin = fs::read_to_string(self.admin_kubeconfig())?;
+        let path = self.run_folder().join(format!("{name}.kubeconfig"));
+        fs::write(&path, admin.replace(&format!("admin-{}", self.name()), token))?;
+        Ok(path)
+    }
+}
+
+impl Deref for ControlPlane {
+    type Target = Testbed;
+
+    fn deref(&self) -> &Testbed {
+        &self.0
+    }
+}
+
+/// Creates Plat's CRDs and waits until objects of their kinds are accepted.
+pub async fn install_crds(client: Client) -> Result<()> {
+    let api: Api<CustomResourceDefinition> = Api::all(client);
+    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), NodeNetwork::crd()] {
+        let name = crd.metadata.name.clone().unwrap_or_default();
+        api.create(&PostParams::default(), &crd).await?;
+        wait_until_async(&format!("{name} is established"), Duration::from_secs(20), async || {
+            let status = api.get(&name).await.map_err(|e| e.to_string())?.status;
+            let conditions = status.and_then(|s| s.conditions).unwrap_or_default();
+            let established = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
+            holds(established, format!("{conditions:?}"))
+        })
+        .await;
+    }
+    Ok(())
+}
+
+/// Creates a Node as a kubelet would leave it: Ready, with these InternalIPs.
+pub async fn create_node(client: &Client, name: &str, addresses: &[&str]) -> Result<Node> {
+    let api: Api<Node> = Api::all(client.clone());
+    let node: Node = serde_json::from_value(
+        json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}}),
+    )?;
+    api.create(&PostParams::default(), &node).await?;
+    let addresses: Vec<_> = addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
+    let ready =
+        json!({"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "made by hand"});
+    let status = json!({"status": {"addresses": addresses, "conditions": [ready]}});
+    Ok(api.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await?)
+}
+
+/// Deletes a Node.
+pub async fn delete_node(client: &Client, name: &str) -> Result<()> {
+    Api::<Node>::all(client.clone()).delete(name, &DeleteParams::default()).await?;
+    Ok(())
+}
