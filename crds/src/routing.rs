@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::ROUTE_METRIC;
 
-/// How a block is reached.
+/// How other nodes reach the block. `Auto` (the default) takes a direct route where the node is on-link and
+/// reports a condition where it is not; `Direct` insists on a plain route; `None` makes no route, because
+/// something else carries the block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Mode {
     /// The best way that works: today `Direct` if the node is on-link, else a condition that says so.
