@@ -1,0 +1,2 @@
+//! The CNI binary.
+fn main() {}

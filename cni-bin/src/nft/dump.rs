@@ -1,0 +1,147 @@
+//! Reading tables, chains, rules and elements back.
+
+use super::{
+    Error, Expr, GENERIC_HEADER, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE, Policy, Set, Table,
+    TableFamily, header,
+};
+use crate::netlink::{Attributes, Message, Received, Socket};
+
+/// A table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableInfo {
+    /// Family and name.
+    pub table: Table,
+    /// `flags owner`: only the socket that made the table may change it (firewalld does this).
+    pub has_owner: bool,
+}
+
+/// A chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainInfo {
+    /// Its table.
+    pub table: Table,
+    /// Its name.
+    pub name: String,
+    /// Its hook, if it is a base chain.
+    pub hook: Option<HookInfo>,
+}
+
+/// The hook of a base chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HookInfo {
+    /// `filter`, `nat` or `route`.
+    pub kind: String,
+    /// The hook's number, see [`super::Hook::number`].
+    pub number: u32,
+    /// The chain's place among those of its hook.
+    pub priority: i32,
+    /// What happens at the chain's end.
+    pub policy: Policy,
+}
+
+/// A rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleInfo {
+    /// Its chain.
+    pub chain: String,
+    /// Its number in the table, for [`super::Batch::delete_rule`].
+    pub handle: u64,
+    /// Its instructions; equal to [`super::Rule::expressions`] of the rule that was added.
+    pub expressions: Vec<Expr>,
+    /// Its comment, if it is one of nft's.
+    pub comment: Option<String>,
+}
+
+/// All tables of all families.
+pub fn tables(socket: &mut Socket) -> Result<Vec<TableInfo>, Error> {
+    const FLAG_OWNER: u32 = 2;
+    let get = Message::new(GET_TABLE, 0, &header(0), "list nftables tables");
+    socket.dump(&get, |received| {
+        let (family, attributes) = open(&received)?;
+        let name = attributes.find(1)?.text().into_owned();
+        let flags = attributes.find(2).and_then(|f| f.be32()).unwrap_or(0);
+        Some(TableInfo { table: Table { family, name }, has_owner: flags & FLAG_OWNER != 0 })
+    })
+}
+
+/// All chains of all tables.
+pub fn chains(socket: &mut Socket) -> Result<Vec<ChainInfo>, Error> {
+    let get = Message::new(GET_CHAIN, 0, &header(0), "list nftables chains");
+    socket.dump(&get, |received| {
+        let (family, attributes) = open(&received)?;
+        let table = Table { family, name: attributes.find(1)?.text().into_owned() };
+        let name = attributes.find(3)?.text().into_owned();
+        Some(ChainInfo { table, name, hook: read_hook(&attributes) })
+    })
+}
+
+fn read_hook(chain: &Attributes<'_>) -> Option<HookInfo> {
+    let hook = chain.find(4)?.nested();
+    Some(HookInfo {
+        kind: chain.find(7)?.text().into_owned(),
+        number: hook.find(1)?.be32()?,
+        priority: i32::from_ne_bytes(hook.find(2)?.be32()?.to_ne_bytes()),
+        policy: match chain.find(5).and_then(|p| p.be32()) {
+            Some(0) => Policy::Drop,
+            _ => Policy::Accept,
+        },
+    })
+}
+
+/// The rules of a chain, in order; empty if there is no such chain or table.
+pub fn rules(socket: &mut Socket, table: &Table, chain: &str) -> Result<Vec<RuleInfo>, Error> {
+    let what = format!("list rules of chain {table} {chain}");
+    let mut get = Message::new(GET_RULE, 0, &header(table.family.number()), what);
+    get.attr_str(1, &table.name).attr_str(2, chain);
+    let rules = socket.dump(&get, |received| {
+        let (_, attributes) = open(&received)?;
+        let in_chain = attributes.find(2)?.text().into_owned();
+        Some(RuleInfo {
+            handle: attributes.find(3)?.be64()?,
+            expressions: attributes.find(4)?.nested().filter_map(Expr::decode).collect(),
+            comment: attributes.find(7).and_then(|u| read_comment(u.value)),
+            chain: in_chain,
+        })
+    });
+    or_empty(rules).map(|rules| rules.into_iter().filter(|r| r.chain == chain).collect())
+}
+
+fn read_comment(mut userdata: &[u8]) -> Option<String> {
+    while let [kind, length, rest @ ..] = userdata {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == 0 {
+            let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());
+            return Some(String::from_utf8_lossy(value.get(..end)?).into_owned());
+        }
+        userdata = rest.get(usize::from(*length)..)?;
+    }
+    None
+}
+
+/// The keys of a set's elements, as bytes in network order; empty if there is no such set or table.
+pub fn elements(socket: &mut Socket, set: &Set) -> Result<Vec<Vec<u8>>, Error> {
+    let what = format!("list elements of set {} {}", set.table, set.name);
+    let mut get = Message::new(GET_ELEMENTS, 0, &header(set.table.family.number()), what);
+    get.attr_str(1, &set.table.name).attr_str(2, &set.name);
+    let lists = socket.dump(&get, |received| {
+        let (_, attributes) = open(&received)?;
+        let list = attributes.find(3)?.nested();
+        let key = |element: crate::netlink::Attribute<'_>| {
+            element.nested().find(1)?.nested().find(1).map(|value| value.value.to_vec())
+        };
+        Some(list.filter_map(key).collect::<Vec<_>>())
+    });
+    or_empty(lists).map(|lists| lists.into_iter().flatten().collect())
+}
+
+fn or_empty<T>(result: Result<Vec<T>, Error>) -> Result<Vec<T>, Error> {
+    match result {
+        Err(error) if error.errno() == Some(rustix::io::Errno::NOENT) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+fn open<'a>(received: &Received<'a>) -> Option<(TableFamily, Attributes<'a>)> {
+    let family = TableFamily::from_number(*received.payload.first()?)?;
+    Some((family, Attributes::behind(received.payload, GENERIC_HEADER)))
+}

@@ -1,0 +1,377 @@
+//! Rules, built match by match; each match adds its expressions and its nft text.
+
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use plat_crds::{Block, Family};
+
+use super::expr::{self, Cmp, Expr, Verdict};
+use super::{Table, TableFamily};
+
+/// A test of an address.
+#[derive(Clone, Copy, Debug)]
+pub enum Addr<'a> {
+    /// Inside a prefix.
+    In(Block),
+    /// Outside a prefix, but of its family.
+    NotIn(Block),
+    /// In the set of that name.
+    InSet(Family, &'a str),
+    /// Of that family, but not in the set of that name.
+    NotInSet(Family, &'a str),
+}
+
+impl Addr<'_> {
+    fn family(&self) -> Family {
+        match self {
+            Addr::In(block) | Addr::NotIn(block) => block.family(),
+            Addr::InSet(family, _) | Addr::NotInSet(family, _) => *family,
+        }
+    }
+}
+
+/// A test of an interface's name.
+#[derive(Clone, Copy, Debug)]
+pub enum Name<'a> {
+    /// It is this one.
+    Is(&'a str),
+    /// It is any other.
+    IsNot(&'a str),
+}
+
+/// One rule of one chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    pub(super) table: Table,
+    pub(super) chain: String,
+    pub(super) comment: Option<String>,
+    expressions: Vec<Expr>,
+    text: String,
+    /// The family that an earlier match has already made sure of (inet and bridge tables see both).
+    family: Option<Family>,
+}
+
+/// Length of an interface name with its zero byte (`IFNAMSIZ`).
+const NAME_LENGTH: usize = 16;
+
+impl Rule {
+    /// A rule of that chain that matches everything and does nothing yet.
+    pub fn new(table: &Table, chain: &str) -> Rule {
+        Rule {
+            table: table.clone(),
+            chain: chain.to_owned(),
+            comment: None,
+            expressions: Vec::new(),
+            text: String::new(),
+            family: None,
+        }
+    }
+
+    /// The rule in nft's language, without its chain.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The rule's instructions; two rules do the same if these are equal.
+    pub fn expressions(&self) -> &[Expr] {
+        &self.expressions
+    }
+
+    /// `ip saddr …` or `ip6 saddr …`
+    pub fn saddr(self, addr: Addr<'_>) -> Rule {
+        let offset = match addr.family() {
+            Family::IPv4 => 12,
+            Family::IPv6 => 8,
+        };
+        self.address("saddr", offset, addr)
+    }
+
+    /// `ip daddr …` or `ip6 daddr …`
+    pub fn daddr(self, addr: Addr<'_>) -> Rule {
+        let offset = match addr.family() {
+            Family::IPv4 => 16,
+            Family::IPv6 => 24,
+        };
+        self.address("daddr", offset, addr)
+    }
+
+    /// `ip saddr vmap @map` (or `ip6 …`): goes where the map says for the source address.
+    pub fn saddr_vmap(self, family: Family, map: &str) -> Rule {
+        let offset = if family == Family::IPv4 { 12 } else { 8 };
+        let length = u32::from(family.bits() / 8);
+        let text = format!("{} saddr vmap @{map}", keyword(family));
+        self.of_family(family)
+            .push(Expr::Payload { base: expr::BASE_NETWORK, offset, length })
+            .push(Expr::MapLookup { map: map.to_owned(), to: 0 })
+            .say(&text)
+    }
+
+    fn address(self, field: &str, offset: u32, addr: Addr<'_>) -> Rule {
+        let family = addr.family();
+        let load = |length| Expr::Payload { base: expr::BASE_NETWORK, offset, length };
+        let keyword = keyword(family);
+        let rule = self.of_family(family);
+        match addr {
+            Addr::InSet(_, set) | Addr::NotInSet(_, set) => {
+                let inverted = matches!(addr, Addr::NotInSet(..));
+                let text = format!("{keyword} {field} {}@{set}", if inverted { "!= " } else { "" });
+                rule.push(load(u32::from(family.bits() / 8)))
+                    .push(Expr::Lookup { set: set.to_owned(), inverted })
+                    .say(&text)
+            }
+            Addr::In(block) | Addr::NotIn(block) => {
+                let op = if matches!(addr, Addr::In(_)) { Cmp::Eq } else { Cmp::Ne };
+                let value = if block.prefix_length() == family.bits() {
+                    block.network().to_string()
+                } else {
+                    block.to_string()
+                };
+                let text = format!("{keyword} {field} {}{value}", if op == Cmp::Ne { "!= " } else { "" });
+                rule.prefix(block, op, load).say(&text)
+            }
+        }
+    }
+
+    /// Compares an address with a prefix, as nft and iptables-nft do: whole bytes are loaded and compared
+    /// as they are, any other length is masked first.
+    fn prefix(self, block: Block, op: Cmp, load: impl Fn(u32) -> Expr) -> Rule {
+        let address = octets(block.network());
+        let length = block.prefix_length();
+        if length.is_multiple_of(8) && length > 0 {
+            let bytes = u32::from(length / 8);
+            let value = address.into_iter().take(usize::from(length / 8)).collect();
+            return self.push(load(bytes)).push(Expr::Compare { op, value });
+        }
+        let mask = (0..address.len()).map(|i| mask_byte(length, i)).collect();
+        let xor = vec![0; address.len()];
+        self.push(load(u32::from(block.family().bits() / 8)))
+            .push(Expr::Bitwise { mask, xor })
+            .push(Expr::Compare { op, value: address })
+    }
+
+    /// `iifname "…"`
+    pub fn iifname(self, name: Name<'_>) -> Rule {
+        self.interface("iifname", expr::META_IIFNAME, name)
+    }
+
+    /// `oifname "…"`
+    pub fn oifname(self, name: Name<'_>) -> Rule {
+        self.interface("oifname", expr::META_OIFNAME, name)
+    }
+
+    fn interface(self, field: &str, key: u32, name: Name<'_>) -> Rule {
+        let (op, sign, name) = match name {
+            Name::Is(name) => (Cmp::Eq, "", name),
+            Name::IsNot(name) => (Cmp::Ne, "!= ", name),
+        };
+        let mut value = name.as_bytes().to_vec();
+        // nft compares the whole of the kernel's field, iptables-nft the name and its zero byte; after
+        // a save and restore by iptables a rule must still be found to be ours.
+        let length = match self.table.family {
+            TableFamily::Ip | TableFamily::Ip6 => name.len() + 1,
+            _ => NAME_LENGTH,
+        };
+        value.resize(length, 0);
+        let text = format!("{field} {sign}\"{name}\"");
+        self.push(Expr::Meta { key }).push(Expr::Compare { op, value }).say(&text)
+    }
+
+    /// `ct state …`: any of these states. Bits: 1 invalid, 2 established, 4 related, 8 new, 64 untracked.
+    pub fn ct_state(self, bits: u32) -> Rule {
+        let names = [(1, "invalid"), (2, "established"), (4, "related"), (8, "new"), (64, "untracked")];
+        self.any_bit("ct state", Expr::Conntrack { key: expr::CT_STATE }, bits, &names)
+    }
+
+    /// `ct status dnat`: connections whose destination was translated (Services, host ports).
+    pub fn ct_status_dnat(self) -> Rule {
+        self.any_bit("ct status", Expr::Conntrack { key: expr::CT_STATUS }, 32, &[(32, "dnat")])
+    }
+
+    fn any_bit(self, field: &str, load: Expr, bits: u32, names: &[(u32, &str)]) -> Rule {
+        let set: Vec<&str> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
+        self.push(load)
+            .push(Expr::Bitwise { mask: bits.to_ne_bytes().to_vec(), xor: vec![0; 4] })
+            .push(Expr::Compare { op: Cmp::Ne, value: vec![0; 4] })
+            .say(&format!("{field} {}", set.join(",")))
+    }
+
+    /// `fib daddr type local`: to an address of this host.
+    pub fn to_this_host(self) -> Rule {
+        self.fib_type("daddr", expr::FIB_DADDR, Cmp::Eq)
+    }
+
+    /// `fib saddr type != local`: not from an address of this host.
+    pub fn not_from_this_host(self) -> Rule {
+        self.fib_type("saddr", expr::FIB_SADDR, Cmp::Ne)
+    }
+
+    fn fib_type(self, field: &str, flags: u32, op: Cmp) -> Rule {
+        /// `RTN_LOCAL`
+        const LOCAL: u32 = 2;
+        let sign = if op == Cmp::Ne { "!= " } else { "" };
+        self.push(Expr::Fib { result: expr::FIB_RESULT_ADDRTYPE, flags })
+            .push(Expr::Compare { op, value: LOCAL.to_ne_bytes().to_vec() })
+            .say(&format!("fib {field} type {sign}local"))
+    }
+
+    /// `meta mark & mask == value`
+    pub fn mark(self, mask: u32, value: u32) -> Rule {
+        self.push(Expr::Meta { key: expr::META_MARK })
+            .push(Expr::Bitwise { mask: mask.to_ne_bytes().to_vec(), xor: vec![0; 4] })
+            .push(Expr::Compare { op: Cmp::Eq, value: value.to_ne_bytes().to_vec() })
+            .say(&format!("meta mark & {mask:#010x} == {value:#010x}"))
+    }
+
+    /// `meta l4proto …` and `th dport …`: packets of that protocol number to that port.
+    pub fn dport(self, protocol: u8, port: u16) -> Rule {
+        let name = match protocol {
+            6 => "tcp",
+            17 => "udp",
+            132 => "sctp",
+            _ => "th",
+        };
+        self.push(Expr::Meta { key: expr::META_L4PROTO })
+            .push(Expr::Compare { op: Cmp::Eq, value: vec![protocol] })
+            .push(Expr::Payload { base: expr::BASE_TRANSPORT, offset: 2, length: 2 })
+            .push(Expr::Compare { op: Cmp::Eq, value: port.to_be_bytes().to_vec() })
+            .say(&format!("{name} dport {port}"))
+    }
+
+    /// `counter`
+    pub fn counter(self) -> Rule {
+        self.push(Expr::Counter).say("counter")
+    }
+
+    /// `masquerade fully-random`: source ports are chosen at random, which keeps two connections that
+    /// start at the same moment from being given one port and losing a packet.
+    pub fn masquerade_fully_random(self) -> Rule {
+        self.push(Expr::Masquerade { flags: expr::NAT_FULLY_RANDOM }).say("masquerade fully-random")
+    }
+
+    /// `masquerade`
+    pub fn masquerade(self) -> Rule {
+        self.push(Expr::Masquerade { flags: 0 }).say("masquerade")
+    }
+
+    /// `accept`, `drop`, `return`, `jump …` or `goto …`
+    pub fn verdict(self, verdict: Verdict) -> Rule {
+        let text = match &verdict {
+            Verdict::Accept => "accept".to_owned(),
+            Verdict::Drop => "drop".to_owned(),
+            Verdict::Return => "return".to_owned(),
+            Verdict::Continue => "continue".to_owned(),
+            Verdict::Jump(chain) => format!("jump {chain}"),
+            Verdict::Goto(chain) => format!("goto {chain}"),
+        };
+        self.push(Expr::Verdict(verdict)).say(&text)
+    }
+
+    /// `accept`
+    pub fn accept(self) -> Rule {
+        self.verdict(Verdict::Accept)
+    }
+
+    /// `drop`
+    pub fn drop(self) -> Rule {
+        self.verdict(Verdict::Drop)
+    }
+
+    /// `comment "…"`, for people; not part of [`Rule::text`] nor of the rule's identity.
+    pub fn comment(mut self, comment: &str) -> Rule {
+        self.comment = Some(comment.to_owned());
+        self
+    }
+
+    /// Any other expressions, and their text.
+    pub fn with(self, expressions: impl IntoIterator<Item = Expr>, text: &str) -> Rule {
+        expressions.into_iter().fold(self, Rule::push).say(text)
+    }
+
+    /// Makes sure that the packet is of that family, where the table sees others too. nft writes the same
+    /// match and does not show it.
+    fn of_family(mut self, family: Family) -> Rule {
+        if self.family == Some(family) {
+            return self;
+        }
+        self.family = Some(family);
+        match self.table.family {
+            TableFamily::Inet => {
+                let number = if family == Family::IPv4 { TableFamily::Ip } else { TableFamily::Ip6 }.number();
+                self.push(Expr::Meta { key: expr::META_NFPROTO })
+                    .push(Expr::Compare { op: Cmp::Eq, value: vec![number] })
+            }
+            TableFamily::Bridge | TableFamily::Netdev => {
+                let ether_type: u16 = if family == Family::IPv4 { 0x0800 } else { 0x86dd };
+                self.push(Expr::Meta { key: expr::META_PROTOCOL })
+                    .push(Expr::Compare { op: Cmp::Eq, value: ether_type.to_be_bytes().to_vec() })
+            }
+            TableFamily::Ip | TableFamily::Ip6 | TableFamily::Arp => self,
+        }
+    }
+
+    fn push(mut self, expression: Expr) -> Rule {
+        self.expressions.push(expression);
+        self
+    }
+
+    fn say(mut self, text: &str) -> Rule {
+        let space = if self.text.is_empty() { "" } else { " " };
+        // Writing to a String cannot fail.
+        let _ = write!(self.text, "{space}{text}");
+        self
+    }
+}
+
+fn keyword(family: Family) -> &'static str {
+    match family {
+        Family::IPv4 => "ip",
+        Family::IPv6 => "ip6",
+    }
+}
+
+/// The bytes of an address in network order.
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+/// Byte `index` of the mask of `length` bits.
+fn mask_byte(length: u8, index: usize) -> u8 {
+    let bits = usize::from(length).saturating_sub(index * 8).min(8);
+    (0xff00u16 >> bits).to_be_bytes()[1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_have_the_prefix_length_in_ones() {
+        let mask = |length| (0..4).map(|i| mask_byte(length, i)).collect::<Vec<u8>>();
+        assert_eq!(mask(0), [0, 0, 0, 0]);
+        assert_eq!(mask(4), [0xf0, 0, 0, 0]);
+        assert_eq!(mask(20), [0xff, 0xff, 0xf0, 0]);
+        assert_eq!(mask(32), [0xff; 4]);
+    }
+
+    #[test]
+    fn a_rule_says_in_nft_what_it_does() {
+        let table = Table::new(TableFamily::Inet, "plat");
+        let rule = Rule::new(&table, "postrouting")
+            .saddr(Addr::InSet(Family::IPv4, "pods4"))
+            .daddr(Addr::NotInSet(Family::IPv4, "nomasq4"))
+            .oifname(Name::IsNot("cni0"))
+            .counter()
+            .masquerade_fully_random();
+        assert_eq!(
+            rule.text(),
+            "ip saddr @pods4 ip daddr != @nomasq4 oifname != \"cni0\" counter masquerade fully-random"
+        );
+        let family_tests = |r: &Rule| {
+            r.expressions().iter().filter(|e| matches!(e, Expr::Meta { key: expr::META_NFPROTO })).count()
+        };
+        assert_eq!(family_tests(&rule), 1, "the family is tested once");
+    }
+}
