@@ -8,14 +8,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use k8s_openapi::api::core::v1::Node;
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
-use kube::{Api, Client, CustomResourceExt};
-use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use kube::{Api, Client};
 use serde_json::json;
 
-use crate::testbed::{Extent, Testbed, output};
-use crate::wait::{holds, wait_until_async};
+use crate::testbed::{Extent, Testbed, output, repository};
+use crate::wait::wait_until;
 
 /// etcd and API server. See [`Testbed`] for what can be done with it.
 #[derive(Debug)]
@@ -46,10 +44,27 @@ impl ControlPlane {
     pub fn shared() -> &'static ControlPlane {
         static SHARED: LazyLock<ControlPlane> = LazyLock::new(|| {
             let plane = ControlPlane::up().unwrap_or_else(|e| panic!("no control plane: {e:#}"));
-            plane.block_on(install_crds).unwrap_or_else(|e| panic!("cannot install the CRDs: {e:#}"));
+            plane.install_crds().unwrap_or_else(|e| panic!("cannot install the CRDs: {e:#}"));
             plane
         });
         &SHARED
+    }
+
+    /// Installs the CRDs that the chart ships, and waits until objects of their kinds are accepted. A
+    /// warning of the API server is an error.
+    pub fn install_crds(&self) -> Result<()> {
+        self.apply(&fs::read_to_string(repository().join("charts/plat/crd/crds.yaml"))?)?;
+        let kinds =
+            ["clustercidrs", "podcidrs", "nodenetworks"].map(|kind| format!("crd/{kind}.plat.network"));
+        let mut command = self.kubectl_command();
+        output(command.args(["wait", "--for=condition=Established", "--timeout=20s"]).args(kinds))?;
+        // Names, categories and schemas are published a moment later.
+        for kind in ["clustercidrs", "podcidrs", "nodenetworks"] {
+            wait_until("kubectl knows the kind", Duration::from_secs(20), || {
+                self.kubectl(&["explain", kind])
+            });
+        }
+        Ok(())
     }
 
     /// A token of a service account, for an hour.
@@ -83,23 +98,6 @@ impl Deref for ControlPlane {
     fn deref(&self) -> &Testbed {
         &self.0
     }
-}
-
-/// Creates Plat's CRDs and waits until objects of their kinds are accepted.
-pub async fn install_crds(client: Client) -> Result<()> {
-    let api: Api<CustomResourceDefinition> = Api::all(client);
-    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), NodeNetwork::crd()] {
-        let name = crd.metadata.name.clone().unwrap_or_default();
-        api.create(&PostParams::default(), &crd).await?;
-        wait_until_async(&format!("{name} is established"), Duration::from_secs(20), async || {
-            let status = api.get(&name).await.map_err(|e| e.to_string())?.status;
-            let conditions = status.and_then(|s| s.conditions).unwrap_or_default();
-            let established = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
-            holds(established, format!("{conditions:?}"))
-        })
-        .await;
-    }
-    Ok(())
 }
 
 /// Creates a Node as a kubelet would leave it: Ready, with these InternalIPs.

@@ -108,8 +108,8 @@ impl<'a> Matrix<'a> {
             addresses.insert(pod.name.clone(), ip.with_context(|| format!("{service} has no address"))?);
         }
         let probe = images().join("bin/probe");
-        let outside =
-            cluster.command(&probe.to_string_lossy()).args(["serve", &OUTSIDE_PORT.to_string()]).spawn()?;
+        let mut outside = cluster.command(&probe.to_string_lossy());
+        let outside = outside.args(["serve", &OUTSIDE_PORT.to_string()]).stdout(Stdio::null()).spawn()?;
         Ok(Matrix { cluster, pods: pods.to_vec(), hosts: hosts.to_vec(), services: addresses, outside })
     }
 
