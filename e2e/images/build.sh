@@ -43,7 +43,7 @@ image() {
 }
 step() { local start=$SECONDS; echo "images: $1 ..." >&2; "${@:2}" && echo "images: $1 done after $((SECONDS - start)) s" >&2; }
 
-step "image maker and test programs" build plat-images mkimage pause probe
+step "image maker and test programs" build plat-rig mkimage pause probe
 image localhost/pause:1 /bin/pause --file "$out/bin/pause=/bin/pause"
 
 busybox=$(command -v busybox) || { echo "images: busybox is missing; install busybox-static" >&2; exit 1; }

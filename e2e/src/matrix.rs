@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, Stdio};
 
 use anyhow::{Context, Result};
-use plat_images::reach::{Reached, Seen};
+use plat_rig::reach::{Reached, Seen};
 
 use crate::cluster::{Cluster, Pod, node_ip};
 use crate::testbed::images;

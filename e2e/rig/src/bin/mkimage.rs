@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use clap::Parser;
-use plat_images::archive::{Content, File, Image, archive};
+use plat_rig::archive::{Content, File, Image, archive};
 
 /// Writes an OCI image archive.
 #[derive(Parser)]

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use plat_images::ping::Ledger;
-use plat_images::reach::{Reached, Seen};
+use plat_rig::ping::Ledger;
+use plat_rig::reach::{Reached, Seen};
 
 /// Asks and answers over the network.
 #[derive(Parser)]

@@ -1,4 +1,4 @@
-//! What the image maker and the programs in the test images share with the tests.
+//! What the small programs of the testbed share with each other and with the tests.
 //!
 //! | module | holds |
 //! |---|---|
