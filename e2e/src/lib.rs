@@ -6,6 +6,8 @@
 //! | [`light`] | etcd and API server alone, ready in 3 s: objects, rights, thousands of nodes |
 //! | [`cluster`] | nodes with kubelet, containerd and kube-proxy, ready in 5 s |
 //! | [`matrix`] | who must reach whom, and as whom |
+//! | [`plat`] | what Plat says of itself, and what must always hold |
+//! | [`traffic`] | datagrams that are counted while something is broken |
 //! | [`wait`] | waiting for a condition with a deadline; never a bare sleep |
 //!
 //! The clusters themselves are made by the scripts in `e2e/testbed`, which also work by hand. They need
@@ -14,7 +16,9 @@
 pub mod cluster;
 pub mod light;
 pub mod matrix;
+pub mod plat;
 pub mod testbed;
+pub mod traffic;
 pub mod wait;
 
 pub use wait::wait_until;

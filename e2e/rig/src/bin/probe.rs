@@ -64,6 +64,7 @@ fn main() -> io::Result<()> {
 fn serve(port: u16) -> io::Result<()> {
     let everywhere: IpAddr = [0u16; 8].into();
     let udp = UdpSocket::bind((everywhere, port))?;
+    widen(&udp);
     thread::spawn(move || echo(&udp));
     let listener = TcpListener::bind((everywhere, port))?;
     println!("serving on port {port}");
@@ -71,6 +72,15 @@ fn serve(port: u16) -> io::Result<()> {
         thread::spawn(move || answer(stream));
     }
     Ok(())
+}
+
+/// A larger buffer, so that a busy machine does not look like a lossy network.
+fn widen(socket: &UdpSocket) {
+    use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
+    const BYTES: usize = 4 << 20;
+    if set_socket_recv_buffer_size_force(socket, BYTES).is_err() {
+        let _ = set_socket_recv_buffer_size(socket, BYTES);
+    }
 }
 
 fn echo(socket: &UdpSocket) {
@@ -153,6 +163,7 @@ fn ping(server: SocketAddr, every: Duration) -> io::Result<()> {
     let any: IpAddr = if server.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(server)?;
+    widen(&socket);
     socket.set_read_timeout(Some(Duration::from_millis(20)))?;
     let ledger = Mutex::new(Ledger::default());
     let stop = AtomicBool::new(false);
