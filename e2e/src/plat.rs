@@ -67,16 +67,20 @@ pub fn block_of(cluster: &Cluster, node: u8) -> Result<String> {
 
 /// Two nodes with one block, or two living network namespaces with one address: what must never be.
 pub fn doubles(cluster: &Cluster, nodes: &[u8]) -> Result<Vec<String>> {
-    let mut doubles = Vec::new();
     let mut holders: BTreeMap<String, String> = BTreeMap::new();
-    let blocks = cluster.get(&["podcidrs"])?;
-    for block in items(&blocks) {
-        let (cidr, node) =
-            (block["spec"]["cidr"].as_str().unwrap_or_default(), block["spec"]["nodeName"].to_string());
-        if let Some(other) = holders.insert(cidr.to_owned(), node.clone()) {
+    let mut doubles = double_addresses(cluster, nodes)?;
+    for block in items(&cluster.get(&["podcidrs"])?) {
+        let (cidr, node) = (block["spec"]["cidr"].to_string(), block["spec"]["nodeName"].to_string());
+        if let Some(other) = holders.insert(cidr.clone(), node.clone()) {
             doubles.push(format!("block {cidr}: {node} and {other}"));
         }
     }
+    Ok(doubles)
+}
+
+/// Two living network namespaces with one address.
+pub fn double_addresses(cluster: &Cluster, nodes: &[u8]) -> Result<Vec<String>> {
+    let mut doubles = Vec::new();
     let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
     for node in nodes {
         for (namespace, address) in pod_addresses(cluster, *node)? {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use plat_e2e::cluster::{Cluster, PodSpec, ProxyMode, node_ip};
 use plat_e2e::light::{Bound, ControlPlane, create_node};
 use plat_e2e::matrix::{Matrix, Way, faults, summary};
+use plat_e2e::plat::double_addresses;
 use plat_e2e::testbed::{images, output, repository, tools};
+use plat_e2e::traffic::{Traffic, assert_none_lost};
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
 
@@ -83,7 +85,20 @@ fn a_cluster_with_reference_plugins_passes_the_matrix_and_a_missing_route_fails_
         ]
     );
 
+    let traffic = Traffic::both_ways(&cluster, &pods[0], &pods[2]).unwrap();
+    cluster.set_proxy(1, ProxyMode::Iptables).unwrap();
+    let sent = assert_none_lost("while kube-proxy restarts", traffic);
+    assert!(sent > 200, "only {sent} datagrams were sent");
+    assert_eq!(double_addresses(&cluster, &[1, 2]).unwrap(), Vec::<String>::new());
+    cluster
+        .on_node(2, &format!("ip netns add twin; ip -n twin addr add {}/32 dev lo", pods[0].ip()))
+        .unwrap();
+    assert_eq!(double_addresses(&cluster, &[1, 2]).unwrap().len(), 1);
+
+    let traffic = Traffic::start(&cluster, &pods[0], &pods[2]).unwrap();
     cluster.on_node(1, "ip route del 10.244.2.0/24").unwrap();
+    let (_, report) = traffic.stop().unwrap();
+    assert!(report.lost > 0 && report.received > 0, "{report:?}");
     let broken: Vec<_> =
         matrix.check().unwrap().into_iter().filter(|c| c.fault.is_some()).map(|c| c.way).collect();
     assert!(
