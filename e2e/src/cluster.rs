@@ -10,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::testbed::{Extent, Testbed, output, repository};
+use crate::plat::wait_converged;
+use crate::testbed::{Extent, Testbed, output, repository, tools};
 use crate::wait::{holds, wait_until};
 
 /// How kube-proxy programs Services.
@@ -42,6 +43,20 @@ impl Cluster {
         let settings = [("NODES", nodes.to_string()), ("PROXY", proxy.as_str().to_owned())];
         let settings: Vec<_> = settings.iter().map(|(k, v)| (*k, v.as_str())).collect();
         Ok(Cluster(Testbed::up(Extent::Full, &settings)?))
+    }
+
+    /// A cluster with Plat, installed by its chart with `extra` arguments, in which all has converged. From
+    /// then on a test that panics shows what the cluster looks like.
+    ///
+    /// # Panics
+    /// If it cannot be had.
+    pub fn with_plat(nodes: u8, extra: &[&str]) -> Cluster {
+        let cluster = Cluster::up(nodes, ProxyMode::Nftables).unwrap_or_else(|e| panic!("no cluster: {e:#}"));
+        diagnose_panics(cluster.name(), cluster.run_folder());
+        cluster.install_plat(extra).unwrap_or_else(|e| panic!("cannot install Plat: {e:#}"));
+        cluster.wait_nodes_ready(Duration::from_secs(60));
+        wait_converged(&cluster, nodes.into(), Duration::from_secs(60));
+        cluster
     }
 
     fn node_script(&self, action: &str, node: u8) -> Command {
@@ -151,31 +166,38 @@ impl Cluster {
         args.extend(names);
         self.kubectl(&args).map(drop)
     }
+}
 
-    /// What one sees who comes to help: nodes, Plat's objects, pods, events, and the ends of Plat's logs.
-    pub fn diagnosis(&self) -> String {
-        let mut text = String::new();
-        for args in [
-            &["get", "nodes", "-o", "wide"][..],
-            &["get", "clustercidrs,podcidrs,nodenetworks", "-o", "wide"],
-            &["get", "pods", "-A", "-o", "wide"],
-            &["get", "events", "-A", "--sort-by=.lastTimestamp"],
-            &[
-                "-n",
-                "plat-system",
-                "logs",
-                "--tail=30",
-                "--prefix",
-                "-l",
-                "app.kubernetes.io/name=plat",
-                "--all-containers",
-            ],
-        ] {
-            let said = self.kubectl(args).unwrap_or_else(|e| format!("{e:#}"));
-            let _ = writeln!(text, "--- kubectl {}\n{}", args.join(" "), said.trim_end());
-        }
-        text
+/// What one sees who comes to help: nodes, Plat's objects, pods, Events, and the ends of Plat's logs.
+fn diagnosis(name: &str, run: &Path) -> String {
+    let plat = ["-n", "plat-system", "logs", "--tail=30", "--prefix", "-l", "app.kubernetes.io/name=plat"];
+    let mut text = String::new();
+    for args in [
+        &["get", "nodes", "-o", "wide"][..],
+        &["get", "clustercidrs,podcidrs,nodenetworks", "-o", "wide"],
+        &["get", "pods", "-A", "-o", "wide"],
+        &["get", "events", "-A", "--sort-by=.metadata.creationTimestamp"],
+        &plat,
+    ] {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{name}-cp")).arg("--").arg(tools().join("kubectl"));
+        command.arg("--kubeconfig").arg(run.join("admin.kubeconfig")).arg("--request-timeout=5s").args(args);
+        let said = output(&mut command).unwrap_or_else(|e| format!("{e:#}"));
+        let lines: Vec<_> = said.lines().collect();
+        let last = &lines[lines.len().saturating_sub(60)..];
+        let _ = writeln!(text, "--- kubectl {}\n{}", args.join(" "), last.join("\n"));
     }
+    text
+}
+
+/// Prints the cluster's state when a test panics, as the cluster is gone by the time that anyone looks.
+fn diagnose_panics(name: &str, run: &Path) {
+    let (name, run) = (name.to_owned(), run.to_owned());
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        eprintln!("{}", diagnosis(&name, &run));
+    }));
 }
 
 impl Deref for Cluster {
@@ -237,6 +259,11 @@ impl Pod {
 /// The InternalIP (IPv4) of node `n<node>`.
 pub fn node_ip(node: u8) -> IpAddr {
     IpAddr::from([172, 30, 0, 10 + node])
+}
+
+/// The InternalIPs of node `n<node>`, IPv4 first.
+pub fn node_ips(node: u8) -> [IpAddr; 2] {
+    [node_ip(node), IpAddr::from([0xfd00, 0x30, 0, 0, 0, 0, 0, 16 + u16::from(node)])]
 }
 
 /// The items of a list.

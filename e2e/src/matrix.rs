@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use plat_rig::reach::{Reached, Seen};
 
-use crate::cluster::{Cluster, Pod, node_ip};
+use crate::cluster::{Cluster, Pod, node_ips};
 use crate::testbed::images;
+use crate::wait::{holds, wait_until};
 
-/// An address that is neither node, pod nor Service, behind the nodes' default gateway.
-pub const OUTSIDE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+/// Addresses that are neither node, pod nor Service, behind the nodes' default gateway (RFC 5737, RFC 3849).
+const OUTSIDE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 /// Where the server outside the cluster listens.
 const OUTSIDE_PORT: u16 = 8080;
 
@@ -91,7 +94,7 @@ pub struct Matrix<'a> {
     pods: Vec<Pod>,
     /// A pod with the node's network on each node.
     hosts: Vec<Pod>,
-    services: BTreeMap<String, IpAddr>,
+    services: BTreeMap<String, Vec<IpAddr>>,
     outside: Child,
 }
 
@@ -104,13 +107,27 @@ impl<'a> Matrix<'a> {
         let mut addresses = BTreeMap::new();
         for pod in pods {
             let service = cluster.get(&["service", &pod.name])?;
-            let ip = service["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse().ok());
-            addresses.insert(pod.name.clone(), ip.with_context(|| format!("{service} has no address"))?);
+            let ips = service["spec"]["clusterIPs"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let ips: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
+            ensure!(!ips.is_empty(), "{service} has no address");
+            addresses.insert(pod.name.clone(), ips);
         }
         let probe = images().join("bin/probe");
         let mut outside = cluster.command(&probe.to_string_lossy());
         let outside = outside.args(["serve", &OUTSIDE_PORT.to_string()]).stdout(Stdio::null()).spawn()?;
         Ok(Matrix { cluster, pods: pods.to_vec(), hosts: hosts.to_vec(), services: addresses, outside })
+    }
+
+    /// Tries every way until all are right, at most that long; how many were tried.
+    ///
+    /// # Panics
+    /// At the deadline, with the ways that are wrong.
+    #[track_caller]
+    pub fn wait_all_right(&self, what: &str, deadline: Duration) -> usize {
+        wait_until(&format!("every way is open {what}"), deadline, || {
+            let checks = self.check().map_err(|e| format!("{e:#}"))?;
+            holds(faults(&checks).is_empty(), faults(&checks).join("\n")).map(|()| checks.len())
+        })
     }
 
     /// Tries every way once.
@@ -130,67 +147,81 @@ impl<'a> Matrix<'a> {
 
     fn ask_from_pod(&self, pod: &Pod) -> Result<Vec<Check>> {
         let mut targets = Vec::new();
-        for other in &self.pods {
-            let same = other.node == pod.node;
-            targets.push(Target {
-                server: (other.ip(), other.port).into(),
-                to: other.name.clone(),
-                way: if same { Way::PodToPodSameNode } else { Way::PodToPodOtherNode },
-                host: Some(other.name.clone()),
-                source: Source::Exactly(pod.ip()),
-            });
-            let hairpin = other.name == pod.name;
-            targets.push(Target {
-                server: (self.services.get(&other.name).copied().unwrap_or(OUTSIDE), 80).into(),
-                to: format!("Service of {}", other.name),
-                way: match (hairpin, same) {
-                    (true, _) => Way::ServiceHairpin,
-                    (false, true) => Way::ServiceSameNode,
-                    (false, false) => Way::ServiceOtherNode,
-                },
-                host: Some(other.name.clone()),
-                source: if hairpin { Source::Any } else { Source::Exactly(pod.ip()) },
-            });
+        // Whoever has two addresses is asked on both, and must be seen by the one of that family.
+        for own in &pod.ips {
+            targets.extend(self.pods.iter().flat_map(|other| self.pod_and_service(pod, *own, other)));
+            for host in &self.hosts {
+                targets.extend(of_family(&node_ips(host.node), own).map(|ip| Target {
+                    server: (ip, host.port).into(),
+                    to: format!("n{}", host.node),
+                    way: Way::PodToNode,
+                    host: Some(format!("n{}", host.node)),
+                    source: Source::Exactly(*own),
+                }));
+            }
+            targets.extend(of_family(&OUTSIDE, own).map(|ip| Target {
+                server: (ip, OUTSIDE_PORT).into(),
+                to: "outside".to_owned(),
+                way: Way::PodToOutside,
+                host: None,
+                source: Source::OneOf(of_family(&node_ips(pod.node), own).collect()),
+            }));
         }
-        for host in &self.hosts {
-            targets.push(Target {
-                server: (node_ip(host.node), host.port).into(),
-                to: format!("n{}", host.node),
-                way: Way::PodToNode,
-                host: Some(format!("n{}", host.node)),
-                source: Source::Exactly(pod.ip()),
-            });
-        }
-        targets.push(Target {
-            server: (OUTSIDE, OUTSIDE_PORT).into(),
-            to: "outside".to_owned(),
-            way: Way::PodToOutside,
-            host: None,
-            source: Source::Exactly(node_ip(pod.node)),
-        });
         let mut command = self.cluster.kubectl_command();
         command.args(["exec", &pod.name, "--", "probe", "reach"]);
         ask(&mut command, &pod.name, targets)
     }
 
+    fn pod_and_service(&self, pod: &Pod, own: IpAddr, other: &Pod) -> Vec<Target> {
+        let same = other.node == pod.node;
+        let hairpin = other.name == pod.name;
+        let to_pod = of_family(&other.ips, &own).map(|ip| Target {
+            server: (ip, other.port).into(),
+            to: other.name.clone(),
+            way: if same { Way::PodToPodSameNode } else { Way::PodToPodOtherNode },
+            host: Some(other.name.clone()),
+            source: Source::Exactly(own),
+        });
+        let services = self.services.get(&other.name).map(Vec::as_slice).unwrap_or_default();
+        let to_service = of_family(services, &own).map(|ip| Target {
+            server: (ip, 80).into(),
+            to: format!("Service of {}", other.name),
+            way: match (hairpin, same) {
+                (true, _) => Way::ServiceHairpin,
+                (false, true) => Way::ServiceSameNode,
+                (false, false) => Way::ServiceOtherNode,
+            },
+            host: Some(other.name.clone()),
+            source: if hairpin { Source::Any } else { Source::Exactly(own) },
+        });
+        to_pod.chain(to_service).collect()
+    }
+
     fn ask_from_node(&self, host: &Pod) -> Result<Vec<Check>> {
         let own = self.cluster.on_node(host.node, "ip -o addr | awk '{print $4}'")?;
         let own: Vec<IpAddr> = own.lines().filter_map(|a| a.split('/').next()?.parse().ok()).collect();
-        let targets = self.pods.iter().map(|pod| Target {
-            server: (pod.ip(), pod.port).into(),
-            to: pod.name.clone(),
-            way: Way::NodeToPod,
-            host: Some(pod.name.clone()),
-            source: if pod.node == host.node {
-                Source::OneOf(own.clone())
-            } else {
-                Source::Exactly(node_ip(host.node))
-            },
+        let targets = self.pods.iter().flat_map(|pod| {
+            pod.ips.iter().map(|ip| Target {
+                server: (*ip, pod.port).into(),
+                to: pod.name.clone(),
+                way: Way::NodeToPod,
+                host: Some(pod.name.clone()),
+                source: match pod.node == host.node {
+                    true => Source::OneOf(own.clone()),
+                    false => Source::OneOf(of_family(&node_ips(host.node), ip).collect()),
+                },
+            })
         });
         let probe = images().join("bin/probe");
         let mut command = self.cluster.node_command(host.node, &probe.to_string_lossy());
         ask(command.arg("reach"), &format!("n{}", host.node), targets.collect())
     }
+}
+
+/// Those of `addresses` that are of the family of `like`.
+fn of_family<'a>(addresses: &'a [IpAddr], like: &IpAddr) -> impl Iterator<Item = IpAddr> + 'a {
+    let v4 = like.is_ipv4();
+    addresses.iter().copied().filter(move |ip| ip.is_ipv4() == v4)
 }
 
 impl Drop for Matrix<'_> {
@@ -203,7 +234,7 @@ impl Drop for Matrix<'_> {
 fn service(pod: &Pod) -> String {
     format!(
         "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\n\
-         spec: {{selector: {{app: {name}}}, ports: [{{port: 80, targetPort: {port}}}]}}\n",
+         spec: {{ipFamilyPolicy: PreferDualStack, selector: {{app: {name}}}, ports: [{{port: 80, targetPort: {port}}}]}}\n",
         name = pod.name,
         port = pod.port
     )
@@ -215,7 +246,7 @@ fn ask(command: &mut std::process::Command, from: &str, targets: Vec<Target>) ->
     let said = command.output()?;
     let lines = String::from_utf8_lossy(&said.stdout);
     let answers: Vec<Reached> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    anyhow::ensure!(
+    ensure!(
         answers.len() == targets.len(),
         "{command:?} answered {lines} {}",
         String::from_utf8_lossy(&said.stderr)

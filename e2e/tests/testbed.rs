@@ -243,6 +243,30 @@ fn nothing_is_left_when_the_scripts_are_interrupted_at_any_point() {
     }
 }
 
+/// The cgroup2 tree of a hybrid machine has no controllers, so no kubelet can run on it; boxes can.
+#[test]
+fn boxes_run_on_a_real_cgroup2_tree_and_leave_nothing_on_it() {
+    let root = Path::new("/sys/fs/cgroup/unified");
+    if !root.is_dir() {
+        println!("this machine is not hybrid: every other test runs on its only kind of tree");
+        return;
+    }
+    let run = repository().join("e2e/run/tree");
+    let script = |name: &str| {
+        let mut command = Command::new(repository().join("e2e/testbed").join(name));
+        command.env("TB", "tree").env("CGROUP_ROOT", root).env_remove("TB_RUN");
+        command
+    };
+    output(script("up.sh").arg("core")).unwrap();
+    let pid = fs::read_to_string(run.join("cp/pid")).unwrap();
+    let group = fs::read_to_string(format!("/proc/{}/cgroup", pid.trim())).unwrap();
+    assert!(group.lines().any(|line| line == "0::/testbed-tree/cp/init"), "{group}");
+    assert_eq!(fs::read_to_string(root.join("testbed-tree/cp/cgroup.procs")).unwrap(), "");
+    output(&mut script("down.sh")).unwrap();
+    assert!(!root.join("testbed-tree").exists());
+    assert_eq!(left_behind("tree", &run), Vec::<String>::new());
+}
+
 /// A pure cgroup2 machine cannot be had here: plain folders and files stand in for its tree, and what the
 /// functions would write is looked at. It says what they do, not that the kernel likes it.
 #[test]

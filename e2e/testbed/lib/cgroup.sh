@@ -3,7 +3,9 @@
 # is in the box's cgroup, which is how teardown finds it.
 #
 # Two kinds of machine: cgroup v1 or hybrid, one hierarchy per controller; and pure cgroup2, one tree in
-# which processes may sit only in leaves. The second kind is tested on a fake tree, not run here.
+# which processes may sit only in leaves. Of the second kind this is tested: the writes on a fake tree, and
+# boxes on the cgroup2 tree of a hybrid machine, which has no controllers. A kubelet on a pure cgroup2 machine
+# was not run.
 CGROUP_ROOT=${CGROUP_ROOT:-/sys/fs/cgroup}
 
 cgroup_is_pure_v2() { [[ -e $CGROUP_ROOT/cgroup.controllers ]]; }

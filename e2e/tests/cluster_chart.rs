@@ -1,0 +1,124 @@
+//! The chart through its life: on a one-node cluster with `--wait`, its own test, an upgrade of values and of a
+//! kind, and away again without a trace.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use plat_e2e::cluster::{Cluster, PodSpec, ProxyMode};
+use plat_e2e::plat::{block_of, wait_converged};
+use plat_e2e::testbed::{output, repository};
+use plat_e2e::traffic::{Traffic, assert_none_lost};
+use plat_e2e::wait_until;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a network plugin may leave on a node, as text that can be compared.
+fn traces(cluster: &Cluster, node: u8) -> BTreeMap<&'static str, String> {
+    // Addresses and routes that the kernel makes for eth0 and lo stay out of the way of ours.
+    let lines = [
+        ("links", "ip -o link show | awk '{print $2, $9}'"),
+        ("addresses", "ip -o addr show scope global | awk '{print $2, $4}'"),
+        ("routes", "ip route show table all; ip -6 route show table all | grep -v fe80"),
+        ("rules", "ip rule; ip -6 rule"),
+        ("nft", "nft list tables | grep -v kube-proxy; nft list ruleset | grep -c plat || true"),
+        ("files", "find /etc/cni /opt/cni /run/plat 2>/dev/null | sort"),
+        (
+            "sysctls",
+            "sysctl -a 2>/dev/null | grep -E '^net\\.ipv[46]\\.(ip_forward|conf\\.(all|default|eth0|lo)\\.)' | \
+            grep -vE 'stable_secret|mc_forwarding' | sort",
+        ),
+    ];
+    lines.into_iter().map(|(what, line)| (what, cluster.on_node(node, line).unwrap())).collect()
+}
+
+/// A copy of the chart whose PodCIDR has one more field, as a later version would.
+fn later_chart(cluster: &Cluster) -> PathBuf {
+    let copy = cluster.run_folder().join("later-chart");
+    output(Command::new("cp").arg("-r").arg(repository().join("charts/plat")).arg(&copy)).unwrap();
+    let path = copy.join("crd/crds.yaml");
+    let crds = fs::read_to_string(&path).unwrap();
+    let before = "                  mtu:\n";
+    assert!(crds.contains(before), "the CRD is laid out differently now");
+    let later = "                  zone:\n                    description: A field of a later version.\n                    \
+                 maxLength: 63\n                    type: string\n";
+    fs::write(&path, crds.replace(before, &format!("{later}{before}"))).unwrap();
+    copy
+}
+
+#[test]
+fn from_install_on_one_node_to_uninstall_without_a_trace() {
+    let cluster = Cluster::up(1, ProxyMode::Nftables).unwrap();
+    let before = traces(&cluster, 1);
+    cluster.install_plat(&["--wait", "--timeout", "90s"]).unwrap();
+    cluster.wait_nodes_ready(DEADLINE);
+    wait_converged(&cluster, 1, DEADLINE);
+
+    cluster.add_node(2).unwrap();
+    cluster.wait_nodes_ready(DEADLINE);
+    wait_converged(&cluster, 2, DEADLINE);
+    let said = cluster.helm(&["test", "plat", "-n", "plat-system", "--timeout", "90s"]).unwrap();
+    assert!(said.contains("Succeeded"), "{said}");
+
+    an_upgrade_of_values_and_of_a_kind_costs_no_datagram(&cluster);
+
+    cluster.delete_pods(&["a", "b"]).unwrap();
+    let chart = repository().join("charts/plat");
+    let chart = chart.to_str().unwrap();
+    cluster
+        .helm(&[
+            "upgrade",
+            "plat",
+            chart,
+            "-n",
+            "plat-system",
+            "--reuse-values",
+            "--set",
+            "cleanup=true",
+            "--wait",
+            "--timeout",
+            "90s",
+        ])
+        .unwrap();
+    cluster.helm(&["uninstall", "plat", "-n", "plat-system", "--wait", "--timeout", "60s"]).unwrap();
+    wait_until("n1 is as it was", DEADLINE, || {
+        let now = traces(&cluster, 1);
+        let differs: Vec<_> = before
+            .iter()
+            .filter(|(what, was)| now[*what] != **was)
+            .map(|(what, was)| format!("{what} were:\n{was}and are:\n{}", now[what]))
+            .collect();
+        plat_e2e::wait::holds(differs.is_empty(), differs.join("\n"))
+    });
+}
+
+fn an_upgrade_of_values_and_of_a_kind_costs_no_datagram(cluster: &Cluster) {
+    let pod = |name, node| PodSpec { name, node, host_network: false };
+    let pods = cluster.run_pods(&[pod("a", 1), pod("b", 2)], DEADLINE).unwrap();
+    let block = block_of(cluster, 1).unwrap().replace(['.', '/'], "-");
+    let mine = r#"{"spec":{"routing":{"metric":77}}}"#;
+    cluster.kubectl(&["patch", "podcidr", &block, "--type=merge", "-p", mine]).unwrap();
+
+    let traffic = Traffic::both_ways(cluster, &pods[0], &pods[1]).unwrap();
+    let later = later_chart(cluster);
+    let values = ["--set", "logLevel=debug,holdSeconds=120,operator.replicas=1"];
+    let mut args =
+        vec!["upgrade", "plat", later.to_str().unwrap(), "-n", "plat-system", "--wait", "--timeout", "90s"];
+    args.extend(values);
+    cluster.helm(&args).unwrap();
+    let args = cluster
+        .kubectl(&["-n", "plat-system", "get", "daemonset", "plat-agent", "-o", "jsonpath={..args}"])
+        .unwrap();
+    assert!(args.contains("--hold-seconds=120"), "{args}");
+    wait_until("the new field is there and users can set it", DEADLINE, || {
+        let with_zone = r#"{"spec":{"routing":{"zone":"a"}}}"#;
+        cluster.kubectl(&["patch", "podcidr", &block, "--type=merge", "-p", with_zone])?;
+        let routing = cluster.kubectl(&["get", "podcidr", &block, "-o", "jsonpath={.spec.routing}"])?;
+        anyhow::ensure!(routing == r#"{"metric":77,"zone":"a"}"#, "{routing}");
+        Ok::<_, anyhow::Error>(())
+    });
+    wait_converged(cluster, 2, DEADLINE);
+    assert_none_lost("helm upgrade", traffic);
+}
