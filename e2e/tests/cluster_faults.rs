@@ -52,8 +52,10 @@ struct Damage {
     doing: String,
     /// Shell line that succeeds once it is repaired.
     repaired: String,
-    /// Reason of the incident that the agent reports, and the operator's Event.
+    /// Reason of the incident that the agent reports, and of the operator's Event.
     reason: &'static str,
+    /// Label of the agent's metric.
+    kind: &'static str,
 }
 
 #[test]
@@ -68,33 +70,38 @@ fn damage_to_a_node_is_repaired_at_once_and_reported() {
             doing: format!("ip route del {other} proto 112"),
             repaired: format!("ip route show proto 112 | grep -q '^{other} via '"),
             reason: "RouteRestored",
+            kind: "kind=\"route\"",
         },
         Damage {
             what: "all nftables rules are flushed",
             doing: "nft flush ruleset".into(),
             repaired: "nft list table inet plat | grep -q masquerade".into(),
-            reason: "MasqueradeRestored",
+            reason: "NftRestored",
+            kind: "kind=\"nft\"",
         },
         Damage {
             what: "forwarding is switched off",
             doing: "sysctl -q -w net.ipv4.ip_forward=0".into(),
             repaired: "test $(sysctl -n net.ipv4.ip_forward) = 1".into(),
             reason: "SysctlRestored",
+            kind: "kind=\"sysctl\"",
         },
         Damage {
             what: "the conflist is deleted",
             doing: "rm /etc/cni/net.d/05-plat.conflist".into(),
             repaired: "test -s /etc/cni/net.d/05-plat.conflist".into(),
             reason: "ConflistRestored",
+            kind: "kind=\"conflist\"",
         },
         Damage {
             what: "the CNI binary is deleted",
             doing: "rm /opt/cni/bin/plat".into(),
             repaired: "test -x /opt/cni/bin/plat".into(),
             reason: "PluginRestored",
+            kind: "kind=\"plugin\"",
         },
     ] {
-        let Damage { what, doing, repaired, reason } = damage;
+        let Damage { what, doing, repaired, reason, kind } = damage;
         // One line, so that the gap is the node's own and not that of starting programs.
         let line = format!(
             "{doing}; begin=$(date +%s%N); for i in $(seq 2000); do if {repaired}; then \
@@ -105,7 +112,7 @@ fn damage_to_a_node_is_repaired_at_once_and_reported() {
         println!("figure: {what}: back after {} us", took.trim());
         wait_until(&format!("{what}: the agent counts it"), DEADLINE, || {
             let count =
-                metric(cluster, agent(1), "plat_agent_incidents_total", reason).map_err(|e| e.to_string())?;
+                metric(cluster, agent(1), "plat_agent_repairs_total", kind).map_err(|e| e.to_string())?;
             holds(count.is_some_and(|n| n >= 1.0), format!("{count:?}"))
         });
         wait_until(&format!("{what}: an Event says so"), DEADLINE, || {
