@@ -16,7 +16,7 @@ use plat_crds::{Block, Family};
 
 use crate::link::{self, Address, Link, LinkChange, Route};
 use crate::mac::{End, Mac};
-use crate::netlink::{self, Socket, created, deleted};
+use crate::netlink::{self, Message, Socket, created, deleted};
 use crate::sysctl::{self, Sysctls};
 
 /// What a bridge should be.
@@ -161,18 +161,19 @@ fn set_sysctls(sysctls: &Sysctls, name: &str) -> Result<bool, Error> {
 }
 
 /// Gives the bridge the gateway addresses and routes of these blocks that it lacks, and says which. Costs
-/// one exchange with the kernel if it lacks none.
+/// one exchange with the kernel, whether it lacks any or not.
 pub fn add_gateways(socket: &mut Socket, bridge: &Bridge, blocks: &[Block]) -> Result<Vec<String>, Error> {
+    let gateway = |block: &Block| link::new_address(bridge.index, host_net(block.gateway()), ROUTE_PROTOCOL);
+    let routes = block_routes(bridge.index, blocks);
+    // Addresses first: the routes name them as source.
+    let messages: Vec<Message> =
+        blocks.iter().map(gateway).chain(routes.iter().map(link::new_route)).collect();
+    let whats: Vec<String> =
+        messages.iter().map(|m| format!("{} of bridge {}", m.what(), bridge.name)).collect();
     let mut added = Vec::new();
-    for block in blocks {
-        let gateway = host_net(block.gateway());
-        if created(socket.request(link::new_address(bridge.index, gateway, ROUTE_PROTOCOL)))? {
-            added.push(format!("gave gateway {gateway} to bridge {}", bridge.name));
-        }
-    }
-    for route in block_routes(bridge.index, blocks) {
-        if created(socket.request(link::new_route(&route)))? {
-            added.push(format!("routed {} to bridge {}", route.destination, bridge.name));
+    for (what, outcome) in whats.into_iter().zip(socket.request_each(messages)?) {
+        if created(outcome)? {
+            added.push(what);
         }
     }
     Ok(added)

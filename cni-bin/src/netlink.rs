@@ -432,16 +432,28 @@ impl Socket {
     /// Sends messages in one go and reads every acknowledgement. The kernel goes on behind a failed one;
     /// the first error is returned, so this is for messages of which each is harmless without the others.
     pub fn request_all(&mut self, messages: Vec<Message>) -> Result<(), Error> {
+        self.request_each(messages)?.into_iter().collect()
+    }
+
+    /// Sends messages in one go and returns each one's outcome, in order.
+    pub fn request_each(&mut self, messages: Vec<Message>) -> Result<Vec<Result<(), Error>>, Error> {
         self.exchange(messages, |_| ())
     }
 
     /// Sends one message; hands what comes back besides the acknowledgement (the object of a get, or the
     /// [`ECHO`] of a new one) to `each`.
     pub fn ask(&mut self, message: Message, each: impl FnMut(Received<'_>)) -> Result<(), Error> {
-        self.exchange(vec![message], each)
+        self.exchange(vec![message], each)?.into_iter().collect()
     }
 
-    fn exchange(&mut self, messages: Vec<Message>, mut each: impl FnMut(Received<'_>)) -> Result<(), Error> {
+    fn exchange(
+        &mut self,
+        messages: Vec<Message>,
+        mut each: impl FnMut(Received<'_>),
+    ) -> Result<Vec<Result<(), Error>>, Error> {
+        if messages.is_empty() {
+            return Ok(Vec::new());
+        }
         let whats: Vec<String> = messages.iter().map(|m| m.what().to_owned()).collect();
         let first = self.sequence.wrapping_add(1);
         let mut out = Vec::new();
@@ -451,29 +463,26 @@ impl Socket {
         }
         let all = whats.join(", ");
         self.send(&out, &all)?;
-        let mut failure = None;
-        let mut open = whats.len();
-        while open > 0 {
+        let mut outcomes: Vec<Option<Result<(), Error>>> = whats.iter().map(|_| None).collect();
+        while outcomes.iter().any(Option::is_none) {
             let length = self.receive(&all)?;
             for received in split(self.buffer.get(..length).unwrap_or_default()) {
                 let index = usize::try_from(received.sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
-                let Some(what) = whats.get(index) else { continue };
+                let (Some(what), Some(outcome)) = (whats.get(index), outcomes.get_mut(index)) else {
+                    continue;
+                };
                 if received.kind != MSG_ERROR {
                     each(received);
                     continue;
                 }
-                open -= 1;
                 let answer = read_answer(&received).ok_or_else(|| Error::Malformed { what: what.clone() })?;
-                if let Some(errno) = answer.errno {
-                    failure.get_or_insert(Error::Refused {
-                        what: what.clone(),
-                        errno,
-                        detail: answer.detail,
-                    });
-                }
+                *outcome = Some(match answer.errno {
+                    Some(errno) => Err(Error::Refused { what: what.clone(), errno, detail: answer.detail }),
+                    None => Ok(()),
+                });
             }
         }
-        failure.map_or(Ok(()), Err)
+        Ok(outcomes.into_iter().flatten().collect())
     }
 
     /// Sends a get request for all objects and returns what `read` makes of each. Read again from the

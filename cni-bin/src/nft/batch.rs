@@ -146,6 +146,13 @@ impl Batch {
         self.elements(set, elements, DELETE_ELEMENTS, 0, "delete");
     }
 
+    /// `flush set`: deletes its elements.
+    pub fn flush_set(&mut self, set: &Set) {
+        self.message(DELETE_ELEMENTS, 0, &set.table, format!("flush set {} {}", set.table, set.name))
+            .attr_str(1, &set.table.name)
+            .attr_str(2, &set.name);
+    }
+
     /// Fills a set made by [`Set::prefixes`]: sorted, and merged where prefixes overlap or touch.
     pub fn add_prefixes(&mut self, set: &Set, prefixes: &[Block]) {
         for family in plat_crds::Family::ALL {

@@ -72,6 +72,11 @@ impl Rule {
         &self.text
     }
 
+    /// The chain's name.
+    pub fn chain(&self) -> &str {
+        &self.chain
+    }
+
     /// The rule's instructions; two rules do the same if these are equal.
     pub fn expressions(&self) -> &[Expr] {
         &self.expressions

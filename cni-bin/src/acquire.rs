@@ -1,0 +1,236 @@
+//! The addresses of a pod: chosen and recorded under the lease store's lock, or asked from another IPAM
+//! plugin; confirmed once the pod's link exists; released.
+
+use std::net::IpAddr;
+
+use plat_crds::Block;
+use plat_crds::lease::{HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
+
+use crate::add::Done;
+use crate::boot::{boot_ms, since_now};
+use crate::call::Call;
+use crate::config::{Attachment, Dns, IpamKind};
+use crate::error::{Code, Error};
+use crate::link::Link;
+use crate::netns::Netns;
+use crate::pool::{self, Chosen, Source, StoreView};
+use crate::reply::Ip;
+use crate::store::{Held, Survey};
+use crate::wire::{self, PodNet, Style};
+use crate::{delegate, store};
+
+/// What a pod was given.
+#[derive(Debug)]
+pub struct Given {
+    /// Addresses and routes.
+    pub net: PodNet,
+    /// How the addresses sit on the link.
+    pub style: Style,
+    /// Resolvers that the IPAM part names.
+    pub dns: Dns,
+    /// The lease as it stands in the store.
+    pub lease: Lease,
+    /// The node's blocks, whose gateways belong onto the bridge.
+    pub blocks: Vec<Block>,
+    /// MTU in bytes where the configuration does not say.
+    pub mtu: Option<u32>,
+}
+
+/// Gives the pod its addresses, by whatever way the configuration says, and records the lease.
+pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Done) -> Result<Given, Error> {
+    match call.network.ipam.clone() {
+        IpamKind::Blocks => from_blocks(call, conf, netns.id(), done),
+        IpamKind::Ranges => {
+            let source = Source { pool: Pool::Ranges, sets: conf.ranges.clone() };
+            let (lease, chosen) = reserve(call, conf, &source, netns.id(), done)?;
+            let net = PodNet::leased(&chosen, Style::Subnet, &conf.bridge, &conf.routes);
+            Ok(Given { dns: conf.ipam_dns.clone(), ..given(net, Style::Subnet, lease) })
+        }
+        IpamKind::Delegated(plugin) => from_delegate(call, conf, &plugin, netns.id(), done),
+        IpamKind::None => {
+            // Without an address there still is a link, which DEL finds by the lease.
+            let lease = blank_lease(call, netns.id(), Pool::Delegated);
+            record(call, &lease, done)?;
+            Ok(given(PodNet::default(), Style::Subnet, lease))
+        }
+    }
+}
+
+fn given(net: PodNet, style: Style, lease: Lease) -> Given {
+    Given { net, style, dns: Dns::default(), lease, blocks: Vec::new(), mtu: None }
+}
+
+fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Done) -> Result<Given, Error> {
+    let file = pool::read_blocks(&call.network.run_dir)?;
+    let source = pool::from_blocks(&file, &call.boot, boot_ms())?;
+    let (lease, chosen) = reserve(call, conf, &source, netns, done)?;
+    let net = PodNet::leased(&chosen, Style::Host, &conf.bridge, &conf.routes);
+    let dns = conf.ipam_dns.clone();
+    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, Style::Host, lease) })
+}
+
+fn from_delegate(
+    call: &mut Call,
+    conf: &Attachment,
+    plugin: &str,
+    netns: NetnsId,
+    done: &mut Done,
+) -> Result<Given, Error> {
+    // From now on its DEL is due, also if its ADD fails half way.
+    done.delegated = Some(plugin.to_owned());
+    let reply = delegate::add(plugin, &call.plugin_path, &call.input, call.network.version)?;
+    let net = PodNet::delegated(reply.ips, reply.routes, &conf.bridge);
+    let leased = |ip: &Ip| LeasedAddress {
+        address: ip.address.addr(),
+        subnet_length: ip.address.prefix_len(),
+        masquerade: conf.bridge.ip_masq,
+    };
+    let addresses = net.ips.iter().map(leased).collect();
+    let lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
+    record(call, &lease, done)?;
+    Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, lease) })
+}
+
+/// Chooses addresses and records them, under one lock.
+fn reserve(
+    call: &mut Call,
+    conf: &Attachment,
+    source: &Source,
+    netns: NetnsId,
+    done: &mut Done,
+) -> Result<(Lease, Vec<Chosen>), Error> {
+    let mut lease = blank_lease(call, netns, source.pool.clone());
+    let pool = lease.pool_id();
+    let mut store = call.lock()?;
+    let survey = store.survey(&lease.container_id, &lease.ifname)?;
+    refuse_second(&survey, &lease)?;
+    let sets = 0..u32::try_from(source.sets.len()).unwrap_or(u32::MAX);
+    let cursors: Vec<Option<IpAddr>> = sets.map(|set| store.cursor(pool, set)).collect::<Result<_, _>>()?;
+    let view = StoreView { survey: &survey, pool, cursors };
+    let chosen = pool::choose(source, &conf.requested_ips, &view)?;
+    let leased = |c: &Chosen| LeasedAddress {
+        address: c.address,
+        subnet_length: c.range.subnet.prefix_len(),
+        masquerade: conf.bridge.ip_masq,
+    };
+    lease.addresses = chosen.iter().map(leased).collect();
+    store.insert(&survey, &lease)?;
+    for (set, picked) in (0..).zip(&chosen).filter(|(_, c)| !c.requested) {
+        // A lost cursor costs only the order in which addresses come back; the lease stands.
+        let _ = store.set_cursor(pool, set, picked.address);
+    }
+    done.leased = true;
+    Ok((lease, chosen))
+}
+
+/// Records a lease whose addresses, if any, others chose.
+fn record(call: &mut Call, lease: &Lease, done: &mut Done) -> Result<(), Error> {
+    let mut store = call.lock()?;
+    let survey = store.survey(&lease.container_id, &lease.ifname)?;
+    refuse_second(&survey, lease)?;
+    store.insert(&survey, lease)?;
+    done.leased = true;
+    Ok(())
+}
+
+fn refuse_second(survey: &Survey, lease: &Lease) -> Result<(), Error> {
+    if !survey.has_lease() {
+        return Ok(());
+    }
+    let msg = format!("container {} already has a lease for {}", lease.container_id, lease.ifname);
+    Err(Error::because(Code::Exists, msg, "a DEL must come before another ADD"))
+}
+
+fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
+    let container = &call.container;
+    Lease {
+        container_id: container.id.clone(),
+        ifname: container.ifname.clone(),
+        network: Some(call.network.name.clone()),
+        pool,
+        addresses: Vec::new(),
+        veth: HostVeth { name: wire::host_name(&container.id, &container.ifname, 0), index: 0 },
+        netns: Some(netns),
+        since: since_now(),
+        other: Vec::new(),
+    }
+}
+
+/// Writes the pod's link into its lease, and makes sure that the lease still stands: someone may have
+/// removed the store while we worked, and the next one rebuilt it when our link was not there yet to prove
+/// our addresses. Whoever has them now keeps them.
+pub fn confirm(call: &mut Call, lease: &Lease, host: &Link) -> Result<(), Error> {
+    let lease = Lease { veth: HostVeth { name: host.name.clone(), index: host.index }, ..lease.clone() };
+    let mut store = call.lock()?;
+    let found = store.find(&lease.container_id, &lease.ifname)?;
+    let stands = found.as_ref().is_some_and(|held| held.lease.since == lease.since);
+    if !stands && let Some(other) = store.leases()?.iter().find(|held| contradicts(&lease, &held.lease)) {
+        let msg = "the lease store was removed meanwhile, and an address given to another pod";
+        let why = format!("container {} has it now; try again", other.lease.container_id);
+        return Err(Error::because(Code::TryAgain, msg, why));
+    }
+    match found {
+        Some(held) => store.replace(&Held { slot: held.slot, lease })?,
+        None => {
+            let survey = store.survey(&lease.container_id, &lease.ifname)?;
+            store.insert(&survey, &lease)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether another container's lease holds one of our addresses. Pure.
+fn contradicts(ours: &Lease, other: &Lease) -> bool {
+    let same_container = (&ours.container_id, &ours.ifname) == (&other.container_id, &other.ifname);
+    let same_pool = ours.pool_id() == other.pool_id() || other.pool_id() == PoolId::UNKNOWN;
+    let shared = ours.addresses.iter().any(|a| other.addresses.iter().any(|b| a.address == b.address));
+    !same_container && same_pool && shared && ours.pool != Pool::Delegated
+}
+
+/// Ends the container's lease. One that does not exist, or a store that does not, is fine.
+pub fn release(call: &mut Call) -> Result<(), store::Error> {
+    let container = call.container.clone();
+    let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
+    match store.find(&container.id, &container.ifname)? {
+        Some(held) => store.remove(held.slot),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plat_crds::lease::Since;
+
+    fn lease(id: &str, pool: Pool, address: &str) -> Lease {
+        Lease {
+            container_id: id.into(),
+            ifname: "eth0".into(),
+            network: Some("n".into()),
+            pool,
+            addresses: vec![LeasedAddress {
+                address: address.parse().unwrap(),
+                subnet_length: 24,
+                masquerade: false,
+            }],
+            veth: HostVeth::default(),
+            netns: None,
+            since: Since::default(),
+            other: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn only_another_containers_lease_of_the_same_address_and_pool_contradicts() {
+        let ours = lease("a", Pool::Blocks, "10.1.0.2");
+        for (other, expected) in [
+            (lease("b", Pool::Blocks, "10.1.0.2"), true),
+            (lease("b", Pool::Unknown, "10.1.0.2"), true),
+            (lease("a", Pool::Unknown, "10.1.0.2"), false),
+            (lease("b", Pool::Blocks, "10.1.0.3"), false),
+            (lease("b", Pool::Ranges, "10.1.0.2"), false),
+        ] {
+            assert_eq!(contradicts(&ours, &other), expected, "{other:?}");
+        }
+    }
+}

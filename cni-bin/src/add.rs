@@ -1,0 +1,141 @@
+//! ADD: lease, wire, reply. If anything fails on the way, everything is undone.
+//!
+//! The lease comes first ([`crate::acquire`]), so that a process that is killed leaves at worst a lease
+//! without a link, which a DEL or the agent's sweep ends, and never a link with an address that another
+//! pod could get too. Then the link ([`crate::attach`]). Then the lease is confirmed: should the store have
+//! been deleted or rebuilt meanwhile, so that someone else has the address, this ADD gives way.
+
+use plat_crds::lease::LeasedAddress;
+
+use crate::acquire::{self, Given};
+use crate::attach::{self, Attached};
+use crate::call::Call;
+use crate::config::{Attachment, IpamKind};
+use crate::error::{Code, Error};
+use crate::fail;
+use crate::netns::Netns;
+use crate::reply::{Interface, Ip, Reply};
+use crate::{delegate, link, masq, netlink};
+
+/// What an ADD has done so far.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// The delegated IPAM plugin was asked.
+    pub delegated: Option<String>,
+    /// A lease stands in the store.
+    pub leased: bool,
+    /// The pod's link exists: number and name on the host.
+    pub link: Option<(u32, String)>,
+    /// These are masqueraded.
+    pub masqueraded: Vec<LeasedAddress>,
+}
+
+/// Connects a container; returns the result's text. What `done` says stands in kernel and store, also
+/// after an error: unless the result reaches the runtime, the caller must [`undo`] it.
+pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
+    if let Some(passed_on) = pass_through(call)? {
+        return Ok(passed_on);
+    }
+    let conf = Attachment::parse(&call.network, &call.container.args)?;
+    let netns = Netns::open(&call.container.netns)?;
+    refuse_host_netns(&netns)?;
+    fail::point("start")?;
+    let given = acquire::acquire(call, &conf, &netns, done)?;
+    fail::point("lease")?;
+    let attached = attach::attach(call, &conf, &given, &netns, done)?;
+    fail::point("attached")?;
+    masq::add(&given.lease.addresses)?;
+    done.masqueraded.clone_from(&given.lease.addresses);
+    fail::point("masquerade")?;
+    acquire::confirm(call, &given.lease, &attached.host)?;
+    fail::point("confirm")?;
+    reply(call, conf, given, &attached).render(call.network.version)
+}
+
+/// Behind another interface plugin there is nothing for us to do: its result is passed on.
+fn pass_through(call: &Call) -> Result<Option<String>, Error> {
+    let previous = call.network.json.get("prevResult").object("prevResult")?;
+    if previous.is_null() {
+        return Ok(None);
+    }
+    let version = call.network.version;
+    if previous.get("cniVersion").text("cniVersion")? == version.text() {
+        // As it came, with keys that we do not know.
+        let text = serde_json::to_string(previous);
+        return text.map(Some).map_err(|e| Error::because(Code::Internal, "cannot pass prevResult on", e));
+    }
+    Reply::parse(previous, version)?.render(version).map(Some)
+}
+
+/// A path that leads to the host's own namespace is a mistake (a recycled `/proc/<pid>`), and acting on it
+/// would change the host's network. `CNI_NETNS_OVERRIDE` says that it is meant.
+fn refuse_host_netns(netns: &Netns) -> Result<(), Error> {
+    let meant = std::env::var("CNI_NETNS_OVERRIDE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
+    if meant || Netns::own()?.id() != netns.id() {
+        return Ok(());
+    }
+    let why = "it is the network namespace of the host, which this plugin runs in";
+    Err(Error::because(Code::Netns, "cannot use CNI_NETNS", why))
+}
+
+/// The result: bridge, host's end, pod's end, in this order, as chained plugins expect of a bridge plugin.
+fn reply(call: &Call, conf: Attachment, given: Given, attached: &Attached) -> Reply {
+    let end = |name: &str, mac: String, sandbox: &str, mtu: u32| Interface {
+        name: name.to_owned(),
+        mac,
+        sandbox: sandbox.to_owned(),
+        mtu: Some(mtu).filter(|mtu| *mtu != 0),
+    };
+    let bridge = &attached.bridge;
+    let bridge_mac = bridge.mac.map(|mac| mac.to_string()).unwrap_or_default();
+    let mtu = attached.host.mtu;
+    let interfaces = vec![
+        end(&bridge.name, bridge_mac, "", bridge.mtu),
+        end(&attached.host.name, attached.host_mac.to_string(), "", mtu),
+        end(&call.container.ifname, attached.pod_mac.to_string(), &call.container.netns, mtu),
+    ];
+    let pod = interfaces.len() - 1;
+    Reply {
+        ips: given.net.ips.into_iter().map(|ip| Ip { interface: Some(pod), ..ip }).collect(),
+        routes: given.net.routes,
+        dns: if conf.dns.is_empty() { given.dns } else { conf.dns },
+        interfaces,
+    }
+}
+
+/// Takes back what an ADD did, in reverse. Goes on after an error; what could not be taken back is
+/// returned in words.
+pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
+    let mut left = Vec::new();
+    if let Err(error) = masq::remove(&done.masqueraded) {
+        left.push(error.to_string());
+    }
+    let mut link_is_gone = true;
+    if let Some((index, name)) = done.link
+        && let Err(error) = netlink::deleted(call.host().request(link::delete_link(index, &name)))
+    {
+        // The address lives on behind that link: its lease must too.
+        link_is_gone = false;
+        left.push(error.to_string());
+    }
+    if done.leased
+        && link_is_gone
+        && let Err(error) = acquire::release(call)
+    {
+        left.push(error.to_string());
+    }
+    if let Some(plugin) = done.delegated
+        && let Err(error) = delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)
+    {
+        left.push(error.to_string());
+    }
+    left
+}
+
+/// The name of the delegated IPAM plugin, if there is one.
+pub fn delegate_of(call: &Call) -> Option<String> {
+    match &call.network.ipam {
+        IpamKind::Delegated(plugin) => Some(plugin.clone()),
+        _ => None,
+    }
+}

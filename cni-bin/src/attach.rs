@@ -1,0 +1,170 @@
+//! The pod's link: bridge, veth pair, addresses, routes, in few exchanges with the kernel.
+
+use std::os::fd::AsFd;
+
+use ipnet::IpNet;
+use plat_crds::names::veth_alias;
+use rustix::io::Errno;
+
+use crate::acquire::Given;
+use crate::add::Done;
+use crate::bridge::{self, Bridge};
+use crate::call::Call;
+use crate::config::Attachment;
+use crate::error::{Code, Error};
+use crate::fail;
+use crate::link::{self, Link, LinkChange, NewVeth};
+use crate::mac::Mac;
+use crate::netlink::{Protocol, Socket};
+use crate::netns::Netns;
+use crate::sysctl::Sysctls;
+use crate::wire::{self, Style};
+
+/// How many names a pod's link on the host may try.
+const NAME_TRIES: u32 = 10;
+
+/// What the pod hangs on.
+#[derive(Debug)]
+pub struct Attached {
+    /// The bridge.
+    pub bridge: Bridge,
+    /// The host's end of the link.
+    pub host: Link,
+    /// The hardware address of the host's end.
+    pub host_mac: Mac,
+    /// The hardware address of the pod's end.
+    pub pod_mac: Mac,
+}
+
+/// Connects the pod's namespace with the bridge and gives its interface what was acquired.
+pub fn attach(
+    call: &mut Call,
+    conf: &Attachment,
+    given: &Given,
+    netns: &Netns,
+    done: &mut Done,
+) -> Result<Attached, Error> {
+    let bridge = open_bridge(call, conf, given)?;
+    fail::point("bridge")?;
+    let attached = make_link(call, conf, given, netns, bridge, done)?;
+    fail::point("link")?;
+    mark_link(call, conf, &attached.host)?;
+    fail::point("alias")?;
+    configure_pod(call, given, netns, &attached.host)?;
+    Ok(attached)
+}
+
+/// Finds or makes the bridge, with the gateways that belong on it.
+fn open_bridge(call: &mut Call, conf: &Attachment, given: &Given) -> Result<Bridge, Error> {
+    let mtu = conf.bridge.mtu.or(given.mtu);
+    let spec = bridge::Spec { name: &conf.bridge.name, mtu, blocks: &given.blocks };
+    let bridge = bridge::open(call.host(), &Sysctls::default(), &spec)?;
+    bridge::add_gateways(call.host(), &bridge, &given.blocks)?;
+    if given.style == Style::Subnet && conf.bridge.is_gateway {
+        add_subnet_gateways(call, conf, given, &bridge)?;
+    }
+    if conf.bridge.promiscuous {
+        let change = LinkChange { promiscuous: Some(true), ..LinkChange::default() };
+        call.host().request(link::set_link(bridge.index, &bridge.name, &change))?;
+    }
+    Ok(bridge)
+}
+
+/// By hand, `isGateway` makes this host a router for the pod's subnets.
+fn add_subnet_gateways(
+    call: &mut Call,
+    conf: &Attachment,
+    given: &Given,
+    bridge: &Bridge,
+) -> Result<(), Error> {
+    for ip in &given.net.ips {
+        let Some(gateway) = ip.gateway else { continue };
+        let net = IpNet::new(gateway, ip.address.prefix_len()).unwrap_or(gateway.into());
+        bridge::add_subnet_gateway(call.host(), bridge, net, conf.bridge.force_address)?;
+        let switch = if gateway.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
+        Sysctls::default().ensure(switch, "1")?;
+    }
+    Ok(())
+}
+
+/// Makes the veth pair, one end in the pod's namespace, the other a port of the bridge.
+fn make_link(
+    call: &mut Call,
+    conf: &Attachment,
+    given: &Given,
+    netns: &Netns,
+    bridge: Bridge,
+    done: &mut Done,
+) -> Result<Attached, Error> {
+    let container = call.container.clone();
+    let (host_mac, pod_mac) = wire::macs(&container.id, &container.ifname, &given.net, conf.requested_mac);
+    for attempt in 0..NAME_TRIES {
+        let name = wire::host_name(&container.id, &container.ifname, attempt);
+        let veth = NewVeth {
+            host_name: &name,
+            host_mac,
+            pod_name: &container.ifname,
+            pod_mac,
+            mtu: conf.bridge.mtu.or(given.mtu),
+            bridge: Some(bridge.index),
+            pod_netns: netns.as_fd(),
+        };
+        let mut echo = None;
+        match call.host().ask(link::new_veth(&veth), |received| echo = link::read_link(&received)) {
+            Ok(()) => {}
+            // Either end's name may be taken. On the host's side another name will do.
+            Err(error) if error.errno() == Some(Errno::EXIST) => {
+                if link::link_by_name(call.host(), &name)?.is_some() {
+                    continue;
+                }
+                let msg = format!("interface {} exists already in {}", container.ifname, container.netns);
+                return Err(Error::because(Code::Exists, msg, "it is left as it is"));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // Kernels before 6.2 do not echo.
+        let host = match echo.filter(|link| link.peer.is_some()) {
+            Some(host) => host,
+            None => link::link_by_name(call.host(), &name)?.ok_or_else(|| vanished(&name))?,
+        };
+        done.link = Some((host.index, name));
+        return Ok(Attached { bridge, host, host_mac, pod_mac });
+    }
+    let msg = format!("no free name for the link of container {} on the host", container.id);
+    Err(Error::because(Code::Exists, msg, format!("{NAME_TRIES} were tried")))
+}
+
+fn vanished(name: &str) -> Error {
+    let why = "the pod's network namespace was removed meanwhile";
+    Error::because(Code::Kernel, format!("link {name} vanished"), why)
+}
+
+/// Writes who holds the link onto it: the kernel's own record of the lease. It must stand before the pod
+/// has an address, as it proves who has it. At the link's creation the kernel would ignore it.
+fn mark_link(call: &mut Call, conf: &Attachment, host: &Link) -> Result<(), Error> {
+    let alias = veth_alias(&call.container.id, &call.container.ifname);
+    let hairpin = conf.bridge.hairpin.then_some(true);
+    let change = LinkChange { alias: Some(&alias), hairpin, ..LinkChange::default() };
+    call.host().request(link::set_link(host.index, &host.name, &change))?;
+    // The host must not take a default route from a pod.
+    Ok(Sysctls::default().set(&format!("ipv6/conf/{}/accept_ra", host.name), "0")?)
+}
+
+/// Sysctls, then link up, addresses and routes: one visit to the pod's namespace, one exchange with its
+/// side of the kernel.
+fn configure_pod(call: &Call, given: &Given, netns: &Netns, host: &Link) -> Result<(), Error> {
+    let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
+    let ifname = &call.container.ifname;
+    let sysctls = wire::pod_sysctls(ifname, &given.net, given.style);
+    let mut pod = netns.inside(|| {
+        for (key, value) in &sysctls {
+            Sysctls::default().set(key, value)?;
+        }
+        Ok(Socket::open(Protocol::Route)?)
+    })?;
+    let up = LinkChange { up: Some(true), ..LinkChange::default() };
+    let mut messages = vec![link::set_link(peer, ifname, &up)];
+    messages.extend(given.net.ips.iter().map(|ip| link::new_address(peer, ip.address, 0)));
+    messages.extend(given.net.kernel_routes(peer).iter().map(link::new_route));
+    Ok(pod.request_all(messages)?)
+}

@@ -1,0 +1,71 @@
+//! Keys of the reference plugins that this one does not implement. Ignoring them would give a network that
+//! looks right and lacks what was asked for, so they are refused by name (code 2), unless they are set to
+//! what happens anyway.
+
+use crate::error::{Code, Error};
+use crate::json::Json;
+
+/// Key, and why it is refused.
+const KEYS: [(&str, &str); 8] = [
+    ("vlan", "VLAN filtering is not implemented; use a bridge per network"),
+    ("vlanTrunk", "VLAN filtering is not implemented; use a bridge per network"),
+    ("preserveDefaultVlan", "VLAN filtering is not implemented"),
+    ("macspoofchk", "checking of source addresses is not implemented yet"),
+    ("enabledad", "addresses are usable at once; the lease keeps them unique"),
+    ("portIsolation", "isolation of bridge ports is not implemented yet"),
+    ("disableContainerInterface", "the pod's interface is always up"),
+    ("datapath", "only the bridge exists so far"),
+];
+
+/// Refuses a configuration that sets one of them.
+pub fn check(json: &Json) -> Result<(), Error> {
+    for (key, why) in KEYS {
+        let value = json.get(key);
+        let is_default = match value {
+            Json::Null | Json::Bool(false) => true,
+            Json::Number(number) => number.as_f64() == Some(0.0),
+            Json::Text(text) => text.is_empty() || (key == "datapath" && text == "bridge"),
+            Json::List(list) => list.is_empty(),
+            Json::Bool(true) | Json::Object(_) => false,
+        };
+        if !is_default {
+            let msg = format!("unsupported key {key} with value {}", value.describe());
+            return Err(Error::because(Code::UnsupportedKey, msg, why));
+        }
+    }
+    match json.get("ipMasqBackend").text("ipMasqBackend")? {
+        "" | "nftables" => Ok(()),
+        other => {
+            let msg = format!("unsupported key ipMasqBackend with value {other:?}");
+            Err(Error::because(Code::UnsupportedKey, msg, "masquerading is done by nftables alone"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_is_not_implemented_is_refused_with_its_name_and_value() {
+        for (text, value) in [
+            (r#"{"vlan":100}"#, "100"),
+            (r#"{"vlanTrunk":[{"id":3}]}"#, "a list"),
+            (r#"{"MacSpoofChk":true}"#, "true"),
+            (r#"{"portIsolation":true}"#, "true"),
+            (r#"{"ipMasqBackend":"iptables"}"#, "\"iptables\""),
+            (r#"{"datapath":"routed"}"#, "\"routed\""),
+        ] {
+            let error = check(&Json::parse(text.as_bytes()).unwrap()).unwrap_err();
+            assert_eq!(error.code, 2);
+            assert!(error.msg.contains(value), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_happens_anyway_may_be_said() {
+        let text = r#"{"vlan":0,"vlanTrunk":[],"macspoofchk":false,"enabledad":null,"ipMasqBackend":"nftables",
+            "datapath":"bridge","unknown":{"a":1}}"#;
+        assert_eq!(check(&Json::parse(text.as_bytes()).unwrap()), Ok(()));
+    }
+}

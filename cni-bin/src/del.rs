@@ -1,0 +1,65 @@
+//! DEL: the link, then the lease; by container and interface alone, as often as the runtime likes.
+//!
+//! Missing interface, namespace, state, configuration of the ADD or `prevResult`: all fine. An error is
+//! returned only if something of ours remains and another try could help. It never contains "not found" or
+//! "no such file or directory": containerd takes those for success.
+
+use plat_crds::lease::Lease;
+
+use crate::acquire;
+use crate::add::delegate_of;
+use crate::call::Call;
+use crate::error::Error;
+use crate::fail;
+use crate::{delegate, teardown};
+
+/// Disconnects a container.
+pub fn del(call: &mut Call) -> Result<(), Error> {
+    disconnect(call).map_err(reword)
+}
+
+/// Takes the words out of an error that containerd would take for success.
+fn reword(error: Error) -> Error {
+    let calm = |text: String| {
+        ["not found", "no such file or directory", "No such file or directory"]
+            .iter()
+            .fold(text, |text, words| text.replace(words, "missing"))
+    };
+    Error { code: error.code, msg: calm(error.msg), details: calm(error.details) }
+}
+
+fn disconnect(call: &mut Call) -> Result<(), Error> {
+    let container = call.container.clone();
+    // A store that cannot be used now does not keep the link from going; its lease waits for another try.
+    let looked_up = find_lease(call);
+    let lease = looked_up.as_ref().ok().and_then(Option::as_ref).cloned();
+    fail::point("del-start")?;
+    teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref())?;
+    fail::point("del-link")?;
+    // Only now: an address must not be handed out while a link still has it.
+    looked_up?;
+    acquire::release(call)?;
+    fail::point("del-lease")?;
+    if let Some(plugin) = delegate_of(call) {
+        delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)?;
+    }
+    Ok(())
+}
+
+fn find_lease(call: &mut Call) -> Result<Option<Lease>, Error> {
+    let container = call.container.clone();
+    let Some(mut store) = call.lock_existing_store()? else { return Ok(None) };
+    Ok(store.find(&container.id, &container.ifname)?.map(|held| held.lease))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn an_error_does_not_look_like_success_to_containerd() {
+        let error = Error::because(Code::Delegate, "x: not found", "open /x: no such file or directory");
+        assert_eq!(reword(error).to_string(), "x: missing: open /x: missing");
+    }
+}

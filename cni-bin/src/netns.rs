@@ -1,0 +1,77 @@
+//! Network namespaces: the pod's, by the path that the runtime gives, and our own.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use plat_crds::lease::NetnsId;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::error::{Code, Error};
+
+/// `NSFS_MAGIC`: the file system type of a namespace's file.
+const NSFS: i64 = 0x6e73_6673;
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// An open network namespace; it lives as long as this.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    id: NetnsId,
+}
+
+impl Netns {
+    /// Opens the pod's namespace. A path that leads nowhere, or not to a network namespace, is an error
+    /// of its own (8), which tells the runtime what was wrong.
+    pub fn open(path: &str) -> Result<Netns, Error> {
+        let invalid = |why: String| Error::because(Code::Netns, format!("cannot use CNI_NETNS {path}"), why);
+        let netns = Netns::open_file(Path::new(path)).map_err(|e| invalid(e.kind().to_string()))?;
+        let magic = rustix::fs::fstatfs(&netns.file).map_err(|e| invalid(e.to_string()))?.f_type;
+        if magic != NSFS {
+            return Err(invalid("it is not a namespace".to_owned()));
+        }
+        Ok(netns)
+    }
+
+    /// The namespace that this thread is in.
+    pub fn own() -> Result<Netns, Error> {
+        Netns::open_file(Path::new(OWN))
+            .map_err(|e| Error::because(Code::Io, "cannot open the host's network namespace", e.kind()))
+    }
+
+    fn open_file(path: &Path) -> io::Result<Netns> {
+        let file = File::open(path)?;
+        let stat = rustix::fs::fstat(&file)?;
+        Ok(Netns { file, id: NetnsId { device: stat.st_dev, inode: stat.st_ino } })
+    }
+
+    /// Which namespace it is, as long as it is open.
+    pub fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// Runs `work` inside the namespace, on this thread, and comes back. Sockets that `work` opens stay
+    /// there, so it should do only what needs the thread itself: open them and write sysctls. Not being
+    /// able to come back is an error even if `work` went well: nothing that follows would be right.
+    pub fn inside<T>(&self, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        let own = Netns::own()?;
+        enter(self, "enter the pod's network namespace")?;
+        let result = work();
+        enter(&own, "leave the pod's network namespace")?;
+        result
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn enter(netns: &Netns, what: &str) -> Result<(), Error> {
+    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).map_err(|errno| {
+        let why = io::Error::from(errno).kind();
+        Error::because(Code::Netns, format!("cannot {what}"), why)
+    })
+}

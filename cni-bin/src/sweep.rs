@@ -1,0 +1,201 @@
+//! The sweep: ends leases whose link is gone. Runtimes lose DELs (they are killed, or a chained plugin's DEL
+//! keeps failing), and containerd never sends a GC; so the agent looks now and then.
+//!
+//! A lease is dead when the host's end of its link is gone at two sightings at least [`PATIENCE`] apart: an
+//! ADD that is under way has a lease and no link for some milliseconds. What is decided is decided by
+//! [`dead`], which is pure; [`Sweeper::sweep`] looks and acts.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use plat_crds::lease::{Lease, Since};
+use plat_crds::names::veth_alias;
+
+use crate::boot::{BootId, boot_ms};
+use crate::kernel::HostKernel;
+use crate::link::{self, Link};
+use crate::masq;
+use crate::store::{self, Missing, Store};
+
+/// How long a lease's link must have been gone.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Which lease: another one of the same container has another beginning.
+type Key = (String, String, Since);
+
+fn key(lease: &Lease) -> Key {
+    (lease.container_id.clone(), lease.ifname.clone(), lease.since)
+}
+
+/// When each lease was first seen without its link, in milliseconds of `CLOCK_BOOTTIME`.
+pub type Sightings = BTreeMap<Key, u64>;
+
+/// Why a sweep failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The lease store cannot be used.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The kernel would not say which links there are.
+    #[error(transparent)]
+    Netlink(#[from] crate::netlink::Error),
+}
+
+/// What a sweep saw and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Leases that stand.
+    pub leases: Vec<Lease>,
+    /// Leases that were ended.
+    pub ended: Vec<Lease>,
+    /// Leases whose link is gone, and which are ended if it still is next time.
+    pub suspected: usize,
+    /// Why the store was rebuilt, if it was.
+    pub rebuilt: Option<&'static str>,
+}
+
+/// Which of these leases are dead, and what to remember for the next sighting. `links` are the host's links
+/// now. Pure.
+pub fn dead(leases: &[Lease], links: &[Link], seen: &Sightings, now_ms: u64) -> (Vec<Lease>, Sightings) {
+    let aliases: HashSet<&str> = links.iter().filter_map(|l| l.alias.as_deref()).collect();
+    let known: HashSet<(&str, u32)> = links.iter().map(|l| (l.name.as_str(), l.index)).collect();
+    let lives = |lease: &Lease| {
+        aliases.contains(veth_alias(&lease.container_id, &lease.ifname).as_str())
+            || known.contains(&(lease.veth.name.as_str(), lease.veth.index))
+    };
+    let patience = u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX);
+    let (mut dead, mut suspected) = (Vec::new(), Sightings::new());
+    for lease in leases.iter().filter(|lease| !lives(lease)) {
+        let first = seen.get(&key(lease)).copied().unwrap_or(now_ms);
+        if now_ms.saturating_sub(first) >= patience {
+            dead.push(lease.clone());
+        } else {
+            suspected.insert(key(lease), first);
+        }
+    }
+    (dead, suspected)
+}
+
+/// Sweeps a lease store again and again; keeps the sightings in between.
+pub struct Sweeper {
+    store: Store,
+    boot: BootId,
+    kernel: HostKernel,
+    seen: Sightings,
+}
+
+impl Sweeper {
+    /// A sweeper of that store.
+    pub fn new(store: Store, boot: BootId, kernel: HostKernel) -> Sweeper {
+        Sweeper { store, boot, kernel, seen: Sightings::new() }
+    }
+
+    /// Looks at all leases and links, and ends the leases that are dead. `wait` bounds the wait for the
+    /// store's lock. A missing store has no leases, and stays missing.
+    pub fn sweep(&mut self, wait: Duration) -> Result<Report, Error> {
+        let (leases, rebuilt) = self.read(wait)?;
+        // Links are listed after the leases: a lease that is seen has had its link made, or will have.
+        let links = link::links(self.kernel.route(), Some("veth"))?;
+        let (dead, seen) = dead(&leases, &links, &self.seen, boot_ms());
+        self.seen = seen;
+        let ended = self.end(dead, wait)?;
+        let standing = leases.into_iter().filter(|l| !ended.iter().any(|e| key(e) == key(l))).collect();
+        Ok(Report { leases: standing, ended, suspected: self.seen.len(), rebuilt })
+    }
+
+    fn read(&mut self, wait: Duration) -> Result<(Vec<Lease>, Option<&'static str>), store::Error> {
+        let Some(mut locked) = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)? else {
+            return Ok((Vec::new(), None));
+        };
+        let leases = locked.leases()?.into_iter().map(|held| held.lease).collect();
+        Ok((leases, locked.repaired()))
+    }
+
+    fn end(&mut self, dead: Vec<Lease>, wait: Duration) -> Result<Vec<Lease>, store::Error> {
+        let mut ended = Vec::new();
+        for lease in dead {
+            let locked = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)?;
+            let Some(mut locked) = locked else { break };
+            match locked.find(&lease.container_id, &lease.ifname)? {
+                Some(held)
+                    if held.lease.since == lease.since
+                    // Rules left behind would speak of an address that another pod gets next.
+                    && masq::remove(&lease.addresses).is_ok() =>
+                {
+                    locked.remove(held.slot)?;
+                    ended.push(lease);
+                }
+                _ => {}
+            }
+        }
+        Ok(ended)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plat_crds::lease::{HostVeth, Pool};
+
+    fn lease(id: &str, since: u64) -> Lease {
+        Lease {
+            container_id: id.into(),
+            ifname: "eth0".into(),
+            network: None,
+            pool: Pool::Blocks,
+            addresses: vec![],
+            veth: HostVeth { name: format!("plat{id}"), index: 7 },
+            netns: None,
+            since: Since { boot_ms: since, unix_seconds: 0 },
+            other: vec![],
+        }
+    }
+
+    fn link(name: &str, index: u32, alias: Option<&str>) -> Link {
+        Link { name: name.into(), index, alias: alias.map(str::to_owned), ..Link::default() }
+    }
+
+    fn ids(leases: &[Lease]) -> Vec<&str> {
+        leases.iter().map(|l| l.container_id.as_str()).collect()
+    }
+
+    #[test]
+    fn a_lease_dies_only_when_its_link_is_gone_twice_ninety_seconds_apart() {
+        let leases = [lease("a", 1)];
+        let (now, seen) = dead(&leases, &[], &Sightings::new(), 1000);
+        assert_eq!((now.len(), seen.len()), (0, 1), "first sighting");
+        let (now, seen) = dead(&leases, &[], &seen, 1000 + 89_999);
+        assert_eq!((now.len(), seen.len()), (0, 1), "too soon");
+        let (now, seen) = dead(&leases, &[], &seen, 1000 + 90_000);
+        assert_eq!((ids(&now), seen.len()), (vec!["a"], 0));
+    }
+
+    #[test]
+    fn a_link_that_came_back_between_starts_the_count_anew() {
+        let leases = [lease("a", 1)];
+        let (_, seen) = dead(&leases, &[], &Sightings::new(), 0);
+        let (_, seen) = dead(&leases, &[link("platx", 9, Some("plat a eth0"))], &seen, 50_000);
+        assert!(seen.is_empty());
+        assert_eq!(dead(&leases, &[], &seen, 100_000).0, []);
+    }
+
+    #[test]
+    fn alias_alone_or_name_and_number_together_prove_life() {
+        let leases = [lease("a", 1)];
+        let long_gone = Sightings::from([(key(&leases[0]), 0)]);
+        for (links, alive) in [
+            (vec![link("renamed", 99, Some("plat a eth0"))], true),
+            (vec![link("plata", 7, None)], true),
+            (vec![link("plata", 8, None)], false),
+            (vec![link("plata", 8, Some("plat b eth0"))], false),
+        ] {
+            assert_eq!(dead(&leases, &links, &long_gone, 1 << 40).0.is_empty(), alive, "{links:?}");
+        }
+    }
+
+    #[test]
+    fn a_new_lease_of_the_same_container_is_not_the_old_one() {
+        let (_, seen) = dead(&[lease("a", 1)], &[], &Sightings::new(), 0);
+        assert_eq!(dead(&[lease("a", 2)], &[], &seen, 100_000).0, []);
+    }
+}

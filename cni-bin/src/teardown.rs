@@ -1,0 +1,76 @@
+//! Takes a pod's link and rules away, found by container and interface alone: the runtime may know neither
+//! namespace nor result any more. Used by DEL, GC and the agent's sweep.
+//!
+//! The pod's namespace is never entered and nothing in it touched: a path that was recycled could lead to
+//! the host's own. With the host's end of a veth the pod's end goes too.
+
+use plat_crds::lease::Lease;
+use plat_crds::names::veth_alias;
+
+use crate::link::{self, Link};
+use crate::netlink::{self, Socket};
+use crate::{kernel, masq, wire};
+
+/// Deletes the link, then the rules. What is not there is fine. The lease is the caller's, and may end only
+/// after this: its address lives as long as the link.
+pub fn teardown(
+    host: &mut Socket,
+    container_id: &str,
+    ifname: &str,
+    lease: Option<&Lease>,
+) -> Result<(), netlink::Error> {
+    let links = host_ends(host, container_id, ifname, lease)?;
+    // A lease that was lost is asked from the kernel, as long as the link is there to prove it.
+    let proven = match (lease, links.first()) {
+        (None, Some(link)) => kernel::prove(host, link),
+        _ => None,
+    };
+    for link in links {
+        netlink::deleted(host.request(link::delete_link(link.index, &link.name)))?;
+    }
+    masq::remove(lease.or(proven.as_ref()).map(|l| l.addresses.as_slice()).unwrap_or_default())
+}
+
+/// The host's end of a container's link: by the name in the lease, else by the name that it would have,
+/// else by its alias among all.
+fn host_ends(
+    host: &mut Socket,
+    container_id: &str,
+    ifname: &str,
+    lease: Option<&Lease>,
+) -> Result<Vec<Link>, netlink::Error> {
+    let alias = veth_alias(container_id, ifname);
+    let own_name = wire::host_name(container_id, ifname, 0);
+    let recorded = lease.map(|l| l.veth.name.as_str()).filter(|name| *name != own_name);
+    for name in recorded.into_iter().chain([own_name.as_str()]) {
+        if let Some(link) = link::link_by_name(host, name)?.filter(|link| is_end_of(link, &alias)) {
+            return Ok(vec![link]);
+        }
+    }
+    let marked = |link: &Link| link.alias.as_deref() == Some(&alias);
+    Ok(link::links(host, Some("veth"))?.into_iter().filter(marked).collect())
+}
+
+/// Whether a link that has our name for a container is that container's. One without alias was left by an
+/// ADD that was killed between making and marking it.
+fn is_end_of(link: &Link, alias: &str) -> bool {
+    link.kind.as_deref() == Some("veth") && link.alias.as_deref().is_none_or(|found| found == alias)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_marked_as_anothers_is_not_taken() {
+        let link = |kind: &str, alias: Option<&str>| Link {
+            kind: Some(kind.into()),
+            alias: alias.map(str::to_owned),
+            ..Link::default()
+        };
+        assert!(is_end_of(&link("veth", Some("plat a eth0")), "plat a eth0"));
+        assert!(is_end_of(&link("veth", None), "plat a eth0"));
+        assert!(!is_end_of(&link("veth", Some("plat b eth0")), "plat a eth0"));
+        assert!(!is_end_of(&link("bridge", None), "plat a eth0"));
+    }
+}

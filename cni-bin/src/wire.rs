@@ -1,0 +1,278 @@
+//! What a pod's network looks like, as values. Pure; [`crate::add`] makes it so, [`crate::check`] looks
+//! whether it still is.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use plat_crds::lease::key_hash;
+use plat_crds::{Block, Family};
+
+use crate::config::{BridgeConf, RouteConf};
+use crate::link::{Route, SCOPE_GLOBAL, SCOPE_LINK, TABLE_MAIN};
+use crate::mac::{End, Mac};
+use crate::pool::Chosen;
+use crate::reply::Ip;
+
+/// How a pod's addresses sit on its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// Each address alone (/32, /128), the gateway on the link, everything through the gateway. All
+    /// traffic passes the host's IP layer, also that between pods of one node: so Services work between
+    /// them whether `bridge-nf-call-iptables` is set or not.
+    Host,
+    /// Each address with its subnet's prefix, as the reference bridge plugin does.
+    Subnet,
+}
+
+/// A pod's addresses and routes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodNet {
+    /// The addresses, with their gateways.
+    pub ips: Vec<Ip>,
+    /// The routes, in an order in which the kernel takes them.
+    pub routes: Vec<RouteConf>,
+}
+
+impl PodNet {
+    /// The network of a pod that leased these addresses.
+    pub fn leased(chosen: &[Chosen], style: Style, conf: &BridgeConf, routes: &[RouteConf]) -> PodNet {
+        let ips = chosen
+            .iter()
+            .map(|c| Ip {
+                address: match style {
+                    Style::Host => IpNet::from(c.address),
+                    Style::Subnet => {
+                        IpNet::new(c.address, c.range.subnet.prefix_len()).unwrap_or(c.address.into())
+                    }
+                },
+                gateway: Some(c.range.gateway),
+                interface: None,
+            })
+            .collect();
+        let mut net = PodNet { ips, routes: Vec::new() };
+        match style {
+            Style::Host => net.add_host_routes(),
+            Style::Subnet => {}
+        }
+        net.routes.extend_from_slice(routes);
+        if style == Style::Subnet && conf.is_default_gateway {
+            net.add_default_routes();
+        }
+        net
+    }
+
+    /// The network of a pod whose addresses another IPAM plugin handed out.
+    pub fn delegated(ips: Vec<Ip>, routes: Vec<RouteConf>, conf: &BridgeConf) -> PodNet {
+        let mut net = PodNet { ips, routes };
+        if conf.is_gateway {
+            for ip in &mut net.ips {
+                ip.gateway = ip.gateway.or_else(|| first_host(ip.address));
+            }
+        }
+        if conf.is_default_gateway {
+            net.add_default_routes();
+        }
+        net
+    }
+
+    /// The gateway is on the link, all else behind it.
+    fn add_host_routes(&mut self) {
+        for gateway in self.ips.iter().filter_map(|ip| ip.gateway) {
+            let on_link = RouteConf {
+                scope: Some(u32::from(SCOPE_LINK)),
+                ..RouteConf::new(IpNet::from(gateway), None)
+            };
+            self.routes.push(on_link);
+            self.routes.push(RouteConf::new(everything(gateway), Some(gateway)));
+        }
+    }
+
+    /// A default route of each family, unless there is one with a gateway already.
+    fn add_default_routes(&mut self) {
+        let gateways: Vec<IpAddr> = self.ips.iter().filter_map(|ip| ip.gateway).collect();
+        for gateway in gateways {
+            let dst = everything(gateway);
+            if !self.routes.iter().any(|r| r.dst == dst && r.gw.is_some()) {
+                self.routes.push(RouteConf::new(dst, Some(gateway)));
+            }
+        }
+    }
+
+    /// The gateway for a route that names none: that of the first address of its family.
+    pub fn gateway_for(&self, route: &RouteConf) -> Option<IpAddr> {
+        let same = |gateway: &IpAddr| gateway.is_ipv4() == route.dst.addr().is_ipv4();
+        self.ips.iter().filter_map(|ip| ip.gateway).find(same)
+    }
+
+    /// The kernel's routes, for the pod's link of that number.
+    pub fn kernel_routes(&self, link: u32) -> Vec<Route> {
+        self.routes.iter().map(|route| self.kernel_route(route, link)).collect()
+    }
+
+    fn kernel_route(&self, route: &RouteConf, link: u32) -> Route {
+        let on_link = route.scope == Some(u32::from(SCOPE_LINK));
+        let gateway = route.gw.or_else(|| self.gateway_for(route).filter(|_| !on_link));
+        let default_scope = if gateway.is_some() { SCOPE_GLOBAL } else { SCOPE_LINK };
+        Route {
+            scope: route.scope.and_then(|s| u8::try_from(s).ok()).unwrap_or(default_scope),
+            table: route.table.unwrap_or(TABLE_MAIN),
+            metric: route.priority.unwrap_or(0),
+            mtu: route.mtu,
+            advmss: route.advmss,
+            ..Route::new(route.dst, gateway, link)
+        }
+    }
+
+    /// Whether it has an address of that family.
+    pub fn has(&self, family: Family) -> bool {
+        self.ips.iter().any(|ip| Family::of(&ip.address.addr()) == family)
+    }
+}
+
+fn everything(address: IpAddr) -> IpNet {
+    match address {
+        IpAddr::V4(_) => IpNet::new_assert([0; 4].into(), 0),
+        IpAddr::V6(_) => IpNet::new_assert([0; 16].into(), 0),
+    }
+}
+
+/// The first address of a subnet, which is its gateway where nobody says otherwise.
+fn first_host(address: IpNet) -> Option<IpAddr> {
+    Block::containing(address).host(plat_crds::block::GATEWAY_HOST)
+}
+
+/// The sysctls of a pod's link, as files below `/proc/sys/net` in the pod's namespace.
+pub fn pod_sysctls(ifname: &str, net: &PodNet, style: Style) -> Vec<(String, &'static str)> {
+    let mut sysctls = Vec::new();
+    let mut set = |key: String, value| sysctls.push((key, value));
+    // Another pod on the bridge must not be able to give this one a default route.
+    set(format!("ipv6/conf/{ifname}/accept_ra"), "0");
+    if net.has(Family::IPv6) {
+        // Runtimes switch IPv6 off by default in namespaces they make.
+        set("ipv6/conf/lo/disable_ipv6".to_owned(), "0");
+        set(format!("ipv6/conf/{ifname}/disable_ipv6"), "0");
+        // The lease has made sure that the address is the only one: it can be used at once.
+        set(format!("ipv6/conf/{ifname}/accept_dad"), "0");
+    }
+    if style == Style::Host {
+        // The host sees that a packet for another pod leaves by the bridge it came from, and tells the
+        // sender to go there directly (ICMP redirect). A pod that obeys goes past the host's IP layer from
+        // then on, and past the translation of Services with it. IPv4 obeys if either of the two says so.
+        set("ipv4/conf/all/accept_redirects".to_owned(), "0");
+        set(format!("ipv4/conf/{ifname}/accept_redirects"), "0");
+        if net.has(Family::IPv6) {
+            set(format!("ipv6/conf/{ifname}/accept_redirects"), "0");
+        }
+    }
+    sysctls
+}
+
+/// The name of a pod's link on the host. It follows from container and interface, so that a DEL finds the
+/// link without a lease; `attempt` gives another one when something has the name.
+pub fn host_name(container_id: &str, ifname: &str, attempt: u32) -> String {
+    let hash = key_hash(container_id, ifname).wrapping_add(u64::from(attempt).wrapping_mul(0x9e37_79b9));
+    format!("plat{:08x}", hash & u64::from(u32::MAX))
+}
+
+/// The hardware addresses of a pod's link: the host's end and the pod's. Both follow from the first
+/// address, or, without one, from container and interface.
+pub fn macs(container_id: &str, ifname: &str, net: &PodNet, requested: Option<Mac>) -> (Mac, Mac) {
+    let address = net.ips.first().map(|ip| ip.address.addr()).unwrap_or_else(|| {
+        let [_, _, _, _, a, b, c, d] = key_hash(container_id, ifname).to_be_bytes();
+        IpAddr::from([a, b, c, d])
+    });
+    (Mac::for_address(address, End::Host), requested.unwrap_or_else(|| Mac::for_address(address, End::Pod)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ranges::Range;
+
+    fn conf(is_default_gateway: bool) -> BridgeConf {
+        BridgeConf {
+            name: "cni0".into(),
+            is_gateway: is_default_gateway,
+            is_default_gateway,
+            force_address: false,
+            ip_masq: false,
+            mtu: None,
+            hairpin: false,
+            promiscuous: false,
+        }
+    }
+
+    fn chosen(address: &str, block: &str) -> Chosen {
+        let range = Range::of_block(block.parse().unwrap()).unwrap();
+        Chosen { address: address.parse().unwrap(), range, requested: false }
+    }
+
+    fn pods() -> [Chosen; 2] {
+        [chosen("10.244.3.7", "10.244.3.0/24"), chosen("fd00:3::7", "fd00:3::/64")]
+    }
+
+    fn shown(net: &PodNet) -> Vec<String> {
+        let route = |r: Route| {
+            let via = r.gateway.map(|g| format!(" via {g}")).unwrap_or_default();
+            format!("{}{via} scope {}", r.destination, r.scope)
+        };
+        net.ips
+            .iter()
+            .map(|ip| ip.address.to_string())
+            .chain(net.kernel_routes(2).into_iter().map(route))
+            .collect()
+    }
+
+    #[test]
+    fn from_blocks_a_pod_gets_lone_addresses_and_all_goes_through_the_gateway() {
+        let net = PodNet::leased(&pods(), Style::Host, &conf(false), &[]);
+        assert_eq!(
+            shown(&net),
+            [
+                "10.244.3.7/32",
+                "fd00:3::7/128",
+                "10.244.3.1/32 scope 253",
+                "0.0.0.0/0 via 10.244.3.1 scope 0",
+                "fd00:3::1/128 scope 253",
+                "::/0 via fd00:3::1 scope 0",
+            ]
+        );
+    }
+
+    #[test]
+    fn by_hand_a_pod_gets_its_subnet_and_the_routes_that_are_asked_for() {
+        let default = RouteConf::new("0.0.0.0/0".parse().unwrap(), None);
+        let net = PodNet::leased(&pods(), Style::Subnet, &conf(false), std::slice::from_ref(&default));
+        assert_eq!(shown(&net), ["10.244.3.7/24", "fd00:3::7/64", "0.0.0.0/0 via 10.244.3.1 scope 0"]);
+        // isDefaultGateway adds what no route with a gateway covers.
+        let own = RouteConf::new("0.0.0.0/0".parse().unwrap(), Some("10.244.3.9".parse().unwrap()));
+        let net = PodNet::leased(&pods(), Style::Subnet, &conf(true), &[own]);
+        assert_eq!(shown(&net)[2..], ["0.0.0.0/0 via 10.244.3.9 scope 0", "::/0 via fd00:3::1 scope 0"]);
+    }
+
+    #[test]
+    fn a_delegated_address_without_gateway_gets_the_first_of_its_subnet_if_we_are_the_gateway() {
+        let ip = || Ip { address: "10.5.0.7/24".parse().unwrap(), gateway: None, interface: None };
+        let net = PodNet::delegated(vec![ip()], vec![], &conf(true));
+        assert_eq!(shown(&net), ["10.5.0.7/24", "0.0.0.0/0 via 10.5.0.1 scope 0"]);
+        assert_eq!(PodNet::delegated(vec![ip()], vec![], &conf(false)).ips[0].gateway, None);
+    }
+
+    #[test]
+    fn redirects_are_refused_where_all_must_pass_the_host() {
+        let net = PodNet::leased(&pods(), Style::Host, &conf(false), &[]);
+        let keys: Vec<String> = pod_sysctls("eth0", &net, Style::Host).into_iter().map(|(k, _)| k).collect();
+        assert!(keys.contains(&"ipv4/conf/all/accept_redirects".to_owned()), "{keys:?}");
+        assert!(keys.contains(&"ipv6/conf/eth0/accept_redirects".to_owned()), "{keys:?}");
+        let by_hand = pod_sysctls("eth0", &net, Style::Subnet);
+        assert!(!by_hand.iter().any(|(k, _)| k.contains("redirects")), "{by_hand:?}");
+    }
+
+    #[test]
+    fn host_names_fit_the_kernel_and_differ_by_attempt() {
+        let names: Vec<String> = (0..4).map(|n| host_name("c1", "eth0", n)).collect();
+        assert!(names.iter().all(|n| n.len() == 12));
+        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+        assert_eq!(host_name("c1", "eth0", 0), names[0], "the same again");
+    }
+}
