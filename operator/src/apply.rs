@@ -1,0 +1,277 @@
+//! Executes steps. One function per step, no policy: what to do when something is in the way is the next
+//! plan's business. "Already so" is success.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use futures::StreamExt;
+use kube::core::DeserializeGuard;
+use plat_crds::cluster_cidr::ClusterCIDR;
+use plat_crds::names;
+use plat_crds::pod_cidr::PodCIDR;
+use serde_json::{Value, json};
+
+use crate::facts::{BlockFact, Name, RangeFact};
+use crate::server::{CallError, Patch, Preconditions, Server};
+use crate::step::{Kind, NewBlock, Step, Version, Why, block_patch, merge_patch};
+
+/// Calls in flight.
+const CONCURRENCY: usize = 64;
+/// After so many unknown outcomes in a row the API server is away: the rest of the pass waits.
+const GIVE_UP_AFTER: u32 = 8;
+
+/// What became of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// The step.
+    pub step: Step,
+    /// How it went.
+    pub outcome: Outcome,
+    /// What the answer teaches, before the watches show it.
+    pub learnt: Option<Learnt>,
+}
+
+/// How a step went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Written.
+    Done,
+    /// It was so already.
+    AlreadySo,
+    /// The block has a PodCIDR of that node already.
+    Taken(Name),
+    /// Decided on something that has changed: plan again.
+    Stale(String),
+    /// The API server said no.
+    Refused(String),
+    /// Nobody knows.
+    Unknown(String),
+    /// Not sent: this process does not lead any more.
+    NotLeader,
+    /// Not sent: the API server seems to be away.
+    Skipped,
+}
+
+impl Outcome {
+    /// The outcome's name in metrics and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::Done => "done",
+            Outcome::AlreadySo => "already_so",
+            Outcome::Taken(_) => "taken",
+            Outcome::Stale(_) => "stale",
+            Outcome::Refused(_) => "refused",
+            Outcome::Unknown(_) => "unknown",
+            Outcome::NotLeader => "not_leader",
+            Outcome::Skipped => "skipped",
+        }
+    }
+
+    /// Whether things are now as the step wanted them.
+    pub fn is_success(&self) -> bool {
+        matches!(self, Outcome::Done | Outcome::AlreadySo)
+    }
+}
+
+/// An object as the API server answered with it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Learnt {
+    /// A PodCIDR.
+    Block(Box<BlockFact>),
+    /// A ClusterCIDR.
+    Range(Box<RangeFact>),
+    /// A PodCIDR that we have freed.
+    Released {
+        /// The object.
+        object: Version,
+        /// Its former node.
+        node: Name,
+    },
+}
+
+/// Executes steps, many at a time. `on_progress` is called after each.
+pub async fn apply<S: Server>(steps: Vec<Step>, server: &S, on_progress: impl Fn(&Done)) -> Vec<Done> {
+    let unknown_in_a_row = AtomicU32::new(0);
+    let run = |step: Step| {
+        let (unknown, on_progress) = (&unknown_in_a_row, &on_progress);
+        async move {
+            let (outcome, learnt) = if unknown.load(Ordering::Relaxed) >= GIVE_UP_AFTER {
+                (Outcome::Skipped, None)
+            } else {
+                execute(&step, server).await.unwrap_or_else(|error| (failure(error), None))
+            };
+            match outcome {
+                Outcome::Unknown(_) => unknown.fetch_add(1, Ordering::Relaxed),
+                Outcome::Skipped | Outcome::NotLeader => 0,
+                _ => unknown.swap(0, Ordering::Relaxed),
+            };
+            let done = Done { step, outcome, learnt };
+            on_progress(&done);
+            done
+        }
+    };
+    futures::stream::iter(steps.into_iter().map(run)).buffer_unordered(CONCURRENCY).collect().await
+}
+
+type Answer = Result<(Outcome, Option<Learnt>), CallError>;
+
+fn failure(error: CallError) -> Outcome {
+    match error {
+        CallError::AlreadyExists | CallError::NotFound | CallError::Conflict(_) => {
+            Outcome::Stale(error.to_string())
+        }
+        CallError::Refused(text) => Outcome::Refused(text),
+        CallError::Unknown(text) => Outcome::Unknown(text),
+        CallError::NotLeader => Outcome::NotLeader,
+    }
+}
+
+async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
+    match step {
+        Step::CreateRange { name, range, block_prefix, quarantine_seconds } => {
+            let object = json!({
+                "apiVersion": api_version(), "kind": Kind::ClusterCIDR.as_str(),
+                "metadata": {"name": &**name, "finalizers": [names::CLUSTER_CIDR_FINALIZER]},
+                "spec": {"cidr": range, "blockPrefixLength": block_prefix, "quarantineSeconds": quarantine_seconds},
+            });
+            Ok((Outcome::Done, range_of(server.create(Kind::ClusterCIDR, object).await?)))
+        }
+        Step::PrepareRange { object, finalizers, block_prefix } => {
+            let mut patch = json!({"metadata": with_finalizers(object, finalizers)});
+            if let Some(length) = block_prefix {
+                patch["spec"] = json!({"blockPrefixLength": length});
+            }
+            let answer = server.patch(Kind::ClusterCIDR, &object.name, Patch::Merge(patch)).await?;
+            Ok((Outcome::Done, range_of(answer)))
+        }
+        Step::ReleaseRange { object, finalizers } => {
+            let patch = Patch::Merge(json!({"metadata": with_finalizers(object, finalizers)}));
+            gone_is_success(server.patch(Kind::ClusterCIDR, &object.name, patch).await.map(|_| ()))
+        }
+        Step::CreateBlock(new) => create_block(new, server).await,
+        Step::ChangeBlock { object, node, change, why, .. } => {
+            if *why == Why::NodeGone && exists(server, node).await? {
+                return Ok((Outcome::Stale(format!("node {node} exists")), None));
+            }
+            let patch = Patch::Merge(block_patch(object, change));
+            Ok((Outcome::Done, block_of(server.patch(Kind::PodCIDR, &object.name, patch).await?)))
+        }
+        Step::DeleteBlock { object, node, confirm_gone } => {
+            if *confirm_gone && exists(server, node).await? {
+                return Ok((Outcome::Stale(format!("node {node} exists")), None));
+            }
+            let only = Preconditions { uid: &object.uid, resource_version: Some(&object.resource_version) };
+            let (outcome, _) = gone_is_success(server.delete(Kind::PodCIDR, &object.name, only).await)?;
+            Ok((outcome, Some(Learnt::Released { object: object.clone(), node: node.clone() })))
+        }
+        Step::MirrorToNode { node, uid, pod_cidrs } => {
+            let patch = json!({"metadata": {"uid": &**uid}, "spec": {"podCIDR": pod_cidrs.first(), "podCIDRs": pod_cidrs}});
+            server.patch(Kind::Node, node, Patch::Merge(patch)).await?;
+            Ok((Outcome::Done, None))
+        }
+        Step::ClearNetworkUnavailable { node, uid, blocks, at } => {
+            let blocks = blocks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let condition = json!({
+                "type": "NetworkUnavailable", "status": "False", "reason": "PlatBlocksReady",
+                "message": format!("the node has programmed its pod network: {blocks}"),
+                "lastHeartbeatTime": at, "lastTransitionTime": at,
+            });
+            let patch = json!({"metadata": {"uid": &**uid}, "status": {"conditions": [condition]}});
+            server.patch(Kind::Node, node, Patch::StrategicStatus(patch)).await?;
+            Ok((Outcome::Done, None))
+        }
+        Step::CreateReport { node } => {
+            let object = json!({
+                "apiVersion": api_version(), "kind": Kind::NodeNetwork.as_str(), "metadata": {"name": &**node},
+            });
+            match server.create(Kind::NodeNetwork, object).await {
+                Err(CallError::AlreadyExists) => Ok((Outcome::AlreadySo, None)),
+                answer => answer.map(|_| (Outcome::Done, None)),
+            }
+        }
+        Step::DeleteReport { node, uid } => {
+            let only = Preconditions { uid, resource_version: None };
+            gone_is_success(server.delete(Kind::NodeNetwork, node, only).await)
+        }
+        Step::RangeStatus { object, old, new } => {
+            let Some(patch) = status_patch(object.exact(), old, new) else {
+                return Ok((Outcome::AlreadySo, None));
+            };
+            Ok((Outcome::Done, range_of(server.patch(Kind::ClusterCIDR, &object.name, patch).await?)))
+        }
+        Step::BlockStatus { object, old, new, .. } => {
+            let Some(patch) = status_patch(object.uid_only(), old, new) else {
+                return Ok((Outcome::AlreadySo, None));
+            };
+            Ok((Outcome::Done, block_of(server.patch(Kind::PodCIDR, &object.name, patch).await?)))
+        }
+    }
+}
+
+/// The lock: whoever creates the name first has the block. The answer to a repeated create is read back.
+async fn create_block<S: Server>(new: &NewBlock, server: &S) -> Answer {
+    let name = new.block.object_name();
+    let labels: serde_json::Map<String, Value> =
+        new.labels.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
+    let object = json!({
+        "apiVersion": api_version(), "kind": Kind::PodCIDR.as_str(),
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "cidr": new.block, "clusterCIDR": &*new.range, "nodeName": &*new.node, "nodeUID": &*new.node_uid,
+            "nodeAddresses": new.addresses, "state": "Active",
+        },
+    });
+    match server.create(Kind::PodCIDR, object).await {
+        Err(CallError::AlreadyExists) => {}
+        answer => return Ok((Outcome::Done, block_of(answer?))),
+    }
+    let Some(fact) = read_block(server.get(Kind::PodCIDR, &name).await?) else {
+        return Ok((Outcome::Refused(format!("PodCIDR {name} exists, but cannot be read")), None));
+    };
+    let outcome = if fact.node == new.node { Outcome::AlreadySo } else { Outcome::Taken(fact.node.clone()) };
+    Ok((outcome, Some(Learnt::Block(Box::new(fact)))))
+}
+
+/// Whether a Node of that name exists, asked of the API server and not of a cache.
+async fn exists<S: Server>(server: &S, node: &str) -> Result<bool, CallError> {
+    match server.get(Kind::Node, node).await {
+        Ok(_) => Ok(true),
+        Err(CallError::NotFound) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn gone_is_success(answer: Result<(), CallError>) -> Answer {
+    match answer {
+        Ok(()) => Ok((Outcome::Done, None)),
+        Err(CallError::NotFound) => Ok((Outcome::AlreadySo, None)),
+        Err(error) => Err(error),
+    }
+}
+
+fn with_finalizers(object: &Version, finalizers: &[String]) -> Value {
+    let mut metadata = object.exact();
+    metadata["finalizers"] = json!(finalizers);
+    metadata
+}
+
+fn status_patch<T: serde::Serialize>(metadata: Value, old: &T, new: &T) -> Option<Patch> {
+    let status = merge_patch(&json!(old), &json!(new))?;
+    Some(Patch::MergeStatus(json!({"metadata": metadata, "status": status})))
+}
+
+fn api_version() -> String {
+    format!("{}/{}", names::GROUP, names::VERSION)
+}
+
+fn read_block(answer: Value) -> Option<BlockFact> {
+    BlockFact::read(&serde_json::from_value::<DeserializeGuard<PodCIDR>>(answer).ok()?)
+}
+
+fn block_of(answer: Value) -> Option<Learnt> {
+    read_block(answer).map(|fact| Learnt::Block(Box::new(fact)))
+}
+
+fn range_of(answer: Value) -> Option<Learnt> {
+    let object = serde_json::from_value::<DeserializeGuard<ClusterCIDR>>(answer).ok()?;
+    Some(Learnt::Range(Box::new(RangeFact::read(&object))))
+}

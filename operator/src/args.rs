@@ -1,0 +1,288 @@
+//! Flags. Each has an environment variable; an empty value counts as not set.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use plat_crds::{Block, Family};
+
+use crate::lease::Timing;
+use crate::snapshot::{DefaultRange, Settings};
+
+/// Gives every node its block of pod addresses.
+///
+/// Runs until it is told to stop. Several may run: one leads, the others stand by.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "plat-operator", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do instead of running.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Flags of a run.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What to do instead of running.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Ask the operator that runs here, through its socket; exit code 0 if all is well.
+    Probe {
+        /// What to ask.
+        question: Question,
+        /// Socket of the running operator.
+        #[arg(long, env = "PLAT_SOCKET", default_value = DEFAULT_SOCKET)]
+        socket: PathBuf,
+    },
+}
+
+/// What a probe asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Question {
+    /// Does its loop turn? Never depends on the API server.
+    Live,
+    /// Does it do its work, as leader or standby?
+    Ready,
+}
+
+impl Question {
+    /// The path to ask.
+    pub fn path(self) -> &'static str {
+        match self {
+            Question::Live => "/livez",
+            Question::Ready => "/readyz",
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines: one JSON object per line.
+    Json,
+}
+
+const DEFAULT_SOCKET: &str = "/run/operator/operator.sock";
+
+/// Flags of a run.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Range of pod addresses, such as 10.244.0.0/16: created as ClusterCIDR default-v4 or default-v6 while
+    /// no ClusterCIDR of its family exists, and never changed afterwards. Repeat it, or separate by commas,
+    /// for dual-stack: at most one per family.
+    #[arg(long, env = "PLAT_CLUSTER_CIDR", value_delimiter = ',', value_name = "CIDR")]
+    pub cluster_cidr: Vec<String>,
+
+    /// Prefix length of the blocks of the default IPv4 range: one block per node. 16 to 30.
+    #[arg(long, env = "PLAT_BLOCK_PREFIX_LENGTH_V4", default_value_t = Family::IPv4.default_block_prefix(), value_name = "BITS",
+        value_parser = clap::value_parser!(u8).range(16..=30))]
+    pub block_prefix_length_v4: u8,
+
+    /// Prefix length of the blocks of the default IPv6 range: one block per node. 48 to 124.
+    #[arg(long, env = "PLAT_BLOCK_PREFIX_LENGTH_V6", default_value_t = Family::IPv6.default_block_prefix(), value_name = "BITS",
+        value_parser = clap::value_parser!(u8).range(48..=124))]
+    pub block_prefix_length_v6: u8,
+
+    /// How long a released block of the default ranges rests before another node may get it, in seconds. 60
+    /// to 604800.
+    #[arg(long, env = "PLAT_QUARANTINE_SECONDS", default_value_t = plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS, value_name = "SECONDS",
+        value_parser = clap::value_parser!(i32).range(60..=604_800))]
+    pub quarantine_seconds: i32,
+
+    /// Write blocks into node.spec.podCIDRs where that field is empty. It can be written once only; a Node
+    /// that has another value keeps it and is named.
+    #[arg(long, env = "PLAT_NODE_SPEC_MIRROR", default_value_t = true, action = ArgAction::Set, value_name = "BOOL")]
+    pub node_spec_mirror: bool,
+
+    /// Address and port of /livez, /readyz and /metrics. If the port is taken, the next ten are tried; which
+    /// one it is is logged.
+    #[arg(long, env = "PLAT_LISTEN", default_value = "0.0.0.0:9540", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+
+    /// Unix socket that `plat-operator probe` asks. Its folder must exist and be writable.
+    #[arg(long, env = "PLAT_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// How log lines look.
+    #[arg(long, env = "PLAT_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
+    pub log_format: LogFormat,
+
+    /// What is logged: error, warn, info, debug, trace, or directives such as info,plat_operator=debug.
+    #[arg(long, env = "PLAT_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: String,
+
+    /// Namespace of the leader Lease: the operator's own.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "plat-system", value_name = "NAME")]
+    pub namespace: String,
+
+    /// Name of this pod, for the leader Lease and Events. Default: the host name.
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub pod_name: Option<String>,
+
+    /// Let go, before Plat is removed: take the finalizer off every ClusterCIDR and do nothing else, for as
+    /// long as it runs. Without that, deleting the CRDs would wait for an operator that is gone. Where it is
+    /// gone already, do it by hand for each:
+    /// kubectl patch clustercidr NAME --type=merge -p '{"metadata":{"finalizers":null}}'
+    #[arg(long, env = "PLAT_CLEANUP", default_value_t = false, num_args = 0..=1, default_missing_value = "true", require_equals = true, action = ArgAction::Set, value_name = "BOOL")]
+    pub cleanup: bool,
+
+    /// How long the leader Lease holds without being renewed.
+    #[arg(long, env = "PLAT_LEASE_DURATION_SECONDS", default_value_t = 15, hide = true,
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_duration_seconds: u64,
+
+    /// How long a leader goes on without a successful renewal; shorter than the Lease's duration.
+    #[arg(long, env = "PLAT_LEASE_RENEW_DEADLINE_SECONDS", default_value_t = 10, hide = true,
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_renew_deadline_seconds: u64,
+
+    /// Time between tries to take or renew the Lease; shorter than the renew deadline.
+    #[arg(long, env = "PLAT_LEASE_RETRY_MILLISECONDS", default_value_t = 2000, hide = true,
+        value_parser = clap::value_parser!(u64).range(10..=600_000))]
+    pub lease_retry_milliseconds: u64,
+
+    /// How long a new leader waits for the reports of Ready nodes before it carves blocks.
+    #[arg(long, env = "PLAT_REPORT_WAIT_SECONDS", default_value_t = 30, hide = true)]
+    pub report_wait_seconds: u64,
+
+    /// How long a leader must itself have seen a block in quarantine before it frees it; never longer than
+    /// the quarantine.
+    #[arg(long, env = "PLAT_QUARANTINE_WATCH_SECONDS", default_value_t = 60, hide = true)]
+    pub quarantine_watch_seconds: u64,
+}
+
+impl RunArgs {
+    /// The settings that plans follow; an error names the flag.
+    pub fn settings(&self) -> anyhow::Result<Settings> {
+        let RunArgs {
+            cluster_cidr,
+            block_prefix_length_v4,
+            block_prefix_length_v6,
+            quarantine_seconds,
+            node_spec_mirror,
+            cleanup,
+            report_wait_seconds,
+            quarantine_watch_seconds,
+            ..
+        } = self;
+        let mut default_ranges: Vec<DefaultRange> = Vec::new();
+        for text in cluster_cidr.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
+            let range: Block = text.parse().context("--cluster-cidr")?;
+            let block_prefix = match range.family() {
+                Family::IPv4 => *block_prefix_length_v4,
+                Family::IPv6 => *block_prefix_length_v6,
+            };
+            if default_ranges.iter().any(|other| other.range.family() == range.family()) {
+                bail!(
+                    "--cluster-cidr: {range} is a second {} range; give one per family and add more as ClusterCIDR objects",
+                    range.family()
+                );
+            }
+            if range.subblock_count(block_prefix) == 0 {
+                bail!(
+                    "--cluster-cidr: {range} is smaller than a block of /{block_prefix}; set --block-prefix-length-v4 or -v6"
+                );
+            }
+            default_ranges.push(DefaultRange { range, block_prefix });
+        }
+        Ok(Settings {
+            default_ranges,
+            quarantine_seconds: *quarantine_seconds,
+            node_spec_mirror: *node_spec_mirror,
+            lease_duration: self.timing()?.duration,
+            report_wait: Duration::from_secs(*report_wait_seconds),
+            quarantine_watch: Duration::from_secs(*quarantine_watch_seconds),
+            cleanup: *cleanup,
+        })
+    }
+
+    /// The durations of the leader election.
+    pub fn timing(&self) -> anyhow::Result<Timing> {
+        let timing = Timing {
+            duration: Duration::from_secs(self.lease_duration_seconds),
+            renew_deadline: Duration::from_secs(self.lease_renew_deadline_seconds),
+            retry: Duration::from_millis(self.lease_retry_milliseconds),
+        };
+        if timing.renew_deadline >= timing.duration || timing.retry >= timing.renew_deadline {
+            bail!(
+                "the Lease's retry time must be shorter than its renew deadline, and that shorter than its duration"
+            );
+        }
+        Ok(timing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run(args: &[&str]) -> RunArgs {
+        Cli::try_parse_from([&["plat-operator"], args].concat()).unwrap().run
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn ranges_come_repeated_or_separated_and_take_their_familys_block_size() {
+        let expected = [("10.244.0.0/16", 25), ("fd00:10:244::/48", 64)];
+        for args in [
+            vec!["--cluster-cidr=10.244.0.0/16,fd00:10:244::/48", "--block-prefix-length-v4=25"],
+            vec![
+                "--cluster-cidr",
+                "10.244.0.0/16",
+                "--cluster-cidr",
+                "fd00:10:244::/48",
+                "--block-prefix-length-v4",
+                "25",
+            ],
+            vec!["--cluster-cidr=, 10.244.0.0/16 ,fd00:10:244::/48,", "--block-prefix-length-v4=25"],
+        ] {
+            let settings = run(&args).settings().unwrap();
+            let ranges: Vec<_> =
+                settings.default_ranges.iter().map(|d| (d.range.to_string(), d.block_prefix)).collect();
+            assert_eq!(ranges, expected.map(|(range, prefix)| (range.to_owned(), prefix)));
+        }
+        assert_eq!(run(&[]).settings().unwrap().default_ranges, []);
+    }
+
+    #[test]
+    fn bad_flags_are_named() {
+        for (args, words) in [
+            (vec!["--cluster-cidr=10.244.0.1/16"], "host bits"),
+            (vec!["--cluster-cidr=10.0.0.0/16,10.1.0.0/16"], "second IPv4 range"),
+            (vec!["--cluster-cidr=10.0.0.0/26"], "smaller than a block of /24"),
+            (vec!["--lease-renew-deadline-seconds=15"], "shorter"),
+        ] {
+            let error = run(&args).settings().unwrap_err();
+            assert!(format!("{error:#}").contains(words), "{error:#}");
+        }
+        for args in [
+            ["--block-prefix-length-v4=31"],
+            ["--quarantine-seconds=59"],
+            ["--listen=nowhere"],
+            ["--log-format=xml"],
+        ] {
+            assert!(Cli::try_parse_from(["plat-operator", args[0]]).is_err(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn booleans_can_be_given_as_the_chart_gives_them() {
+        assert!(run(&[]).node_spec_mirror && !run(&["--node-spec-mirror=false"]).node_spec_mirror);
+        assert!(!run(&[]).cleanup && run(&["--cleanup"]).cleanup && !run(&["--cleanup=false"]).cleanup);
+    }
+
+    #[test]
+    fn a_probe_needs_no_flags() {
+        let cli = Cli::try_parse_from(["plat-operator", "probe", "ready"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Probe { question: Question::Ready, .. })));
+    }
+}

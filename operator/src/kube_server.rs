@@ -1,0 +1,215 @@
+//! The real API server.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::api::{DeleteParams, GetParams, ListParams, PatchParams, PostParams};
+use kube::core::{DeserializeGuard, Request};
+use kube::{Api, Client, Resource};
+use plat_crds::{Block, ClusterCIDR, NodeNetwork, PodCIDR, names};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tracing::{debug, warn};
+
+use crate::facts::{BlockFact, Fact, RangeFact};
+use crate::lease::Leadership;
+use crate::memory::Listed;
+use crate::server::{CallError, Live, Patch, Preconditions, Server};
+use crate::snapshot::Foreign;
+use crate::step::Kind;
+
+/// No call takes longer. Shorter than the time between a lost Lease and its next holder.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Objects per page of a LIST.
+const PAGE: u32 = 500;
+
+/// A client that writes only while this process leads.
+#[derive(Clone)]
+pub struct KubeServer {
+    client: Client,
+    leadership: Arc<Leadership>,
+}
+
+impl KubeServer {
+    /// A server behind a client.
+    pub fn new(client: Client, leadership: Arc<Leadership>) -> KubeServer {
+        KubeServer { client, leadership }
+    }
+
+    async fn send(
+        &self,
+        request: Result<axum::http::Request<Vec<u8>>, kube::core::request::Error>,
+    ) -> Result<String, CallError> {
+        let request = request.map_err(|error| CallError::Refused(error.to_string()))?;
+        match tokio::time::timeout(CALL_TIMEOUT, self.client.request_text(request)).await {
+            Ok(answer) => answer.map_err(classify),
+            Err(_) => Err(CallError::Unknown(format!("no answer within {CALL_TIMEOUT:?}"))),
+        }
+    }
+
+    fn may_write(&self) -> Result<(), CallError> {
+        if self.leadership.holds() { Ok(()) } else { Err(CallError::NotLeader) }
+    }
+
+    async fn list_all<K, F>(
+        &self,
+        read: impl Fn(&DeserializeGuard<K>) -> Option<F>,
+    ) -> Result<Listed<F>, CallError>
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
+        F: Fact,
+    {
+        let api: Api<DeserializeGuard<K>> = Api::all(self.client.clone());
+        let mut facts = Vec::new();
+        let mut params = ListParams::default().limit(PAGE);
+        loop {
+            let page = match tokio::time::timeout(CALL_TIMEOUT, api.list(&params)).await {
+                Ok(page) => page.map_err(classify)?,
+                Err(_) => return Err(CallError::Unknown(format!("no list within {CALL_TIMEOUT:?}"))),
+            };
+            facts.extend(page.items.iter().filter_map(&read));
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => {
+                    let resource_version = page.metadata.resource_version.unwrap_or_default();
+                    return Ok(Listed { facts: Live::by_name(facts), resource_version });
+                }
+            }
+        }
+    }
+}
+
+impl Server for KubeServer {
+    async fn get(&self, kind: Kind, name: &str) -> Result<Value, CallError> {
+        let text = self.send(request(kind).get(name, &GetParams::default())).await?;
+        parse(&text)
+    }
+
+    async fn list(&self) -> Result<Live, CallError> {
+        let ranges = self.list_all::<ClusterCIDR, _>(|object| Some(RangeFact::read(object))).await?;
+        let blocks = self.list_all::<PodCIDR, _>(BlockFact::read).await?;
+        Ok(Live { ranges, blocks })
+    }
+
+    async fn create(&self, kind: Kind, object: Value) -> Result<Value, CallError> {
+        self.may_write()?;
+        let how =
+            PostParams { field_manager: Some(names::OPERATOR_MANAGER.to_owned()), ..PostParams::default() };
+        let body = object.to_string().into_bytes();
+        parse(&self.send(request(kind).create(&how, body)).await?)
+    }
+
+    async fn patch(&self, kind: Kind, name: &str, patch: Patch) -> Result<Value, CallError> {
+        self.may_write()?;
+        let how =
+            PatchParams { field_manager: Some(names::OPERATOR_MANAGER.to_owned()), ..PatchParams::default() };
+        let to = request(kind);
+        let request = match &patch {
+            Patch::Merge(body) => to.patch(name, &how, &kube::api::Patch::Merge(body)),
+            Patch::MergeStatus(body) => {
+                to.patch_subresource("status", name, &how, &kube::api::Patch::Merge(body))
+            }
+            Patch::StrategicStatus(body) => {
+                to.patch_subresource("status", name, &how, &kube::api::Patch::Strategic(body))
+            }
+        };
+        let text = self.send(request).await?;
+        // A Node is large, and nobody needs the answer.
+        if kind == Kind::Node { Ok(Value::Null) } else { parse(&text) }
+    }
+
+    async fn delete(&self, kind: Kind, name: &str, only: Preconditions<'_>) -> Result<(), CallError> {
+        self.may_write()?;
+        let preconditions = kube::api::Preconditions {
+            uid: Some(only.uid.to_owned()),
+            resource_version: only.resource_version.map(str::to_owned),
+        };
+        let how = DeleteParams::default().preconditions(preconditions);
+        self.send(request(kind).delete(name, &how)).await.map(|_| ())
+    }
+}
+
+fn request(kind: Kind) -> Request {
+    Request::new(match kind {
+        Kind::Node => Node::url_path(&(), None),
+        Kind::ClusterCIDR => ClusterCIDR::url_path(&(), None),
+        Kind::PodCIDR => PodCIDR::url_path(&(), None),
+        Kind::NodeNetwork => NodeNetwork::url_path(&(), None),
+    })
+}
+
+/// An answer that came but cannot be read says nothing about what was done.
+fn parse(text: &str) -> Result<Value, CallError> {
+    serde_json::from_str(text).map_err(|error| CallError::Unknown(format!("the answer is not JSON: {error}")))
+}
+
+/// Sorts errors by what they say of the write: not done, or unknown.
+fn classify(error: kube::Error) -> CallError {
+    match error {
+        kube::Error::Api(status) if status.is_already_exists() => CallError::AlreadyExists,
+        kube::Error::Api(status) if status.is_not_found() => CallError::NotFound,
+        kube::Error::Api(status) if status.is_conflict() => CallError::Conflict(status.message),
+        kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 408 => {
+            CallError::Refused(format!("{} (code {})", status.message, status.code))
+        }
+        kube::Error::BuildRequest(error) => CallError::Refused(error.to_string()),
+        other => CallError::Unknown(chain(&other)),
+    }
+}
+
+/// An error with its causes: transport errors say the interesting part last.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// Addresses in use that are neither pods' nor nodes': the cluster's Service ranges and the API server's own.
+/// Each is optional: without the right to read it, overlap with it goes unnoticed here, and is said once.
+pub async fn foreign(client: &Client, api_host: Option<IpAddr>, known: &Foreign) -> Foreign {
+    let mut foreign = Foreign { services: Vec::new(), api_server: api_host.into_iter().collect() };
+    match tokio::time::timeout(
+        CALL_TIMEOUT,
+        Api::<ServiceCIDR>::all(client.clone()).list(&ListParams::default()),
+    )
+    .await
+    {
+        Ok(Ok(list)) => {
+            let cidrs = list.items.into_iter().filter_map(|object| object.spec?.cidrs).flatten();
+            foreign.services = cidrs.filter_map(|cidr| Some(Block::containing(cidr.parse().ok()?))).collect();
+        }
+        Ok(Err(error)) if known.services.is_empty() => {
+            warn!(%error, "cannot list ServiceCIDRs: a ClusterCIDR that overlaps the Service range is not noticed");
+        }
+        _ => foreign.services.clone_from(&known.services),
+    }
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
+    match tokio::time::timeout(CALL_TIMEOUT, slices.get_opt("kubernetes")).await {
+        Ok(Ok(slice)) => {
+            let addresses =
+                slice.into_iter().flat_map(|slice| slice.endpoints).flat_map(|endpoint| endpoint.addresses);
+            foreign.api_server.extend(addresses.filter_map(|address| address.parse::<IpAddr>().ok()));
+        }
+        Ok(Err(error)) => {
+            debug!(%error, "cannot read the API server's endpoints");
+            foreign.api_server.extend(&known.api_server);
+        }
+        Err(_) => foreign.api_server.extend(&known.api_server),
+    }
+    foreign.services.sort();
+    foreign.api_server.sort();
+    foreign.api_server.dedup();
+    foreign
+}

@@ -1,0 +1,194 @@
+//! One pass: snapshot → plan → (live lists → plan) → statuses → apply → remember. The order is here, the
+//! decisions are in [`crate::plan`] and [`crate::status`], the writes in [`crate::apply`].
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::apply::{Done, Learnt, Outcome, apply};
+use crate::facts::{BlockFact, NodeFact, RangeFact, ReportFact};
+use crate::memory::Memory;
+use crate::note::{self, Note};
+use crate::plan::{Plan, plan};
+use crate::server::Server;
+use crate::snapshot::{Clock, Facts, Foreign, Settings, Snapshot, Source, Tenure};
+use crate::status::{self, Chosen};
+use crate::step::{Fault, Step};
+
+/// After a pass in which the API server did not answer.
+const PAUSE_WHEN_AWAY: Duration = Duration::from_secs(1);
+
+/// What the watches show.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    /// Nodes.
+    pub nodes: Facts<NodeFact>,
+    /// ClusterCIDRs.
+    pub ranges: Facts<RangeFact>,
+    /// PodCIDRs.
+    pub blocks: Facts<BlockFact>,
+    /// NodeNetworks.
+    pub reports: Facts<ReportFact>,
+    /// Service ranges and API server addresses.
+    pub foreign: Arc<Foreign>,
+}
+
+/// A leader: its settings and what it remembers between passes.
+#[derive(Clone, Debug)]
+pub struct Leader {
+    settings: Settings,
+    memory: Memory,
+    faults: BTreeSet<Fault>,
+}
+
+/// What a pass did.
+#[derive(Clone, Debug, Default)]
+pub struct Pass {
+    /// The plan that was carried out.
+    pub plan: Plan,
+    /// What became of each step.
+    pub done: Vec<Done>,
+    /// Faults that the pass before did not have.
+    pub new_faults: Vec<Fault>,
+    /// Events to publish.
+    pub notes: Vec<Note>,
+    /// Statuses that wait for the write budget or their interval.
+    pub status_backlog: usize,
+    /// When the next pass is due if nothing changes.
+    pub wake_after: Option<Duration>,
+    /// Why the live LISTs failed, if they did.
+    pub list_error: Option<String>,
+}
+
+impl Leader {
+    /// A new leader, given the first complete world that it sees.
+    pub fn new(settings: Settings, world: &World) -> Leader {
+        let nobody_reports = world.reports.values().all(|report| !report.reported);
+        let memory = Memory::new(world.blocks.is_empty() && nobody_reports);
+        Leader { settings, memory, faults: BTreeSet::new() }
+    }
+
+    /// Runs one pass. `clock` is read after each wait; `on_progress` is called after each step.
+    pub async fn pass<S: Server>(
+        &mut self,
+        world: &World,
+        tenure: impl Fn() -> Tenure,
+        clock: impl Fn() -> Clock,
+        server: &S,
+        on_progress: impl Fn(&Done),
+    ) -> Pass {
+        let mut pass = Pass::default();
+        let (mut plan, mut chosen) = self.decide(world, Source::Cache, tenure(), clock());
+        if plan.wants_live || self.memory.distrust || self.is_overdue(clock()) {
+            match server.list().await {
+                Ok(live) => {
+                    self.memory.learned_ranges.settle(&live.ranges, &world.ranges, clock());
+                    self.memory.learned_blocks.settle(&live.blocks, &world.blocks, clock());
+                    self.memory.distrust = false;
+                    (plan, chosen) = self.decide(world, Source::Live, tenure(), clock());
+                }
+                Err(error) => pass.list_error = Some(error.to_string()),
+            }
+        }
+        let now = clock();
+        let mut steps: Vec<Step> =
+            plan.steps.iter().filter(|step| self.memory.is_ripe(&step.target(), now)).cloned().collect();
+        steps.extend(chosen.steps);
+        pass.done = apply(steps, server, on_progress).await;
+        self.memory.cursors.append(&mut plan.cursors.clone());
+        for done in &pass.done {
+            self.remember(done, clock());
+        }
+        pass.notes = pass.done.iter().flat_map(note::of_step).collect();
+        pass.new_faults = self.note_faults(&plan);
+        pass.notes.extend(pass.new_faults.iter().map(note::of_fault));
+        pass.status_backlog = chosen.backlog;
+        pass.wake_after = self.next_wake(&plan, chosen.wake_after, &pass, clock());
+        pass.plan = plan;
+        pass
+    }
+
+    fn decide(&mut self, world: &World, source: Source, tenure: Tenure, clock: Clock) -> (Plan, Chosen) {
+        let ranges = self.memory.learned_ranges.over(&world.ranges);
+        let blocks = self.memory.learned_blocks.over(&world.blocks);
+        let quarantine_of = |name: &str| ranges.get(name).map(|range| range.quarantine_seconds);
+        let default_quarantine = plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
+        self.memory.observe(&blocks, |name| quarantine_of(name).unwrap_or(default_quarantine), clock);
+        self.memory.observe_reports(&world.nodes, &world.reports, clock);
+        self.memory.ledger.update(&ranges, &blocks);
+        let snapshot = Snapshot {
+            clock,
+            source,
+            settings: &self.settings,
+            tenure,
+            nodes: world.nodes.clone(),
+            ranges,
+            blocks,
+            reports: world.reports.clone(),
+            foreign: world.foreign.clone(),
+            memory: &self.memory,
+        };
+        let plan = plan(&snapshot);
+        if self.settings.cleanup {
+            return (plan, Chosen::default());
+        }
+        let writes = status::writes(&snapshot, &plan);
+        let chosen = status::choose(writes, &plan, &mut self.memory, clock);
+        (plan, chosen)
+    }
+
+    fn is_overdue(&self, clock: Clock) -> bool {
+        self.memory.learned_blocks.is_overdue(clock) || self.memory.learned_ranges.is_overdue(clock)
+    }
+
+    fn remember(&mut self, done: &Done, clock: Clock) {
+        match &done.learnt {
+            Some(Learnt::Block(fact)) => self.memory.learned_blocks.fact((**fact).clone(), clock),
+            Some(Learnt::Range(fact)) => self.memory.learned_ranges.fact((**fact).clone(), clock),
+            Some(Learnt::Released { object, node }) => {
+                self.memory.block_released(&object.uid, &object.name, node, clock);
+            }
+            None => {}
+        }
+        let target = done.step.target();
+        match (&done.outcome, &done.step) {
+            (Outcome::Done | Outcome::AlreadySo, _) => self.memory.succeeded(&target),
+            (Outcome::Unknown(_), Step::CreateBlock(new)) => {
+                self.memory.create_unknown(new, clock);
+                self.memory.failed(target, clock);
+            }
+            (Outcome::Taken(_), _) => self.memory.distrust = true,
+            (Outcome::Stale(_) | Outcome::Refused(_) | Outcome::Unknown(_), _) => {
+                self.memory.failed(target, clock)
+            }
+            (Outcome::NotLeader | Outcome::Skipped, _) => {}
+        }
+    }
+
+    /// The faults that are new. Words alone do not make one new: they may hold a changing name.
+    fn note_faults(&mut self, plan: &Plan) -> Vec<Fault> {
+        let known: BTreeSet<_> = self.faults.iter().map(|fault| (&fault.object, fault.reason)).collect();
+        let new = plan.faults.iter().filter(|fault| !known.contains(&(&fault.object, fault.reason)));
+        let new = new.cloned().collect();
+        self.faults = plan.faults.iter().cloned().collect();
+        new
+    }
+
+    fn next_wake(
+        &self,
+        plan: &Plan,
+        statuses: Option<Duration>,
+        pass: &Pass,
+        clock: Clock,
+    ) -> Option<Duration> {
+        if pass.list_error.is_some() || pass.done.iter().any(|done| done.outcome == Outcome::Skipped) {
+            return Some(PAUSE_WHEN_AWAY);
+        }
+        // What was learnt may allow more steps. A block's status allows none that cannot wait for its watch.
+        let telling = |done: &Done| done.learnt.is_some() && !matches!(done.step, Step::BlockStatus { .. });
+        let at_once = pass.done.iter().any(telling) || self.memory.distrust;
+        let remembered = self.memory.wakes_at(clock).map(|at| at.saturating_sub(clock.steady));
+        let times = [at_once.then_some(Duration::ZERO), plan.wake_after, statuses, remembered];
+        times.into_iter().flatten().min()
+    }
+}

@@ -1,0 +1,55 @@
+//! `plat-operator`: see the library's head for what it does.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use plat_operator::args::{Cli, Command, LogFormat, RunArgs};
+use plat_operator::{http, run};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        Some(Command::Probe { question, socket }) => {
+            http::probe(&socket, question.path()).map(|text| println!("{text}"))
+        }
+        None => start(cli.run),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("plat-operator: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: RunArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&args.log_level)
+        .map_err(|error| anyhow::anyhow!("--log-level '{}': {error}", args.log_level))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    match args.log_format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    // One thread: the work is waiting for the API server, and every thread would keep memory of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stop = CancellationToken::new();
+    let outcome = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let told = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            told.cancel();
+        });
+        run::run(args, stop.clone()).await
+    });
+    if let Err(error) = &outcome {
+        error!(error = format!("{error:#}"), "ending");
+    }
+    outcome
+}

@@ -1,0 +1,427 @@
+//! What a leader knows besides the objects that its watches show. Pure: times come in as values.
+//!
+//! | field | knows | because |
+//! |---|---|---|
+//! | `learned` | answers to own writes that the watch has not shown yet | or the next pass would do them again |
+//! | `pending` | creates whose outcome is unknown | the block may exist by now: it is taken until read back |
+//! | `vanished` | PodCIDRs that went without being released | deleted by hand, or etcd was restored: their node may still use them |
+//! | `quarantined` | since when this leader has seen each quarantine | a block is not freed on somebody else's clock alone |
+//! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
+//! | `cursors` | where carving goes on in each range | the status that carries it is written rarely |
+//! | `ledger` | which sums of objects were when | see [`crate::ledger`] |
+//!
+//! Losing it (a new leader) is safe: nodes report what they hold, and `node.spec.podCIDRs` mirrors it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use plat_crds::Block;
+
+use crate::budget::Budget;
+use crate::facts::{BlockFact, Fact, Name, NodeFact, RangeFact, ReportFact};
+use crate::ledger::Ledger;
+use crate::snapshot::{Clock, Facts};
+use crate::step::{Kind, NewBlock};
+
+/// How long an unknown create blocks its addresses at most. API servers end requests after a minute.
+const PENDING_FOR: Duration = Duration::from_secs(120);
+/// How long an answer may be ahead of the watch before the truth is listed.
+const LEARNED_FOR: Duration = Duration::from_secs(10);
+/// How long a failed write, and a written status, are remembered.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+/// PodCIDR statuses per second, over the whole cluster.
+const STATUS_WRITES_PER_SECOND: u32 = 50;
+
+/// What a leader knows besides the objects. See the module's table.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// Answers about PodCIDRs.
+    pub learned_blocks: Learned<BlockFact>,
+    /// Answers about ClusterCIDRs.
+    pub learned_ranges: Learned<RangeFact>,
+    /// Creates whose outcome is unknown.
+    pub pending: BTreeMap<Block, Pending>,
+    /// Blocks that vanished without being released.
+    pub vanished: BTreeMap<Block, Vanished>,
+    /// PodCIDR uid → when this leader first saw its quarantine.
+    pub quarantined: BTreeMap<Name, Duration>,
+    /// Name of a gone node with a NodeNetwork → when this leader first saw that it is gone.
+    pub orphaned: BTreeMap<Name, Duration>,
+    /// ClusterCIDR uid → index after the last carved block.
+    pub cursors: BTreeMap<Name, u64>,
+    /// Which sums of objects were when.
+    pub ledger: Ledger,
+    /// PodCIDR status writes that may be made now.
+    pub budget: Budget,
+    /// Object uid → when its status was last written.
+    pub status_written: BTreeMap<Name, Duration>,
+    /// Failed writes: how often in a row, and when to try again.
+    pub retries: BTreeMap<(Kind, Name), Retry>,
+    /// Whether there was neither a block nor a report when this leader began: then nobody can hold one.
+    pub fresh_cluster: bool,
+    /// Whether the watches are known to be behind: the next pass lists.
+    pub distrust: bool,
+    last_seen: Option<Facts<BlockFact>>,
+    released: BTreeSet<Name>,
+}
+
+/// A create whose outcome is unknown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// The node it was for.
+    pub node: Name,
+    /// The range.
+    pub range: Name,
+    /// When it can have no effect any more.
+    pub until: Duration,
+}
+
+/// A block whose PodCIDR vanished.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vanished {
+    /// The node that held it.
+    pub node: Name,
+    /// Its range.
+    pub range: Name,
+    /// When it counts as free, if nobody claims it.
+    pub until: Duration,
+}
+
+/// A write that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// How often in a row.
+    pub failures: u32,
+    /// Not before then.
+    pub not_before: Duration,
+}
+
+impl Memory {
+    /// An empty memory of a leader that begins on a cluster with or without a history.
+    pub fn new(fresh_cluster: bool) -> Memory {
+        Memory {
+            learned_blocks: Learned::default(),
+            learned_ranges: Learned::default(),
+            pending: BTreeMap::new(),
+            vanished: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
+            orphaned: BTreeMap::new(),
+            cursors: BTreeMap::new(),
+            ledger: Ledger::default(),
+            budget: Budget::new(STATUS_WRITES_PER_SECOND),
+            status_written: BTreeMap::new(),
+            retries: BTreeMap::new(),
+            fresh_cluster,
+            distrust: false,
+            last_seen: None,
+            released: BTreeSet::new(),
+        }
+    }
+
+    /// A create for `new` may or may not have happened.
+    pub fn create_unknown(&mut self, new: &NewBlock, clock: Clock) {
+        let pending =
+            Pending { node: new.node.clone(), range: new.range.clone(), until: clock.steady + PENDING_FOR };
+        self.pending.insert(new.block, pending);
+        self.distrust = true;
+    }
+
+    /// A block was freed by us: its disappearance is no loss, and its node has been gone for long enough.
+    pub fn block_released(&mut self, uid: &Name, name: &Name, node: &Name, clock: Clock) {
+        self.released.insert(uid.clone());
+        self.learned_blocks.gone(name, uid, clock);
+        if let Some(since) = self.orphaned.get_mut(node) {
+            *since = Duration::ZERO;
+        }
+    }
+
+    /// Notes which reports are of nodes that are gone.
+    pub fn observe_reports(&mut self, nodes: &Facts<NodeFact>, reports: &Facts<ReportFact>, clock: Clock) {
+        let gone = reports.keys().filter(|name| !nodes.contains_key(*name));
+        let since = |name: &Name| *self.orphaned.get(name).unwrap_or(&clock.steady);
+        self.orphaned = gone.map(|name| (name.clone(), since(name))).collect();
+    }
+
+    /// Notes what the blocks of a new snapshot say: which vanished, which are in quarantine, which creates
+    /// are settled. `quarantine_of` answers the quarantine of a range in seconds.
+    pub fn observe(&mut self, blocks: &Facts<BlockFact>, quarantine_of: impl Fn(&str) -> i32, clock: Clock) {
+        let unchanged = self.last_seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, blocks));
+        for lost in self.last_seen.iter().filter(|_| !unchanged).flat_map(|seen| seen.values()) {
+            if !blocks.contains_key(&lost.name) && !self.released.remove(&lost.uid) {
+                let seconds = u64::try_from(quarantine_of(&lost.range)).unwrap_or_default();
+                let until = clock.steady + Duration::from_secs(seconds);
+                let vanished = Vanished { node: lost.node.clone(), range: lost.range.clone(), until };
+                self.vanished.insert(lost.block, vanished);
+            }
+        }
+        self.last_seen = Some(blocks.clone());
+        let exists = |block: &Block| blocks.contains_key(block.object_name().as_str());
+        self.vanished.retain(|block, vanished| vanished.until > clock.steady && !exists(block));
+        self.pending.retain(|block, pending| pending.until > clock.steady && !exists(block));
+        let resting = blocks.values().filter(|b| b.is_quarantined());
+        let since = |b: &Arc<BlockFact>| *self.quarantined.get(&b.uid).unwrap_or(&clock.steady);
+        self.quarantined = resting.map(|b| (b.uid.clone(), since(b))).collect();
+        self.released.retain(|uid| blocks.values().any(|b| b.uid == *uid));
+        self.retries.retain(|_, retry| retry.not_before + FORGOTTEN_AFTER > clock.steady);
+        self.status_written.retain(|_, at| *at + FORGOTTEN_AFTER > clock.steady);
+    }
+
+    /// Whether a write to that object may be tried (again) now.
+    pub fn is_ripe(&self, target: &(Kind, Name), clock: Clock) -> bool {
+        self.retries.get(target).is_none_or(|retry| retry.not_before <= clock.steady)
+    }
+
+    /// A write failed: the next try waits, longer each time.
+    pub fn failed(&mut self, target: (Kind, Name), clock: Clock) {
+        let failures = self.retries.get(&target).map_or(0, |retry| retry.failures).saturating_add(1);
+        let wait = Duration::from_millis(100 << failures.min(7)).min(Duration::from_secs(10));
+        self.retries.insert(target, Retry { failures, not_before: clock.steady + wait });
+    }
+
+    /// A write went through.
+    pub fn succeeded(&mut self, target: &(Kind, Name)) {
+        self.retries.remove(target);
+    }
+
+    /// When something remembered changes by itself: the next time to look.
+    pub fn wakes_at(&self, clock: Clock) -> Option<Duration> {
+        let retries = self.retries.values().map(|retry| retry.not_before);
+        let pending = self.pending.values().map(|pending| pending.until);
+        let vanished = self.vanished.values().map(|vanished| vanished.until);
+        retries.chain(pending).chain(vanished).filter(|at| *at > clock.steady).min()
+    }
+}
+
+/// A complete LIST of one kind.
+#[derive(Clone, Debug)]
+pub struct Listed<F> {
+    /// The objects.
+    pub facts: BTreeMap<Name, Arc<F>>,
+    /// The version of the list as a whole.
+    pub resource_version: String,
+}
+
+/// Answers to own writes, laid over what the watch shows until it shows them too.
+#[derive(Clone, Debug)]
+pub struct Learned<F> {
+    entries: BTreeMap<Name, Answer<F>>,
+}
+
+#[derive(Clone, Debug)]
+struct Answer<F> {
+    /// The object, or the uid of one that is gone.
+    fact: Result<Arc<F>, Name>,
+    at: Duration,
+}
+
+impl<F> Default for Learned<F> {
+    fn default() -> Self {
+        Learned { entries: BTreeMap::new() }
+    }
+}
+
+impl<F: Fact> Learned<F> {
+    /// The API server answered with this object.
+    pub fn fact(&mut self, fact: F, clock: Clock) {
+        self.entries.insert(fact.name().clone(), Answer { fact: Ok(Arc::new(fact)), at: clock.steady });
+    }
+
+    /// The object of that name and uid is gone.
+    pub fn gone(&mut self, name: &Name, uid: &Name, clock: Clock) {
+        self.entries.insert(name.clone(), Answer { fact: Err(uid.clone()), at: clock.steady });
+    }
+
+    /// The watch's facts with the answers over them; drops answers that the watch has caught up with.
+    pub fn over(&mut self, watched: &Facts<F>) -> Facts<F> {
+        self.entries.retain(|name, answer| match (&answer.fact, watched.get(name)) {
+            (Ok(fact), Some(seen)) => is_newer(fact.resource_version(), seen.resource_version()),
+            (Ok(_), None) => true,
+            (Err(uid), seen) => seen.is_some_and(|seen| seen.uid() == uid),
+        });
+        if self.entries.is_empty() {
+            return watched.clone();
+        }
+        let mut merged = (**watched).clone();
+        for (name, answer) in &self.entries {
+            match &answer.fact {
+                Ok(fact) => merged.insert(name.clone(), fact.clone()),
+                Err(_) => merged.remove(name),
+            };
+        }
+        Arc::new(merged)
+    }
+
+    /// A LIST made just now is the truth: what differs from the watch is learned, all else forgotten. What
+    /// the watch shows already, but was created after the LIST, stays.
+    pub fn settle(&mut self, listed: &Listed<F>, watched: &Facts<F>, clock: Clock) {
+        self.entries.clear();
+        for fact in listed.facts.values() {
+            if watched.get(fact.name()).is_none_or(|seen| seen != fact) {
+                let answer = Answer { fact: Ok(fact.clone()), at: clock.steady };
+                self.entries.insert(fact.name().clone(), answer);
+            }
+        }
+        for seen in watched.values().filter(|seen| !listed.facts.contains_key(seen.name())) {
+            if !is_newer(seen.resource_version(), &listed.resource_version) {
+                self.gone(seen.name(), seen.uid(), clock);
+            }
+        }
+    }
+
+    /// Whether the watch has not shown an answer for so long that a LIST must settle it.
+    pub fn is_overdue(&self, clock: Clock) -> bool {
+        self.entries.values().any(|answer| answer.at + LEARNED_FOR <= clock.steady)
+    }
+}
+
+/// Whether one resourceVersion is newer than another of the same kind. They are numbers (KEP-5504); if one
+/// is not, the watch is believed.
+fn is_newer(ours: &str, seen: &str) -> bool {
+    matches!((ours.parse::<u64>(), seen.parse::<u64>()), (Ok(ours), Ok(seen)) if ours > seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{NOW, at, block, held_block};
+    use plat_crds::pod_cidr::BlockState;
+
+    fn clock(second: u64) -> Clock {
+        Clock { wall: at(NOW), steady: Duration::from_secs(second) }
+    }
+
+    fn versioned(cidr: &str, version: &str) -> BlockFact {
+        BlockFact { resource_version: version.into(), ..held_block(cidr, "r", "n1") }
+    }
+
+    fn facts(blocks: &[BlockFact]) -> Facts<BlockFact> {
+        Arc::new(blocks.iter().map(|b| (b.name.clone(), Arc::new(b.clone()))).collect())
+    }
+
+    fn versions(facts: &Facts<BlockFact>) -> Vec<(&str, &str)> {
+        facts.values().map(|b| (&*b.name, &*b.resource_version)).collect()
+    }
+
+    #[test]
+    fn an_answer_holds_until_the_watch_has_caught_up() {
+        let mut learned = Learned::default();
+        learned.fact(versioned("10.244.1.0/24", "7"), clock(0));
+        let name = "10-244-1-0-24";
+        assert_eq!(versions(&learned.over(&facts(&[]))), [(name, "7")], "not watched yet");
+        assert_eq!(versions(&learned.over(&facts(&[versioned("10.244.1.0/24", "5")]))), [(name, "7")]);
+        assert_eq!(versions(&learned.over(&facts(&[versioned("10.244.1.0/24", "9")]))), [(name, "9")]);
+        assert_eq!(versions(&learned.over(&facts(&[]))), [], "once caught up, the watch alone counts");
+    }
+
+    #[test]
+    fn a_deletion_holds_until_the_watch_has_caught_up() {
+        let mut learned = Learned::default();
+        let old = versioned("10.244.1.0/24", "5");
+        learned.gone(&old.name, &old.uid, clock(0));
+        assert_eq!(versions(&learned.over(&facts(&[old.clone()]))), []);
+        let again = BlockFact { uid: "another".into(), ..versioned("10.244.1.0/24", "9") };
+        assert_eq!(versions(&learned.over(&facts(&[again]))).len(), 1, "another object of that name");
+    }
+
+    #[test]
+    fn a_version_that_is_no_number_is_never_newer_than_the_watch() {
+        assert!(is_newer("10", "9") && !is_newer("9", "10") && !is_newer("9", "9"));
+        assert!(!is_newer("b", "a") && !is_newer("", "1"));
+    }
+
+    #[test]
+    fn a_live_list_is_the_truth_but_for_what_came_after_it() {
+        let mut learned = Learned::default();
+        learned.fact(versioned("10.244.9.0/24", "4"), clock(0));
+        let watched = facts(&[
+            versioned("10.244.1.0/24", "3"),
+            versioned("10.244.2.0/24", "20"),
+            versioned("10.244.3.0/24", "5"),
+        ]);
+        let listed = Listed {
+            facts: [versioned("10.244.3.0/24", "8")].map(|b| (b.name.clone(), Arc::new(b))).into(),
+            resource_version: "10".to_owned(),
+        };
+        learned.settle(&listed, &watched, clock(0));
+        assert_eq!(versions(&learned.over(&watched)), [("10-244-2-0-24", "20"), ("10-244-3-0-24", "8")]);
+        assert!(!learned.is_overdue(clock(9)) && learned.is_overdue(clock(10)));
+    }
+
+    #[test]
+    fn a_block_that_goes_without_being_released_is_remembered_for_a_quarantine() {
+        let mut memory = Memory::new(false);
+        let (lost, freed) = (versioned("10.244.1.0/24", "1"), versioned("10.244.2.0/24", "1"));
+        memory.observe(&facts(&[lost.clone(), freed.clone()]), |_| 900, clock(0));
+        memory.block_released(&freed.uid, &freed.name, &freed.node, clock(1));
+        memory.observe(&facts(&[]), |_| 900, clock(2));
+        assert_eq!(memory.vanished.keys().copied().collect::<Vec<_>>(), [block("10.244.1.0/24")]);
+        memory.observe(&facts(&[]), |_| 900, clock(901));
+        assert_eq!(memory.vanished.len(), 1);
+        memory.observe(&facts(&[]), |_| 900, clock(903));
+        assert_eq!(memory.vanished.len(), 0);
+    }
+
+    #[test]
+    fn a_block_that_comes_back_is_not_lost_any_more() {
+        let mut memory = Memory::new(false);
+        memory.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| 900, clock(0));
+        memory.observe(&facts(&[]), |_| 900, clock(1));
+        assert_eq!(memory.vanished.len(), 1);
+        memory.observe(&facts(&[versioned("10.244.1.0/24", "2")]), |_| 900, clock(2));
+        assert_eq!(memory.vanished.len(), 0);
+    }
+
+    #[test]
+    fn a_quarantine_is_watched_from_when_it_is_first_seen_and_anew_after_a_return() {
+        let mut memory = Memory::new(false);
+        let resting = BlockFact { state: BlockState::Quarantined, ..versioned("10.244.1.0/24", "1") };
+        let active = versioned("10.244.1.0/24", "2");
+        for (second, fact, since) in
+            [(5, &resting, Some(5)), (9, &resting, Some(5)), (10, &active, None), (20, &resting, Some(20))]
+        {
+            memory.observe(&facts(&[fact.clone()]), |_| 900, clock(second));
+            assert_eq!(memory.quarantined.get(&resting.uid).map(Duration::as_secs), since, "{second}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_create_blocks_its_addresses_until_it_is_seen_or_can_have_no_effect() {
+        let new = NewBlock {
+            block: block("10.244.1.0/24"),
+            range: "r".into(),
+            node: "n1".into(),
+            node_uid: "u".into(),
+            addresses: vec![],
+            labels: vec![],
+            origin: crate::step::Origin::Carved,
+        };
+        let mut memory = Memory::new(false);
+        memory.create_unknown(&new, clock(0));
+        assert!(memory.distrust);
+        memory.observe(&facts(&[]), |_| 900, clock(119));
+        assert_eq!(memory.pending.len(), 1);
+        let mut seen = memory.clone();
+        seen.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| 900, clock(119));
+        assert_eq!(seen.pending.len(), 0);
+        memory.observe(&facts(&[]), |_| 900, clock(120));
+        assert_eq!(memory.pending.len(), 0);
+    }
+
+    #[test]
+    fn a_failing_write_is_tried_again_later_and_later() {
+        let (mut memory, target) = (Memory::new(false), (Kind::Node, Name::from("n1")));
+        assert!(memory.is_ripe(&target, clock(0)));
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            memory.failed(target.clone(), clock(0));
+            waits.push(memory.retries[&target].not_before.as_millis());
+        }
+        assert_eq!(waits, [200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000]);
+        assert!(!memory.is_ripe(&target, clock(9)) && memory.is_ripe(&target, clock(10)));
+        assert_eq!(memory.wakes_at(clock(9)), Some(Duration::from_secs(10)));
+        assert_eq!(memory.wakes_at(clock(10)), None, "what is past wakes nobody");
+        memory.succeeded(&target);
+        assert!(memory.is_ripe(&target, clock(0)));
+    }
+}

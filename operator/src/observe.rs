@@ -1,0 +1,383 @@
+//! Watches, and what they have shown so far. Objects become facts as they arrive; nothing else is kept.
+//!
+//! A watch that fails goes on where it was, or lists anew; what it has shown stays until then. An object that
+//! cannot be read becomes a fact with a problem and stops nothing.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::jiff::Timestamp;
+use kube::core::DeserializeGuard;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client, Resource};
+use plat_crds::node_network::Incident;
+use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::Sender;
+use tracing::{info, warn};
+
+use crate::facts::{BlockFact, Fact, Name, NodeFact, RangeFact, ReportFact, new_incidents};
+use crate::kube_server::chain;
+use crate::leader::World;
+use crate::node_view::NodeView;
+use crate::snapshot::{Facts, Foreign};
+
+/// A watch that failed is tried again after this long, then twice as long, up to [`MAX_WAIT`].
+const MIN_WAIT: Duration = Duration::from_millis(200);
+/// Longest wait between tries: how long the operator may sleep on after the API server has come back.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+/// Longest wait between tries while the kind's CRD is missing: at first install it is there in a moment.
+const MAX_WAIT_FOR_CRD: Duration = Duration::from_secs(1);
+/// Failures in a row after which a watch is named in the log again.
+const SAY_AGAIN: u32 = 12;
+
+/// What the watches have shown.
+#[derive(Debug, Default)]
+pub struct Observed {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    nodes: Mirror<NodeFact>,
+    ranges: Mirror<RangeFact>,
+    blocks: Mirror<BlockFact>,
+    reports: Mirror<ReportFact>,
+    foreign: Arc<Foreign>,
+    /// The most urgent change since the last look.
+    pending: Option<Urgency>,
+}
+
+/// How soon a change must be acted on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// A report or a status: counters, mostly. Many come at once.
+    Soon,
+    /// Anything that may need a block, or an address to be copied.
+    Now,
+}
+
+/// Facts of one kind.
+#[derive(Debug)]
+struct Mirror<F> {
+    facts: Facts<F>,
+    /// A LIST that is under way.
+    listing: Option<BTreeMap<Name, Arc<F>>>,
+    complete: bool,
+}
+
+impl<F> Default for Mirror<F> {
+    fn default() -> Self {
+        Mirror { facts: Arc::default(), listing: None, complete: false }
+    }
+}
+
+impl<F: Fact> Mirror<F> {
+    /// Takes one event in; answers how urgent the change is, if there is one.
+    fn apply<K>(
+        &mut self,
+        event: Event<K>,
+        read: impl Fn(&K) -> Option<F>,
+        urgency: fn(Option<&F>, Option<&F>) -> Urgency,
+    ) -> Option<Urgency> {
+        match event {
+            Event::Init => {
+                self.listing = Some(BTreeMap::new());
+                None
+            }
+            Event::InitApply(object) => {
+                if let (Some(fact), Some(listing)) = (read(&object), &mut self.listing) {
+                    listing.insert(fact.name().clone(), Arc::new(fact));
+                }
+                None
+            }
+            Event::InitDone => {
+                let listed = self.listing.take()?;
+                let first = !std::mem::replace(&mut self.complete, true);
+                let changed = first || listed != *self.facts;
+                self.facts = Arc::new(listed);
+                changed.then_some(Urgency::Now)
+            }
+            Event::Apply(object) => {
+                let fact = read(&object)?;
+                let old = self.facts.get(fact.name());
+                if old.is_some_and(|old| **old == fact) {
+                    return None;
+                }
+                let urgency = urgency(old.map(|old| &**old), Some(&fact));
+                Arc::make_mut(&mut self.facts).insert(fact.name().clone(), Arc::new(fact));
+                Some(urgency)
+            }
+            Event::Delete(object) => {
+                let fact = read(&object)?;
+                let old = Arc::make_mut(&mut self.facts).remove(fact.name())?;
+                Some(urgency(Some(&*old), None))
+            }
+        }
+    }
+}
+
+impl Observed {
+    /// What the watches show, once every one of them has been complete; `None` before. Whatever happened up
+    /// to now is in it.
+    pub fn world(&self) -> Option<World> {
+        let mut state = self.lock();
+        let complete =
+            state.nodes.complete && state.ranges.complete && state.blocks.complete && state.reports.complete;
+        state.pending = None;
+        complete.then(|| World {
+            nodes: state.nodes.facts.clone(),
+            ranges: state.ranges.facts.clone(),
+            blocks: state.blocks.facts.clone(),
+            reports: state.reports.facts.clone(),
+            foreign: state.foreign.clone(),
+        })
+    }
+
+    /// Waits for a change and answers with the most urgent one since [`Observed::world`] was called.
+    pub async fn changed(&self) -> Urgency {
+        loop {
+            let notified = self.changed.notified();
+            if let Some(urgency) = self.lock().pending {
+                return urgency;
+            }
+            notified.await;
+        }
+    }
+
+    /// Waits until a change is at least this urgent.
+    pub async fn changed_at_least(&self, urgency: Urgency) {
+        loop {
+            let notified = self.changed.notified();
+            if self.lock().pending >= Some(urgency) {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Sets what is known of the cluster's own addresses.
+    pub fn set_foreign(&self, foreign: Foreign) {
+        let mut state = self.lock();
+        if *state.foreign != foreign {
+            state.foreign = Arc::new(foreign);
+            state.pending = state.pending.max(Some(Urgency::Now));
+            drop(state);
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// What is known of the cluster's own addresses.
+    pub fn foreign(&self) -> Arc<Foreign> {
+        self.lock().foreign.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock; and whole facts are put in at once.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, change: impl FnOnce(&mut State) -> Option<Urgency>) {
+        let mut state = self.lock();
+        let urgency = change(&mut state);
+        state.pending = state.pending.max(urgency);
+        drop(state);
+        if urgency.is_some() {
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+/// An incident of a node's report that was not there before.
+pub type NodeIncident = (Name, Incident);
+
+/// Watches everything until dropped. `on_error` is called with the kind at each failure.
+pub async fn watch_all(
+    client: Client,
+    observed: &Observed,
+    incidents: Sender<NodeIncident>,
+    since: Timestamp,
+    on_error: impl Fn(&'static str),
+) {
+    let on_error = &on_error;
+    let nodes = watch::<NodeView>(&client, on_error, |event| {
+        observed.note(|state| {
+            state.nodes.apply(event, |object| Some(NodeFact::read(object)), |_, _| Urgency::Now)
+        });
+    });
+    let ranges = watch::<ClusterCIDR>(&client, on_error, |event| {
+        observed
+            .note(|state| state.ranges.apply(event, |object| Some(RangeFact::read(object)), range_urgency));
+    });
+    let blocks = watch::<PodCIDR>(&client, on_error, |event| {
+        observed.note(|state| state.blocks.apply(event, BlockFact::read, block_urgency));
+    });
+    let mut seen = Seen { since, by_node: BTreeMap::new() };
+    let reports = watch::<NodeNetwork>(&client, on_error, move |event| {
+        seen.pass_on(&event, &incidents);
+        observed.note(|state| {
+            state.reports.apply(event, |object| Some(ReportFact::read(object)), report_urgency)
+        });
+    });
+    tokio::join!(nodes, ranges, blocks, reports);
+}
+
+/// Which incidents have been passed on.
+struct Seen {
+    since: Timestamp,
+    by_node: BTreeMap<String, Timestamp>,
+}
+
+impl Seen {
+    fn pass_on(&mut self, event: &Event<DeserializeGuard<NodeNetwork>>, incidents: &Sender<NodeIncident>) {
+        let (Event::Apply(DeserializeGuard(Ok(report))) | Event::InitApply(DeserializeGuard(Ok(report)))) =
+            event
+        else {
+            return;
+        };
+        let name = report.metadata.name.clone().unwrap_or_default();
+        let seen = self.by_node.get(&name).copied().unwrap_or(self.since);
+        for incident in new_incidents(report, seen) {
+            self.by_node.insert(name.clone(), incident.time.0);
+            // A full queue drops it: it stays in the report, where its owner can read it.
+            let _ = incidents.try_send((name.as_str().into(), incident));
+        }
+    }
+}
+
+async fn watch<K>(
+    client: &Client,
+    on_error: &impl Fn(&'static str),
+    mut take: impl FnMut(Event<DeserializeGuard<K>>),
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    let kind = kind_of::<K>();
+    let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
+    let mut events = std::pin::pin!(watcher(api, watcher::Config::default()));
+    let mut failures = 0;
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => {
+                if failures > 0 && matches!(event, Event::InitDone | Event::Apply(_) | Event::Delete(_)) {
+                    info!(kind, "watching again");
+                    failures = 0;
+                }
+                take(event);
+            }
+            Err(error) => {
+                on_error(kind);
+                let missing = is_missing(&error);
+                if failures % SAY_AGAIN == 0 && missing {
+                    warn!(kind, "the API server does not know this kind (yet): waiting for its CRD");
+                } else if failures % SAY_AGAIN == 0 {
+                    warn!(
+                        kind,
+                        error = chain(&error),
+                        "cannot watch; going on with what is known and trying again"
+                    );
+                }
+                let longest = if missing { MAX_WAIT_FOR_CRD } else { MAX_WAIT };
+                let wait = (MIN_WAIT * 2u32.saturating_pow(failures)).min(longest);
+                failures = failures.saturating_add(1).min(10_000);
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+}
+
+fn is_missing(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 404,
+        _ => false,
+    }
+}
+
+fn kind_of<K: Resource<DynamicType = ()>>() -> &'static str {
+    match &*K::kind(&()) {
+        "Node" => "Node",
+        "ClusterCIDR" => "ClusterCIDR",
+        "PodCIDR" => "PodCIDR",
+        _ => "NodeNetwork",
+    }
+}
+
+/// A status alone is ours, or a counter.
+fn range_urgency(old: Option<&RangeFact>, new: Option<&RangeFact>) -> Urgency {
+    let bare = |fact: &RangeFact| RangeFact {
+        status: Default::default(),
+        resource_version: "".into(),
+        ..fact.clone()
+    };
+    if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
+}
+
+fn block_urgency(old: Option<&BlockFact>, new: Option<&BlockFact>) -> Urgency {
+    let bare = |fact: &BlockFact| BlockFact { status: None, resource_version: "".into(), ..fact.clone() };
+    if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
+}
+
+/// What is held matters at once, as does a report that goes away; sums and counters can wait.
+fn report_urgency(old: Option<&ReportFact>, new: Option<&ReportFact>) -> Urgency {
+    let held =
+        |fact: &ReportFact| (fact.reported, fact.held.iter().map(|held| held.block).collect::<Vec<_>>());
+    if old.map(held) == new.map(held) { Urgency::Soon } else { Urgency::Now }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{held_block, report};
+
+    fn apply(mirror: &mut Mirror<BlockFact>, event: Event<BlockFact>) -> Option<Urgency> {
+        mirror.apply(event, |fact| Some(fact.clone()), block_urgency)
+    }
+
+    #[test]
+    fn a_list_replaces_what_was_known_only_when_it_is_complete() {
+        let mut mirror = Mirror::default();
+        let (a, b) = (held_block("10.244.1.0/24", "r", "n1"), held_block("10.244.2.0/24", "r", "n2"));
+        assert_eq!(apply(&mut mirror, Event::Init), None);
+        assert_eq!(apply(&mut mirror, Event::InitApply(a.clone())), None);
+        assert!(mirror.facts.is_empty() && !mirror.complete);
+        assert_eq!(apply(&mut mirror, Event::InitDone), Some(Urgency::Now));
+        assert!(mirror.complete);
+        for event in [Event::Init, Event::InitApply(b.clone())] {
+            assert_eq!(apply(&mut mirror, event), None);
+            assert_eq!(mirror.facts.len(), 1, "the old list holds until the new one is whole");
+        }
+        assert_eq!(apply(&mut mirror, Event::InitDone), Some(Urgency::Now));
+        assert_eq!(mirror.facts.keys().map(|k| &**k).collect::<Vec<_>>(), ["10-244-2-0-24"]);
+    }
+
+    #[test]
+    fn what_does_not_change_a_fact_wakes_nobody() {
+        let mut mirror = Mirror::default();
+        let fact = held_block("10.244.1.0/24", "r", "n1");
+        assert_eq!(apply(&mut mirror, Event::Apply(fact.clone())), Some(Urgency::Now));
+        assert_eq!(apply(&mut mirror, Event::Apply(fact.clone())), None);
+        let status = BlockFact { status: Some(Box::default()), resource_version: "2".into(), ..fact.clone() };
+        assert_eq!(apply(&mut mirror, Event::Apply(status)), Some(Urgency::Soon));
+        let moved = BlockFact { node_uid: None, ..fact.clone() };
+        assert_eq!(apply(&mut mirror, Event::Apply(moved)), Some(Urgency::Now));
+        assert_eq!(apply(&mut mirror, Event::Delete(fact.clone())), Some(Urgency::Now));
+        assert_eq!(apply(&mut mirror, Event::Delete(fact)), None);
+    }
+
+    #[test]
+    fn counters_of_a_report_can_wait_but_not_what_it_holds() {
+        let (one, used, other) = (
+            report("n", &[("10.244.1.0/24", 1)]),
+            report("n", &[("10.244.1.0/24", 2)]),
+            report("n", &[("10.244.2.0/24", 1)]),
+        );
+        assert_eq!(report_urgency(Some(&one), Some(&used)), Urgency::Soon);
+        assert_eq!(report_urgency(Some(&one), Some(&other)), Urgency::Now);
+        assert_eq!(report_urgency(None, Some(&one)), Urgency::Now);
+    }
+}

@@ -1,0 +1,216 @@
+//! The plan: what should be written, given what is so. Pure and whole: it looks at everything each time and
+//! remembers nothing, so it does not matter what happened in between.
+//!
+//! | file | decides |
+//! |---|---|
+//! | `ranges` | default ClusterCIDRs, finalizers, block sizes |
+//! | `hold` | existing blocks: keep, update, quarantine, re-adopt, free |
+//! | `place` | nodes without a block: re-create, adopt, carve |
+//! | `nodes` | mirror into the Node, `NetworkUnavailable`, NodeNetworks, faults of nodes |
+//!
+//! Every map is ordered and nothing reads a clock, so equal snapshots give equal plans.
+
+mod hold;
+mod nodes;
+mod place;
+mod ranges;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use plat_crds::cluster_cidr::Allocation;
+use plat_crds::{Block, Family};
+
+use crate::claims::Claims;
+use crate::facts::{BlockFact, Name, NodeFact, RangeFact};
+use crate::pool::Pool;
+use crate::ranges::{Judgement, judge};
+use crate::snapshot::{Snapshot, Source};
+use crate::step::{Fault, Kind, ObjectKey, Step};
+
+/// What should be written, and what is wrong.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// Writes, independent of each other.
+    pub steps: Vec<Step>,
+    /// What is wrong with single objects, sorted.
+    pub faults: Vec<Fault>,
+    /// What holds for each range.
+    pub ranges: BTreeMap<Name, RangeOutlook>,
+    /// Steps were left out that need live LISTs of ranges and blocks: list, and plan again.
+    pub wants_live: bool,
+    /// When to plan again although nothing has changed: time from now.
+    pub wake_after: Option<Duration>,
+    /// Nodes that lack a block of some family.
+    pub nodes_without_block: usize,
+    /// ClusterCIDR uid → index after the last block carved by this plan.
+    pub cursors: BTreeMap<Name, u64>,
+}
+
+/// A range as the plan leaves it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RangeOutlook {
+    /// Conditions.
+    pub judgement: Judgement,
+    /// Blocks that fit into it.
+    pub total: u64,
+    /// Blocks that can still be carved.
+    pub free: u64,
+    /// Where carving goes on.
+    pub cursor: u64,
+}
+
+/// Plans.
+pub fn plan(snapshot: &Snapshot) -> Plan {
+    let mut planner = Planner::new(snapshot);
+    planner.name_unreadable_objects();
+    planner.manage_ranges();
+    if !snapshot.settings.cleanup {
+        planner.hold_blocks();
+        planner.place_nodes();
+        planner.serve_nodes();
+    }
+    planner.finish()
+}
+
+struct Planner<'a> {
+    snapshot: &'a Snapshot<'a>,
+    claims: Claims,
+    ranges: BTreeMap<Name, Candidate<'a>>,
+    /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
+    blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
+    plan: Plan,
+}
+
+/// A range with its blocks.
+struct Candidate<'a> {
+    fact: &'a RangeFact,
+    judgement: Judgement,
+    pool: Pool,
+    cursor: u64,
+}
+
+impl Candidate<'_> {
+    fn family(&self) -> Option<Family> {
+        self.fact.range.map(|range| range.family())
+    }
+
+    /// Whether its nodes are served by it, now or once it is ready.
+    fn selects(&self, node: &NodeFact, family: Family) -> bool {
+        self.family() == Some(family) && !self.fact.deleting && self.fact.selector.matches(&node.labels)
+    }
+
+    fn allocates(&self) -> bool {
+        self.judgement.is_good() && self.fact.is_prepared() && self.fact.allocation == Allocation::Enabled
+    }
+
+    fn is_reserved(&self, block: &Block) -> bool {
+        self.fact.reserved.iter().any(|reserved| reserved.overlaps(block))
+    }
+}
+
+impl<'a> Planner<'a> {
+    fn new(snapshot: &'a Snapshot<'a>) -> Planner<'a> {
+        let claims = Claims::of(snapshot);
+        let candidate = |fact: &'a RangeFact| Candidate {
+            fact,
+            judgement: judge(fact, snapshot),
+            pool: pool(fact, &claims),
+            cursor: cursor(fact, snapshot),
+        };
+        let ranges = snapshot.ranges.iter().map(|(name, fact)| (name.clone(), candidate(fact))).collect();
+        let mut blocks_of: BTreeMap<&str, Vec<&BlockFact>> = BTreeMap::new();
+        for block in snapshot.blocks.values() {
+            blocks_of.entry(&block.node).or_default().push(block);
+        }
+        for blocks in blocks_of.values_mut() {
+            blocks.sort_by_key(|block| (block.is_quarantined(), block.created, block.block));
+        }
+        Planner { snapshot, claims, ranges, blocks_of, plan: Plan::default() }
+    }
+
+    fn name_unreadable_objects(&mut self) {
+        let snapshot = self.snapshot;
+        let mut name = |kind: Kind, object: &Name, uid: &Name, problem: &Option<Box<str>>| {
+            if let Some(problem) = problem {
+                let message = format!(
+                    "{} {object} cannot be used: {problem}; correct it, or upgrade the operator",
+                    kind.as_str()
+                );
+                self.plan.faults.push(Fault {
+                    object: ObjectKey::new(kind, object, uid),
+                    reason: crate::reason::UNREADABLE,
+                    message,
+                });
+            }
+        };
+        snapshot.nodes.values().for_each(|f| name(Kind::Node, &f.name, &f.uid, &f.problem));
+        snapshot.ranges.values().for_each(|f| name(Kind::ClusterCIDR, &f.name, &f.uid, &f.problem));
+        snapshot.blocks.values().for_each(|f| name(Kind::PodCIDR, &f.name, &f.uid, &f.problem));
+        snapshot.reports.values().for_each(|f| name(Kind::NodeNetwork, &f.name, &f.uid, &f.problem));
+    }
+
+    fn fault(&mut self, node: &NodeFact, reason: &'static str, message: String) {
+        self.plan.faults.push(Fault {
+            object: ObjectKey::new(Kind::Node, &node.name, &node.uid),
+            reason,
+            message,
+        });
+    }
+
+    fn wake_after(&mut self, wait: Duration) {
+        self.plan.wake_after = Some(self.plan.wake_after.map_or(wait, |known| known.min(wait)));
+    }
+
+    /// Whether ranges and blocks were listed for this plan; if not, asks for it.
+    fn is_live(&mut self) -> bool {
+        let live = self.snapshot.source == Source::Live;
+        self.plan.wants_live |= !live;
+        live
+    }
+
+    /// The families that a node should have a block of: those of the ranges that select it.
+    fn families_of(&self, node: &NodeFact) -> Vec<Family> {
+        let selected = |family: &Family| self.ranges.values().any(|range| range.selects(node, *family));
+        Family::ALL.into_iter().filter(selected).collect()
+    }
+
+    /// The block of a family that is a node's own, also while it is in quarantine; others are left over.
+    fn held_block(&self, node: &str, family: Family) -> Option<&'a BlockFact> {
+        self.blocks_of.get(node)?.iter().copied().find(|block| block.block.family() == family)
+    }
+
+    fn finish(mut self) -> Plan {
+        let outlook = |range: &Candidate| RangeOutlook {
+            judgement: range.judgement.clone(),
+            total: range.pool.total(),
+            free: range.pool.free(),
+            cursor: range.cursor,
+        };
+        self.plan.ranges = self.ranges.iter().map(|(name, range)| (name.clone(), outlook(range))).collect();
+        self.plan.faults.sort();
+        self.plan.faults.dedup();
+        self.plan
+    }
+}
+
+/// The blocks of a range, less everything that is claimed or reserved.
+fn pool(fact: &RangeFact, claims: &Claims) -> Pool {
+    let Some(range) = fact.range else { return Pool::none() };
+    let prefix = fact.block_prefix.unwrap_or_else(|| range.family().default_block_prefix());
+    let mut pool = Pool::new(range, prefix);
+    for (block, _) in claims.overlapping(&range) {
+        pool.take(block);
+    }
+    for reserved in &fact.reserved {
+        pool.take(reserved);
+    }
+    pool
+}
+
+fn cursor(fact: &RangeFact, snapshot: &Snapshot) -> u64 {
+    let written = fact.status.cursor.and_then(|cursor| u64::try_from(cursor).ok()).unwrap_or(0);
+    snapshot.memory.cursors.get(&fact.uid).copied().unwrap_or(written)
+}

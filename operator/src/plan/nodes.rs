@@ -1,0 +1,185 @@
+//! What is done for each node besides its blocks, and what is said of it.
+
+use std::time::Duration;
+
+use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
+use plat_crds::condition::{self, READY};
+use plat_crds::{Block, Family};
+
+use super::Planner;
+use crate::claims::Claim;
+use crate::facts::{BlockFact, Held, NodeFact, PodCidrText, ReportFact};
+use crate::reason;
+use crate::step::Step;
+
+impl<'a> Planner<'a> {
+    pub(super) fn serve_nodes(&mut self) {
+        let snapshot = self.snapshot;
+        for node in snapshot.nodes.values() {
+            if !snapshot.reports.contains_key(&node.name) {
+                self.plan.steps.push(Step::CreateReport { node: node.name.clone() });
+            }
+            if node.problem.is_some() {
+                continue;
+            }
+            self.name_node_faults(node);
+            let blocks = self.all_blocks_of(node);
+            if let Some(blocks) = blocks {
+                self.mirror(node, &blocks);
+                self.clear_network_unavailable(node, &blocks);
+            }
+        }
+        self.delete_stale_reports();
+    }
+
+    /// The node's blocks, primary family first; `None` unless it has one of every family.
+    fn all_blocks_of(&self, node: &NodeFact) -> Option<Vec<&'a BlockFact>> {
+        let mut families = self.families_of(node);
+        let primary = node.addresses.first().map(Family::of);
+        families.sort_by_key(|family| Some(*family) != primary);
+        let blocks: Option<Vec<_>> =
+            families.iter().map(|family| self.held_block(&node.name, *family)).collect();
+        blocks.filter(|blocks| {
+            !blocks.is_empty() && blocks.iter().all(|b| b.problem.is_none() && !b.is_quarantined())
+        })
+    }
+
+    /// `node.spec.podCIDRs` can be written once only: all families together, and in the right order.
+    fn mirror(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
+        let order_known = blocks.len() == 1 || !node.addresses.is_empty();
+        if self.snapshot.settings.node_spec_mirror && node.pod_cidrs.is_empty() && order_known {
+            let pod_cidrs = blocks.iter().map(|block| block.block).collect();
+            let (node, uid) = (node.name.clone(), node.uid.clone());
+            self.plan.steps.push(Step::MirrorToNode { node, uid, pod_cidrs });
+        }
+    }
+
+    fn clear_network_unavailable(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
+        let is_ready = |block: &&BlockFact| {
+            block.status.as_ref().is_some_and(|status| condition::is_true(&status.conditions, READY))
+        };
+        if node.network_unavailable && blocks.iter().all(is_ready) {
+            self.plan.steps.push(Step::ClearNetworkUnavailable {
+                node: node.name.clone(),
+                uid: node.uid.clone(),
+                blocks: blocks.iter().map(|block| block.block).collect(),
+                at: self.snapshot.clock.wall,
+            });
+        }
+    }
+
+    /// A report stays as long as its node or a block of its node does; and if it says that blocks are held,
+    /// for a quarantine after the node went, in case their PodCIDRs were lost.
+    fn delete_stale_reports(&mut self) {
+        let snapshot = self.snapshot;
+        for report in snapshot.reports.values() {
+            let name = &report.name;
+            let needed = snapshot.nodes.contains_key(name)
+                || self.blocks_of.contains_key(&**name)
+                || snapshot.memory.vanished.values().any(|vanished| vanished.node == *name)
+                || snapshot.memory.pending.values().any(|pending| pending.node == *name);
+            if needed {
+                continue;
+            }
+            let rest = self.rest_of_claims(report);
+            if rest.is_zero() {
+                self.plan.steps.push(Step::DeleteReport { node: name.clone(), uid: report.uid.clone() });
+            } else {
+                self.wake_after(rest);
+            }
+        }
+    }
+
+    /// For how long the claims of a gone node's report still count.
+    fn rest_of_claims(&self, report: &ReportFact) -> Duration {
+        let clock = self.snapshot.clock;
+        let since = self.snapshot.memory.orphaned.get(&report.name).copied().unwrap_or(clock.steady);
+        let range_of = |held: &Held| {
+            let mut ranges = self.snapshot.ranges.values();
+            ranges.find(|range| range.range.is_some_and(|block| block.covers(&held.block)))
+        };
+        let quarantines = report
+            .held
+            .iter()
+            .map(|held| range_of(held).map_or(DEFAULT_QUARANTINE_SECONDS, |range| range.quarantine_seconds));
+        let longest = quarantines.max().and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(0);
+        (since + Duration::from_secs(longest)).saturating_sub(clock.steady)
+    }
+
+    fn name_node_faults(&mut self, node: &NodeFact) {
+        if node.addresses.is_empty() {
+            let message = format!(
+                "node {} has no InternalIP, so no other node can route to its pods: set the kubelet's --node-ip, or wait for the cloud controller",
+                node.name
+            );
+            self.fault(node, reason::NO_ADDRESS, message);
+        }
+        for text in &node.pod_cidrs {
+            match text {
+                PodCidrText::Invalid(text) => {
+                    let message = format!(
+                        "node {} has '{text}' in spec.podCIDRs, which is not a CIDR; {CURE}",
+                        node.name
+                    );
+                    self.fault(node, reason::FOREIGN_POD_CIDR, message);
+                }
+                PodCidrText::Block(block) => self.name_pod_cidr_fault(node, block),
+            }
+        }
+        self.name_held_faults(node);
+    }
+
+    /// Names a `spec.podCIDRs` entry that is not one of the node's blocks. Before the node has a block of
+    /// that family it may still be adopted.
+    fn name_pod_cidr_fault(&mut self, node: &NodeFact, block: &Block) {
+        let own = self.held_block(&node.name, block.family());
+        if own.is_some_and(|own| own.block == *block) {
+            return;
+        }
+        if let Some((taken, other)) = self.other_owner(node, block) {
+            let message = format!(
+                "node {} has {block} in spec.podCIDRs, but node {other} holds {taken}; {CURE}",
+                node.name
+            );
+            self.fault(node, reason::POD_CIDR_TAKEN, message);
+        } else if let Some(own) = own {
+            let own = own.block;
+            let message = format!(
+                "node {} has {block} in spec.podCIDRs, which no ClusterCIDR could give it; it holds {own}, and {block} is used by nobody; {CURE}",
+                node.name
+            );
+            self.fault(node, reason::FOREIGN_POD_CIDR, message);
+        } else if !self.families_of(node).contains(&block.family()) {
+            let message = format!(
+                "node {} has {block} in spec.podCIDRs, but no {} ClusterCIDR selects it; {CURE}",
+                node.name,
+                block.family()
+            );
+            self.fault(node, reason::FOREIGN_POD_CIDR, message);
+        }
+    }
+
+    fn name_held_faults(&mut self, node: &NodeFact) {
+        let Some(report) = self.snapshot.reports.get(&node.name) else { return };
+        for held in &report.held {
+            if let Some((taken, other)) = self.other_owner(node, &held.block) {
+                let message = format!(
+                    "node {} has leases in {}, but node {other} holds {taken}: drain node {} so that its pods get other addresses",
+                    node.name, held.block, node.name
+                );
+                self.fault(node, reason::HELD_BLOCK_TAKEN, message);
+            }
+        }
+    }
+
+    /// Another node's PodCIDR that overlaps `block`.
+    fn other_owner(&self, node: &NodeFact, block: &Block) -> Option<(Block, String)> {
+        self.claims.overlapping(block).find_map(|(taken, claim)| match claim {
+            Claim::Object(other) if *other != node.name => Some((*taken, other.to_string())),
+            _ => None,
+        })
+    }
+}
+
+/// `spec.podCIDRs` is write-once.
+const CURE: &str = "the field cannot be changed: if it matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again";

@@ -1,0 +1,262 @@
+//! Nodes without a block of some family: give back what they hold, else what `node.spec.podCIDRs` says,
+//! else carve. All of the first two go before any carving.
+
+use std::cmp::Reverse;
+
+use plat_crds::{Block, Family};
+
+use super::{Candidate, Planner};
+use crate::claims::Claim;
+use crate::facts::{Health, Name, NodeFact};
+use crate::ranges::{Standing, stands};
+use crate::reason;
+use crate::step::{NewBlock, Origin, Step};
+
+/// How strong a claim is. A node gets a block by a claim of its own if no other node has a stronger one on
+/// any address of it, nor an equal one and is older.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Strength {
+    /// `node.spec.podCIDRs`.
+    NodeSpec,
+    /// The node reports that it holds it.
+    Held,
+    /// This leader has seen its PodCIDR vanish.
+    Vanished,
+    /// It is there, may be there, or belongs to the cluster.
+    Fixed,
+}
+
+fn strength(claim: &Claim) -> Strength {
+    match claim {
+        Claim::NodeSpec(_) => Strength::NodeSpec,
+        Claim::Held(_) => Strength::Held,
+        Claim::Vanished(_) => Strength::Vanished,
+        Claim::Object(_) | Claim::Pending(_) | Claim::Cluster => Strength::Fixed,
+    }
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn place_nodes(&mut self) {
+        let mut nodes: Vec<&NodeFact> =
+            self.snapshot.nodes.values().map(|node| &**node).filter(|node| node.problem.is_none()).collect();
+        nodes.sort_by_key(|node| age(node));
+        let lacking: Vec<(&NodeFact, Family)> = nodes.iter().flat_map(|node| self.lacking(node)).collect();
+        let lacking: Vec<_> =
+            lacking.into_iter().filter(|(node, family)| !self.give_back(node, *family)).collect();
+        let lacking: Vec<_> =
+            lacking.into_iter().filter(|(node, family)| !self.adopt(node, *family)).collect();
+        for (node, family) in lacking {
+            self.carve(node, family);
+        }
+    }
+
+    /// The families that a node lacks a block of.
+    fn lacking<'n>(&mut self, node: &'n NodeFact) -> Vec<(&'n NodeFact, Family)> {
+        let families = self.families_of(node);
+        let lacking: Vec<_> = families
+            .iter()
+            .filter(|family| self.held_block(&node.name, **family).is_none())
+            .map(|family| (node, *family))
+            .collect();
+        if families.is_empty() && !self.snapshot.ranges.is_empty() {
+            let message =
+                format!("no ClusterCIDR selects node {}: label it, or add a ClusterCIDR for it", node.name);
+            self.fault(node, reason::NO_RANGE, message);
+        }
+        if families.is_empty() || !lacking.is_empty() {
+            self.plan.nodes_without_block += 1;
+        }
+        lacking
+    }
+
+    /// Repeats a create whose outcome is unknown (the same block: the name is a lock on it; if somebody has
+    /// claimed it since, the node waits until the create is read back or can have no effect any more), or
+    /// re-creates the lost PodCIDR of a block that the node holds.
+    fn give_back(&mut self, node: &NodeFact, family: Family) -> bool {
+        let pending = self.snapshot.memory.pending.iter();
+        let mut pending =
+            pending.filter(|(block, pending)| block.family() == family && pending.node == node.name);
+        if let Some((block, pending)) = pending.next() {
+            let range_lives = self.snapshot.ranges.get(&pending.range).is_some_and(|range| !range.deleting);
+            let undisputed =
+                self.claims.overlapping(block).all(|(_, claim)| claim.node() == Some(&node.name));
+            if range_lives && undisputed {
+                self.create(node, *block, pending.range.clone(), Origin::Carved);
+            }
+            return true;
+        }
+        for (block, claim) in self.held(node, family) {
+            let range = self.ranges.values().find(|range| {
+                range.judgement.is_good() && range.fact.is_prepared() && range.pool.index(&block).is_some()
+            });
+            if let Some(range) = range.map(|range| range.fact.name.clone())
+                && self.has_best_claim(node, &block, claim)
+            {
+                self.create(node, block, range, Origin::Recreated);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw,
+    /// one that its Node names, the one with most leases.
+    fn held(&self, node: &NodeFact, family: Family) -> Vec<(Block, Strength)> {
+        let vanished =
+            self.snapshot.memory.vanished.iter().filter(|(_, vanished)| vanished.node == node.name);
+        let mut held: Vec<_> = vanished.map(|(block, _)| (*block, Strength::Vanished, 0)).collect();
+        if let Some(report) = self.snapshot.reports.get(&node.name) {
+            held.extend(report.held.iter().map(|held| (held.block, Strength::Held, held.used)));
+        }
+        held.retain(|(block, ..)| block.family() == family);
+        held.sort_by_key(|(block, claim, used)| {
+            let named = node.spec_blocks().any(|spec| spec == *block);
+            (Reverse(*claim), !named, Reverse(*used), *block)
+        });
+        held.into_iter().map(|(block, claim, _)| (block, claim)).collect()
+    }
+
+    fn adopt(&mut self, node: &NodeFact, family: Family) -> bool {
+        for block in node.spec_blocks().filter(|block| block.family() == family) {
+            let fits = |range: &&Candidate| {
+                range.selects(node, family)
+                    && range.allocates()
+                    && range.pool.index(&block).is_some()
+                    && !range.is_reserved(&block)
+            };
+            let Some(range) = self.ranges.values().find(fits).map(|range| range.fact) else { continue };
+            if !self.has_best_claim(node, &block, Strength::NodeSpec) {
+                continue;
+            }
+            match stands(range, self.snapshot) {
+                Standing::Stands => self.create(node, block, range.name.clone(), Origin::Adopted),
+                Standing::Wait(wait) => self.wake_after(wait),
+                Standing::NotWritten => {}
+            }
+            // It will be adopted, now or soon: nothing else is carved for the node meanwhile.
+            return true;
+        }
+        false
+    }
+
+    fn has_best_claim(&self, node: &NodeFact, block: &Block, own: Strength) -> bool {
+        self.claims.overlapping(block).all(|(_, claim)| match claim.node() {
+            Some(other) if *other == node.name => strength(claim) < Strength::Fixed,
+            Some(other) => strength(claim) < own || (strength(claim) == own && !self.is_older(other, node)),
+            None => false,
+        })
+    }
+
+    /// Whether the node of that name exists and is older than `node`.
+    fn is_older(&self, other: &Name, node: &NodeFact) -> bool {
+        self.snapshot.nodes.get(other).is_none_or(|other| age(other) < age(node))
+    }
+
+    fn carve(&mut self, node: &NodeFact, family: Family) {
+        if self.must_hear_nodes_first() {
+            return;
+        }
+        let mut ranges: Vec<&Candidate> =
+            self.ranges.values().filter(|range| range.selects(node, family)).collect();
+        ranges.sort_by_key(|range| (Reverse(range.fact.priority), range.fact.name.clone()));
+        let mut waits = false;
+        let mut chosen = None;
+        for range in ranges.iter().filter(|range| range.allocates()) {
+            match stands(range.fact, self.snapshot) {
+                Standing::Stands => {
+                    chosen = range.pool.next_free(range.cursor).map(|index| (range.fact.name.clone(), index));
+                }
+                Standing::Wait(wait) => {
+                    self.plan.wake_after = Some(self.plan.wake_after.map_or(wait, |known| known.min(wait)));
+                    waits = true;
+                }
+                Standing::NotWritten => waits = true,
+            }
+            if chosen.is_some() || waits {
+                // A range of higher priority that is about to be ready is worth the wait.
+                break;
+            }
+        }
+        match chosen {
+            Some((range, index)) => self.carve_from(node, range, index),
+            None if waits => {}
+            None => {
+                let (reason, message) = why_not(node, family, &ranges);
+                self.fault(node, reason, message);
+            }
+        }
+    }
+
+    fn carve_from(&mut self, node: &NodeFact, range: Name, index: u64) {
+        let Some(candidate) = self.ranges.get_mut(&range) else { return };
+        let Some(block) = candidate.pool.block(index) else { return };
+        candidate.cursor = (index + 1) % candidate.pool.total();
+        self.plan.cursors.insert(candidate.fact.uid.clone(), candidate.cursor);
+        self.create(node, block, range, Origin::Carved);
+    }
+
+    fn create(&mut self, node: &NodeFact, block: Block, range: Name, origin: Origin) {
+        for candidate in self.ranges.values_mut() {
+            candidate.pool.take(&block);
+        }
+        self.claims.add(block, Claim::Pending(node.name.clone()));
+        let labels = self.labels(&range, node);
+        let addresses = node.addresses.to_vec();
+        let (node, node_uid) = (node.name.clone(), node.uid.clone());
+        self.plan.steps.push(Step::CreateBlock(NewBlock {
+            block,
+            range,
+            node,
+            node_uid,
+            addresses,
+            labels,
+            origin,
+        }));
+    }
+
+    /// A new leader on a cluster with a history carves nothing before every live node has said what it
+    /// holds (etcd may have been restored), or has had time to.
+    fn must_hear_nodes_first(&mut self) -> bool {
+        let (tenure, wait) = (self.snapshot.tenure, self.snapshot.settings.report_wait);
+        if self.snapshot.memory.fresh_cluster || tenure.held_for >= wait {
+            return false;
+        }
+        let reported =
+            |node: &NodeFact| self.snapshot.reports.get(&node.name).is_some_and(|report| report.reported);
+        let silent = self.snapshot.nodes.values().any(|node| node.health == Health::Ready && !reported(node));
+        if silent {
+            self.wake_after(wait - tenure.held_for);
+        }
+        silent
+    }
+}
+
+/// Nodes are served oldest first.
+fn age(node: &NodeFact) -> (k8s_openapi::jiff::Timestamp, Name) {
+    (node.created, node.name.clone())
+}
+
+/// Why no range has a block for a node.
+fn why_not(node: &NodeFact, family: Family, ranges: &[&Candidate]) -> (&'static str, String) {
+    let names = |ranges: Vec<&&Candidate>| {
+        ranges.iter().map(|r| r.fact.name.to_string()).collect::<Vec<_>>().join(", ")
+    };
+    let full: Vec<_> = ranges.iter().filter(|range| range.allocates()).collect();
+    if !full.is_empty() {
+        let message = format!(
+            "node {} gets no {family} block: every block of ClusterCIDR {} is held, quarantined or reserved; add a ClusterCIDR",
+            node.name,
+            names(full)
+        );
+        return (reason::RANGE_EXHAUSTED, message);
+    }
+    let refused = ranges.iter().map(|range| {
+        format!("{} ({}: {})", range.fact.name, range.judgement.ready.reason, range.judgement.ready.message)
+    });
+    let message = format!(
+        "node {} gets no {family} block: no new ones are carved from ClusterCIDR {}",
+        node.name,
+        refused.collect::<Vec<_>>().join(", ")
+    );
+    (reason::RANGE_NOT_READY, message)
+}

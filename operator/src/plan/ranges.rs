@@ -1,0 +1,119 @@
+//! Default ClusterCIDRs, finalizers and block sizes.
+
+use plat_crds::condition::{self, READY};
+use plat_crds::{Family, names};
+
+use super::Planner;
+use crate::facts::RangeFact;
+use crate::reason;
+use crate::snapshot::DefaultRange;
+use crate::step::{Fault, Kind, ObjectKey, Step, Version};
+
+impl Planner<'_> {
+    pub(super) fn manage_ranges(&mut self) {
+        let snapshot = self.snapshot;
+        if snapshot.settings.cleanup {
+            self.release_every_range();
+            return;
+        }
+        for default in &snapshot.settings.default_ranges {
+            self.create_default(default);
+        }
+        for range in snapshot.ranges.values() {
+            if range.deleting {
+                self.release_if_empty(range);
+            } else if range.problem.is_none() && !range.is_prepared() {
+                self.prepare(range);
+            } else if self.becomes_ready(range) {
+                // `Ready=True` is written only on live LISTs of ranges and blocks: see `crate::status`.
+                self.is_live();
+            }
+        }
+    }
+
+    fn becomes_ready(&self, range: &RangeFact) -> bool {
+        let good = self.ranges.get(&range.name).is_some_and(|candidate| candidate.judgement.is_good());
+        good && !condition::is_true(&range.status.conditions, READY)
+    }
+
+    /// Only while no range of that family exists. A range that cannot be read may be of any family.
+    fn create_default(&mut self, default: &DefaultRange) {
+        let family = default.range.family();
+        let name = default_name(family);
+        if let Some(existing) = self.snapshot.ranges.get(name) {
+            self.name_ignored_flag(existing, default);
+            return;
+        }
+        let mut ranges = self.snapshot.ranges.values();
+        let exists = ranges.any(|range| range.range.is_none_or(|range| range.family() == family));
+        if !exists && self.is_live() {
+            self.plan.steps.push(Step::CreateRange {
+                name: name.into(),
+                range: default.range,
+                block_prefix: default.block_prefix,
+                quarantine_seconds: self.snapshot.settings.quarantine_seconds,
+            });
+        }
+    }
+
+    fn name_ignored_flag(&mut self, existing: &RangeFact, default: &DefaultRange) {
+        let same = existing.range == Some(default.range)
+            && existing.block_prefix.is_none_or(|prefix| prefix == default.block_prefix);
+        if !same && existing.problem.is_none() {
+            let message = format!(
+                "the operator is told to use {} with /{} blocks, but ClusterCIDR {} exists and is never changed: \
+                 add another ClusterCIDR, or delete this one once no node holds a block of it",
+                default.range, default.block_prefix, existing.name
+            );
+            let object = ObjectKey::new(Kind::ClusterCIDR, &existing.name, &existing.uid);
+            self.plan.faults.push(Fault { object, reason: reason::FLAG_IGNORED, message });
+        }
+    }
+
+    fn prepare(&mut self, range: &RangeFact) {
+        let Some(block) = range.range else { return };
+        let mut finalizers = range.finalizers.to_vec();
+        if !range.has_our_finalizer() {
+            finalizers.push(names::CLUSTER_CIDR_FINALIZER.to_owned());
+        }
+        let block_prefix = range.block_prefix.is_none().then(|| block.family().default_block_prefix());
+        self.plan.steps.push(Step::PrepareRange { object: version(range), finalizers, block_prefix });
+    }
+
+    /// The last block may have been created a moment ago: that is seen only by a live LIST, and a create
+    /// whose outcome is unknown by neither.
+    fn release_if_empty(&mut self, range: &RangeFact) {
+        let used = self.snapshot.blocks.values().any(|block| block.range == range.name)
+            || self.snapshot.memory.pending.values().any(|pending| pending.range == range.name);
+        if range.has_our_finalizer() && !used && self.is_live() {
+            self.release(range);
+        }
+    }
+
+    fn release_every_range(&mut self) {
+        for range in self.snapshot.ranges.values().filter(|range| range.has_our_finalizer()) {
+            self.release(range);
+        }
+    }
+
+    fn release(&mut self, range: &RangeFact) {
+        let others = range.finalizers.iter().filter(|f| *f != names::CLUSTER_CIDR_FINALIZER);
+        let finalizers = others.cloned().collect();
+        self.plan.steps.push(Step::ReleaseRange { object: version(range), finalizers });
+    }
+}
+
+fn default_name(family: Family) -> &'static str {
+    match family {
+        Family::IPv4 => names::DEFAULT_CLUSTER_CIDR_V4,
+        Family::IPv6 => names::DEFAULT_CLUSTER_CIDR_V6,
+    }
+}
+
+fn version(range: &RangeFact) -> Version {
+    Version {
+        name: range.name.clone(),
+        uid: range.uid.clone(),
+        resource_version: range.resource_version.clone(),
+    }
+}

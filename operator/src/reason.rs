@@ -1,0 +1,89 @@
+//! Reasons: the CamelCase words that conditions, Events and metrics share, so that one `grep` finds a case.
+
+/// ClusterCIDR `Ready=True`: blocks are carved from it.
+pub const RANGE_READY: &str = "RangeReady";
+/// ClusterCIDR `Ready=True`, but `spec.allocation` lets no new block be carved.
+pub const RANGE_DRAINING: &str = "Draining";
+/// ClusterCIDR `Ready=False`: deleted, waits for its last block.
+pub const TERMINATING: &str = "Terminating";
+/// ClusterCIDR `Ready=False`: its spec cannot be used.
+pub const INVALID_SPEC: &str = "InvalidSpec";
+/// ClusterCIDR `Ready=False`: another ClusterCIDR cannot be read, so nobody knows whether they overlap.
+pub const OTHER_UNREADABLE: &str = "OtherRangeUnreadable";
+/// ClusterCIDR: shares addresses with an older ClusterCIDR.
+pub const OVERLAPS_CLUSTER_CIDR: &str = "OverlapsClusterCIDR";
+/// ClusterCIDR: shares addresses with the cluster's Service range.
+pub const OVERLAPS_SERVICES: &str = "OverlapsServiceRange";
+/// ClusterCIDR: holds an address of the API server.
+pub const OVERLAPS_API_SERVER: &str = "OverlapsAPIServer";
+/// ClusterCIDR: holds an address of a node.
+pub const OVERLAPS_NODE: &str = "OverlapsNodeAddress";
+/// ClusterCIDR `Overlapping=False`.
+pub const NO_OVERLAP: &str = "NoOverlap";
+/// ClusterCIDR `Exhausted=True`, and the fault of a node that gets no block for that reason.
+pub const RANGE_EXHAUSTED: &str = "RangeExhausted";
+/// ClusterCIDR `Exhausted=False`.
+pub const BLOCKS_FREE: &str = "BlocksFree";
+/// The operator's `--cluster-cidr` differs from the range that exists.
+pub const FLAG_IGNORED: &str = "ClusterCIDRFlagIgnored";
+
+/// PodCIDR `Ready=True`: its node has programmed itself and leases from it.
+pub const PROGRAMMED: &str = "Programmed";
+/// PodCIDR `Ready=False`: the node's agent has not reported yet.
+pub const NO_REPORT: &str = "NoReport";
+/// PodCIDR `Ready=False`: the agent's report does not name the block yet.
+pub const NOT_TAKEN_UP: &str = "NotTakenUp";
+/// PodCIDR `Ready=False`: the agent reports that something is missing.
+pub const AGENT_NOT_READY: &str = "AgentNotReady";
+/// PodCIDR `Ready=Unknown`: Kubernetes has lost contact with the node.
+pub const NODE_LOST: &str = "NodeLost";
+/// PodCIDR `Ready=False`: its node is gone and it rests before reuse.
+pub const QUARANTINED: &str = "Quarantined";
+/// PodCIDR `Converged=True`: every live node carries it.
+pub const CARRIED: &str = "CarriedByAllNodes";
+/// PodCIDR `Converged=False`: some live nodes do not carry it yet.
+pub const SPREADING: &str = "Spreading";
+/// PodCIDR `Converged=False`: a live node could not apply it.
+pub const FAILED_ON_NODE: &str = "FailedOnNode";
+/// PodCIDR `NodeSpecConflict=False`: `node.spec.podCIDRs` lists the block.
+pub const LISTED: &str = "Listed";
+/// PodCIDR `NodeSpecConflict=False`: `node.spec.podCIDRs` is empty.
+pub const NOT_SET: &str = "NotSet";
+/// PodCIDR `NodeSpecConflict=True`: `node.spec.podCIDRs` says something else.
+pub const DIFFERS: &str = "Differs";
+
+/// Event: a block was carved for a node.
+pub const BLOCK_ALLOCATED: &str = "BlockAllocated";
+/// Event: a node keeps the block that `node.spec.podCIDRs` gave it before.
+pub const BLOCK_ADOPTED: &str = "BlockAdopted";
+/// Event: a lost PodCIDR was made again for the node that holds the block.
+pub const BLOCK_RECREATED: &str = "BlockRecreated";
+/// Event: a returning node got its block back.
+pub const BLOCK_READOPTED: &str = "BlockReadopted";
+/// Event: a second block of one family is taken out of use.
+pub const BLOCK_DRAINING: &str = "BlockDraining";
+/// Event: the block's node is gone.
+pub const BLOCK_QUARANTINED: &str = "BlockQuarantined";
+/// Event: the block is free again.
+pub const BLOCK_RELEASED: &str = "BlockReleased";
+/// Event: `node.spec.podCIDRs` and the node's blocks differ.
+pub const NODE_SPEC_CONFLICT: &str = "NodeSpecConflict";
+/// Event: the default ClusterCIDR was created.
+pub const RANGE_CREATED: &str = "RangeCreated";
+/// Event: a ClusterCIDR shares addresses with something else.
+pub const RANGE_OVERLAPPING: &str = "RangeOverlapping";
+
+/// Fault: an object cannot be read.
+pub const UNREADABLE: &str = "Unreadable";
+/// Fault: no ClusterCIDR selects the node.
+pub const NO_RANGE: &str = "NoClusterCIDR";
+/// Fault: the ClusterCIDRs that select the node are not ready.
+pub const RANGE_NOT_READY: &str = "ClusterCIDRNotReady";
+/// Fault: the node has no InternalIP, so nobody can route to it.
+pub const NO_ADDRESS: &str = "NodeHasNoAddress";
+/// Fault: `node.spec.podCIDRs` lies in no ClusterCIDR, or does not fit the one it lies in.
+pub const FOREIGN_POD_CIDR: &str = "ForeignPodCIDR";
+/// Fault: `node.spec.podCIDRs` names a block that another node holds.
+pub const POD_CIDR_TAKEN: &str = "PodCIDRTaken";
+/// Fault: a node reports leases in a block that another node holds.
+pub const HELD_BLOCK_TAKEN: &str = "HeldBlockTaken";

@@ -1,0 +1,307 @@
+//! The process: connect, stand by, lead, hand over.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::jiff::Timestamp;
+use kube::{Api, Client, Config};
+use plat_crds::names;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::apply::Outcome;
+use crate::args::RunArgs;
+use crate::http::{Admin, serve};
+use crate::kube_server::{KubeServer, foreign};
+use crate::leader::{Leader, Pass};
+use crate::lease::{Elector, Held};
+use crate::note::{Note, of_incident};
+use crate::observe::{Observed, Urgency, watch_all};
+use crate::publish::{QUEUE, publish};
+use crate::snapshot::{Clock, Settings, Tenure};
+use crate::step::Kind;
+
+/// Passes are at least so far apart: the first change acts at once, then they are taken together.
+const COALESCE: Duration = Duration::from_millis(50);
+/// Reports and statuses alone are taken together for longer.
+const COALESCE_REPORTS: Duration = Duration::from_millis(500);
+/// A pass is due after so long even if nothing seems to happen.
+const IDLE: Duration = Duration::from_secs(30);
+/// The loop shows that it is alive at least so often.
+const TURN: Duration = Duration::from_secs(5);
+/// How often Service ranges and API server addresses are looked up.
+const FOREIGN_EVERY: Duration = Duration::from_secs(60);
+/// How long a pass may take to end after the process was told to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(11);
+/// No response takes longer to begin. Watches are not responses: they begin at once.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Runs until `stop`; an error ends the process, and its successor starts afresh.
+pub async fn run(args: RunArgs, stop: CancellationToken) -> anyhow::Result<()> {
+    let settings = args.settings()?;
+    let timing = args.timing()?;
+    info!(version = env!("CARGO_PKG_VERSION"), ?args, "starting");
+    let admin = Admin::default();
+    let serving = tokio::spawn({
+        let (admin, listen, socket) = (admin.clone(), args.listen, args.socket.clone());
+        async move { serve(admin, listen, &socket).await }
+    });
+    tokio::select! {
+        served = serving => served.context("the probe server ended")?,
+        done = work(&args, settings, timing, &admin, stop) => done,
+    }
+}
+
+async fn work(
+    args: &RunArgs,
+    settings: Settings,
+    timing: crate::lease::Timing,
+    admin: &Admin,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let config = client_config().await?;
+    let api_host = config.cluster_url.host().and_then(|host| host.trim_matches(['[', ']']).parse().ok());
+    // The Lease has a client of its own: no other traffic must hold up its renewal.
+    let lease_client = Client::try_from(config.clone()).context("cannot make a Kubernetes client")?;
+    let client = Client::try_from(config).context("cannot make a Kubernetes client")?;
+    let pod = args.pod_name.clone().filter(|name| !name.is_empty()).unwrap_or_else(host_name);
+    let identity = format!("{pod}_{}", random_id());
+    let elector = Elector::new(
+        Api::<Lease>::namespaced(lease_client, &args.namespace),
+        names::LEADER_LEASE,
+        identity,
+        timing,
+    );
+
+    let standing_by = elector.acquire(&admin.leadership, |answered| {
+        admin.health.turn();
+        if answered {
+            admin.health.contact();
+        }
+    });
+    let mut held = tokio::select! {
+        held = standing_by => held,
+        () = stop.cancelled() => {
+            info!("told to stop while standing by");
+            return Ok(());
+        }
+    };
+    admin.health.leads();
+    let (since, start) = (Instant::now(), held.start);
+    let tenure = move || Tenure { held_for: since.elapsed(), start };
+    let leading = lead(client, api_host, pod, settings, admin, tenure, stop.clone());
+    let overdue = async {
+        stop.cancelled().await;
+        tokio::time::sleep(STOP_WITHIN).await;
+    };
+    tokio::select! {
+        lost = elector.keep(&mut held, &admin.leadership) => {
+            error!(error = %lost, "not leading any more");
+            return Err(lost.into());
+        }
+        () = leading => {}
+        // Requests may still be under way: the Lease is left to run out.
+        () = overdue => return Err(anyhow::anyhow!("the last pass did not end within {STOP_WITHIN:?}; the Lease is not released")),
+    }
+    release(&elector, &held, admin).await;
+    Ok(())
+}
+
+async fn release(elector: &Elector, held: &Held, admin: &Admin) {
+    debug!(resource_version = held.record().resource_version, "handing over");
+    elector.release(&admin.leadership).await;
+}
+
+/// Leads until `stop`; every write has been answered when it returns.
+async fn lead(
+    client: Client,
+    api_host: Option<IpAddr>,
+    instance: String,
+    settings: Settings,
+    admin: &Admin,
+    tenure: impl Fn() -> Tenure,
+    stop: CancellationToken,
+) {
+    let observed = Arc::new(Observed::default());
+    observed.set_foreign(foreign(&client, api_host, &observed.foreign()).await);
+    let (notes, note_queue) = mpsc::channel(QUEUE);
+    let (incidents, mut incident_queue) = mpsc::channel(QUEUE);
+    let published = publish(client.clone(), instance, note_queue);
+    // What happened just before this process led may not have been published by the one before.
+    let since = Timestamp::now() - settings.lease_duration;
+    let watched =
+        watch_all(client.clone(), &observed, incidents, since, |kind| admin.metrics.watch_error(kind));
+    let looked_up = async {
+        loop {
+            tokio::time::sleep(FOREIGN_EVERY).await;
+            observed.set_foreign(foreign(&client, api_host, &observed.foreign()).await);
+        }
+    };
+    let passed_on = async {
+        while let Some((node, incident)) = incident_queue.recv().await {
+            let uid = observed
+                .world()
+                .and_then(|world| Some(world.nodes.get(&node)?.uid.clone()))
+                .unwrap_or_default();
+            send(&notes, of_incident(&node, &uid, &incident), admin);
+        }
+    };
+    let server = KubeServer::new(client.clone(), admin.leadership.clone());
+    let looped = passes(&observed, &server, settings, admin, &notes, tenure, &stop);
+    tokio::select! {
+        () = looped => {}
+        () = async { tokio::join!(published, watched, looked_up, passed_on); } => {}
+    }
+}
+
+async fn passes(
+    observed: &Observed,
+    server: &KubeServer,
+    settings: Settings,
+    admin: &Admin,
+    notes: &mpsc::Sender<Note>,
+    tenure: impl Fn() -> Tenure,
+    stop: &CancellationToken,
+) {
+    let began = Instant::now();
+    let clock = || Clock { wall: Timestamp::now(), steady: began.elapsed() };
+    let mut leader = None;
+    while !stop.is_cancelled() {
+        admin.health.turn();
+        let started = Instant::now();
+        let Some(world) = observed.world() else {
+            wait(observed, started, TURN, admin, stop).await;
+            continue;
+        };
+        let leader = leader.get_or_insert_with(|| Leader::new(settings.clone(), &world));
+        let on_progress = |done: &crate::apply::Done| {
+            admin.health.turn();
+            admin.metrics.step(done);
+        };
+        let pass = leader.pass(&world, &tenure, clock, server, on_progress).await;
+        admin.metrics.pass(&pass, &world, started.elapsed());
+        log(&pass, started.elapsed());
+        if pass.list_error.is_none() {
+            admin.health.passed();
+        }
+        for note in pass.notes {
+            send(notes, note, admin);
+        }
+        wait(observed, started, pass.wake_after.unwrap_or(IDLE).min(IDLE), admin, stop).await;
+    }
+    info!("told to stop; the last pass is done");
+}
+
+/// Waits until the next pass is due.
+async fn wait(
+    observed: &Observed,
+    started: Instant,
+    at_most: Duration,
+    admin: &Admin,
+    stop: &CancellationToken,
+) {
+    let earliest = |distance: Duration| tokio::time::sleep_until((started + distance).into());
+    let urgent = async {
+        observed.changed_at_least(Urgency::Now).await;
+        earliest(COALESCE).await;
+    };
+    let unhurried = async {
+        observed.changed().await;
+        earliest(COALESCE_REPORTS).await;
+    };
+    let timer = async {
+        tokio::time::sleep(at_most).await;
+        earliest(COALESCE).await;
+    };
+    let alive = async {
+        loop {
+            tokio::time::sleep(TURN).await;
+            admin.health.turn();
+        }
+    };
+    tokio::select! {
+        () = urgent => {}
+        () = unhurried => {}
+        () = timer => {}
+        () = alive => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+fn send(notes: &mpsc::Sender<Note>, note: Note, admin: &Admin) {
+    if notes.try_send(note).is_err() {
+        admin.metrics.event_dropped();
+    }
+}
+
+fn log(pass: &Pass, took: Duration) {
+    if let Some(error) = &pass.list_error {
+        warn!(error, "cannot list ClusterCIDRs and PodCIDRs; what needs it waits");
+    }
+    for fault in &pass.new_faults {
+        warn!(
+            kind = fault.object.kind.as_str(),
+            name = &*fault.object.name,
+            reason = fault.reason,
+            "{}",
+            fault.message
+        );
+    }
+    // What concerns a block is told of its node as well; one line is enough. Faults were warned of above.
+    for note in pass.notes.iter().filter(|note| !note.warning && note.object.kind != Kind::Node) {
+        info!(
+            kind = note.object.kind.as_str(),
+            name = &*note.object.name,
+            reason = note.reason,
+            "{}",
+            note.text
+        );
+    }
+    for done in &pass.done {
+        let (step, name) = (done.step.name(), done.step.target().1);
+        match &done.outcome {
+            Outcome::Done | Outcome::AlreadySo => {
+                debug!(step, object = &*name, outcome = done.outcome.name(), "step")
+            }
+            Outcome::Stale(why) => debug!(step, object = &*name, why, "decided on old facts; planning again"),
+            Outcome::Taken(holder) => info!(
+                step,
+                object = &*name,
+                holder = &**holder,
+                "the block is another node's; taking the next"
+            ),
+            Outcome::Refused(why) => warn!(step, object = &*name, why, "the API server refused"),
+            Outcome::Unknown(why) => warn!(step, object = &*name, why, "outcome unknown; reading back"),
+            Outcome::NotLeader | Outcome::Skipped => {
+                debug!(step, object = &*name, outcome = done.outcome.name(), "not sent")
+            }
+        }
+    }
+    debug!(steps = pass.done.len(), backlog = pass.status_backlog, ?took, "pass");
+}
+
+async fn client_config() -> anyhow::Result<Config> {
+    let mut config =
+        Config::infer().await.context("cannot find the API server: run it in a pod, or set KUBECONFIG")?;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    // Retries are ours: a create that is repeated unseen would hide whose block it is.
+    config.default_retry = false;
+    Ok(config)
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_else(|_| "operator".to_owned())
+}
+
+/// Tells two lives of one pod apart.
+fn random_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/uuid")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_else(|_| std::process::id().to_string())
+}

@@ -1,0 +1,144 @@
+//! Everything a plan is made from, as one value. The clock is part of it, so a plan can be repeated.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use plat_crds::Block;
+
+use crate::facts::{BlockFact, Name, NodeFact, RangeFact, ReportFact};
+use crate::memory::Memory;
+
+/// Facts of one kind by object name.
+pub type Facts<F> = Arc<BTreeMap<Name, Arc<F>>>;
+
+/// What is so, at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot<'a> {
+    /// When.
+    pub clock: Clock,
+    /// How fresh ranges and blocks are.
+    pub source: Source,
+    /// What the administrator asked for.
+    pub settings: &'a Settings,
+    /// For how long this process has led.
+    pub tenure: Tenure,
+    /// Nodes.
+    pub nodes: Facts<NodeFact>,
+    /// ClusterCIDRs.
+    pub ranges: Facts<RangeFact>,
+    /// PodCIDRs.
+    pub blocks: Facts<BlockFact>,
+    /// NodeNetworks.
+    pub reports: Facts<ReportFact>,
+    /// Addresses that are not pods'.
+    pub foreign: Arc<Foreign>,
+    /// What this leader knows besides the objects.
+    pub memory: &'a Memory,
+}
+
+/// Two clocks: the wall clock for what is written into objects, and one that never jumps for how long this
+/// process has watched something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clock {
+    /// Wall clock.
+    pub wall: Timestamp,
+    /// Time since the process started.
+    pub steady: Duration,
+}
+
+impl Clock {
+    /// Wall clock `seconds` from now.
+    pub fn wall_after(&self, seconds: i64) -> Timestamp {
+        self.wall.checked_add(SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MAX)
+    }
+
+    /// Time from now to `at` on the wall clock; zero if it is past.
+    pub fn until(&self, at: Timestamp) -> Duration {
+        at.duration_since(self.wall).try_into().unwrap_or(Duration::ZERO)
+    }
+}
+
+/// How fresh ranges and blocks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// From watches: complete, but perhaps late.
+    Cache,
+    /// From LISTs made for this snapshot: what a quorum of etcd said a moment ago.
+    Live,
+}
+
+/// What the administrator asked for by flags.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Ranges to create while none of their family exists; at most one per family.
+    pub default_ranges: Vec<DefaultRange>,
+    /// Quarantine of the default ranges.
+    pub quarantine_seconds: i32,
+    /// Whether blocks are mirrored into empty `node.spec.podCIDRs`.
+    pub node_spec_mirror: bool,
+    /// The leader Lease's duration: for that long another process may believe that it leads.
+    pub lease_duration: Duration,
+    /// How long a new leader waits for the reports of Ready nodes before it carves.
+    pub report_wait: Duration,
+    /// How long a leader must itself have seen a block in quarantine before it frees it; never longer
+    /// than the quarantine.
+    pub quarantine_watch: Duration,
+    /// Let go of everything instead of managing it (before the product is removed).
+    pub cleanup: bool,
+}
+
+/// A range from `--cluster-cidr`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DefaultRange {
+    /// The range.
+    pub range: Block,
+    /// Prefix length of its blocks.
+    pub block_prefix: u8,
+}
+
+/// How long and how this process came to lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tenure {
+    /// Since when.
+    pub held_for: Duration,
+    /// Whether a former leader may still have requests under way.
+    pub start: Start,
+}
+
+/// How leadership was won.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// There was no Lease.
+    First,
+    /// The former leader gave the Lease up, after its last request had been answered.
+    HandedOver,
+    /// The former leader's Lease ran out.
+    Expired,
+}
+
+/// Addresses in use that are neither pods' nor nodes'.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Foreign {
+    /// The cluster's Service ranges, as far as they may be read.
+    pub services: Vec<Block>,
+    /// Addresses of the API server.
+    pub api_server: Vec<IpAddr>,
+}
+
+impl Snapshot<'_> {
+    /// Whether no other process can have a request under way any more.
+    ///
+    /// A leader sends nothing once its Lease has run out, and a Lease that was handed over was given up
+    /// after the last answer. A Lease that never existed had no holder; but as one can be deleted by hand,
+    /// that counts only on a cluster without blocks.
+    pub fn is_sole_actor(&self) -> bool {
+        match self.tenure.start {
+            Start::HandedOver => true,
+            Start::First if self.memory.fresh_cluster => true,
+            Start::First | Start::Expired => self.tenure.held_for >= self.settings.lease_duration,
+        }
+    }
+}

@@ -1,0 +1,608 @@
+//! Statuses of ranges and blocks, and which of them are written now. Pure.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use plat_crds::cluster_cidr::BlockCounts;
+use plat_crds::condition::{self, CONVERGED, EXHAUSTED, NODE_SPEC_CONFLICT, READY, Verdict};
+use plat_crds::pod_cidr::EffectiveRouting;
+use plat_crds::routing::{self, Mode};
+use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
+
+use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
+use crate::memory::Memory;
+use crate::plan::{Plan, RangeOutlook};
+use crate::reason;
+use crate::snapshot::{Clock, Snapshot, Source};
+use crate::step::{Step, Version};
+
+/// Counters of one PodCIDR are written at most so often.
+const BLOCK_COUNTERS_EVERY: Duration = Duration::from_secs(10);
+/// Counters of one ClusterCIDR are written at most so often.
+const RANGE_COUNTERS_EVERY: Duration = Duration::from_secs(2);
+/// While writes wait for the budget, they are looked at again after so long.
+const BACKLOG_WAIT: Duration = Duration::from_millis(500);
+
+/// A status that differs from what is written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Write {
+    /// How urgent it is.
+    pub class: Class,
+    /// The write.
+    pub step: Step,
+}
+
+/// How urgent a status write is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// A condition flips, or the spec it speaks of has changed.
+    Flip,
+    /// Only counters or words differ.
+    Counters,
+}
+
+/// The writes to make now, and when to look again if some were left.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Chosen {
+    /// Writes.
+    pub steps: Vec<Step>,
+    /// Writes that were left for later.
+    pub backlog: usize,
+    /// Time from now when one of those is due.
+    pub wake_after: Option<Duration>,
+}
+
+/// All statuses that differ from what is written.
+pub fn writes(snapshot: &Snapshot, plan: &Plan) -> Vec<Write> {
+    let carriers = Carriers::of(snapshot);
+    let ranges = snapshot
+        .ranges
+        .values()
+        .filter_map(|range| range_write(range, plan.ranges.get(&range.name)?, snapshot));
+    let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
+    ranges.chain(readable.filter_map(|block| block_write(block, &carriers, snapshot))).collect()
+}
+
+/// Chooses what to write now: flips first, then whatever has waited longest, within the budget, and not
+/// beside another write to the same object.
+pub fn choose(mut writes: Vec<Write>, plan: &Plan, memory: &mut Memory, clock: Clock) -> Chosen {
+    let busy: std::collections::BTreeSet<_> = plan.steps.iter().map(Step::target).collect();
+    writes
+        .retain(|write| !busy.contains(&write.step.target()) && memory.is_ripe(&write.step.target(), clock));
+    let mut chosen = Chosen::default();
+    let mut due = Vec::new();
+    for write in writes {
+        let last = memory.status_written.get(uid(&write.step)).copied();
+        match last
+            .map(|at| (at + interval(&write)).saturating_sub(clock.steady))
+            .filter(|wait| !wait.is_zero())
+        {
+            Some(wait) => chosen.later(wait),
+            None => due.push((write.class, last, write.step)),
+        }
+    }
+    due.sort_by(|a, b| (a.0, a.1, uid(&a.2)).cmp(&(b.0, b.1, uid(&b.2))));
+    let blocks = due.iter().filter(|(.., step)| matches!(step, Step::BlockStatus { .. })).count();
+    let mut permits = memory.budget.take(clock.steady, blocks);
+    for (.., step) in due {
+        let is_block = matches!(step, Step::BlockStatus { .. });
+        if is_block && permits == 0 {
+            chosen.later(BACKLOG_WAIT);
+            continue;
+        }
+        permits -= usize::from(is_block);
+        memory.status_written.insert(uid(&step).clone(), clock.steady);
+        chosen.steps.push(step);
+    }
+    chosen
+}
+
+impl Chosen {
+    fn later(&mut self, wait: Duration) {
+        self.backlog += 1;
+        self.wake_after = Some(self.wake_after.map_or(wait, |known| known.min(wait)));
+    }
+}
+
+fn interval(write: &Write) -> Duration {
+    match (write.class, &write.step) {
+        (Class::Flip, _) => Duration::ZERO,
+        (Class::Counters, Step::RangeStatus { .. }) => RANGE_COUNTERS_EVERY,
+        (Class::Counters, _) => BLOCK_COUNTERS_EVERY,
+    }
+}
+
+fn uid(step: &Step) -> &Name {
+    static NONE: std::sync::LazyLock<Name> = std::sync::LazyLock::new(|| "".into());
+    match step {
+        Step::RangeStatus { object, .. } | Step::BlockStatus { object, .. } => &object.uid,
+        _ => &NONE,
+    }
+}
+
+fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -> Option<Write> {
+    let was_ready = condition::is_true(&range.status.conditions, READY);
+    let becomes_ready = outlook.judgement.is_good() && !was_ready;
+    // `Ready=True` lets blocks be carved: it is written only for a prepared range, judged on live LISTs.
+    if becomes_ready && !(range.is_prepared() && snapshot.source == Source::Live) {
+        return None;
+    }
+    let new = range_status(range, outlook, snapshot);
+    if new == range.status {
+        return None;
+    }
+    let flips = flips(&range.status.conditions, &new.conditions)
+        || new.observed_generation != range.status.observed_generation
+        || range.status.blocks.is_none();
+    let object = version(&range.name, &range.uid, &range.resource_version);
+    let step = Step::RangeStatus { object, old: Box::new(range.status.clone()), new: Box::new(new) };
+    Some(Write { class: if flips { Class::Flip } else { Class::Counters }, step })
+}
+
+fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -> ClusterCIDRStatus {
+    let (generation, now) = (Some(range.generation), Time(snapshot.clock.wall));
+    let mut status = ClusterCIDRStatus { observed_generation: generation, ..range.status.clone() };
+    condition::set(&mut status.conditions, &outlook.judgement.ready, generation, &now);
+    condition::set(&mut status.conditions, &outlook.judgement.overlapping, generation, &now);
+    if range.range.is_some() {
+        let mine = snapshot.blocks.values().filter(|block| block.range == range.name);
+        let (quarantined, allocated): (Vec<_>, Vec<_>) = mine.partition(|block| block.is_quarantined());
+        status.blocks = Some(BlockCounts {
+            total: signed(outlook.total),
+            allocated: signed(allocated.len() as u64),
+            quarantined: signed(quarantined.len() as u64),
+            free: signed(outlook.free),
+        });
+        status.cursor = Some(signed(outlook.cursor));
+        condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
+    }
+    status
+}
+
+fn exhausted(outlook: &RangeOutlook) -> Verdict {
+    if outlook.free == 0 {
+        let message = format!(
+            "all {} blocks are held, quarantined or reserved: nodes without a block wait; add another ClusterCIDR",
+            outlook.total
+        );
+        Verdict::new(EXHAUSTED, Some(true), reason::RANGE_EXHAUSTED, message)
+    } else {
+        Verdict::new(EXHAUSTED, Some(false), reason::BLOCKS_FREE, "")
+    }
+}
+
+fn block_write(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> Option<Write> {
+    let new = block_status(block, carriers, snapshot);
+    let old = block.status.as_deref().cloned().unwrap_or_default();
+    if new == old {
+        return None;
+    }
+    let class = if flips(&old.conditions, &new.conditions)
+        || (new.observed_generation, new.capacity, &new.routing)
+            != (old.observed_generation, old.capacity, &old.routing)
+    {
+        Class::Flip
+    } else {
+        Class::Counters
+    };
+    let step = Step::BlockStatus {
+        object: version(&block.name, &block.uid, &block.resource_version),
+        node: block.node.clone(),
+        old: Box::new(old),
+        new: Box::new(new),
+    };
+    Some(Write { class, step })
+}
+
+fn block_status(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> PodCIDRStatus {
+    let (generation, now) = (Some(block.generation), Time(snapshot.clock.wall));
+    let (node, report) = (snapshot.nodes.get(&block.node), snapshot.reports.get(&block.node));
+    let mut status = block.status.as_deref().cloned().unwrap_or_default();
+    status.observed_generation = generation;
+    status.capacity = Some(i64::from(block.block.capacity()));
+    let held = report.and_then(|report| report.held.iter().find(|held| held.block == block.block));
+    status.used = held.map(|held| held.used).or(status.used);
+    status.routing = effective_routing(block, snapshot.ranges.get(&block.range).map(|r| &**r));
+    let mut set = |verdict: &Verdict| condition::set(&mut status.conditions, verdict, generation, &now);
+    set(&ready(block, node.map(|n| &**n), report.map(|r| &**r)));
+    set(&carriers.converged(block, snapshot));
+    if let Some(node) = node {
+        set(&node_spec_conflict(block, node));
+    }
+    status
+}
+
+fn effective_routing(block: &BlockFact, range: Option<&RangeFact>) -> Option<EffectiveRouting> {
+    let resolved =
+        routing::resolve(block.routing.as_deref(), range.and_then(|range| range.routing.as_deref())).ok()?;
+    let family = block.block.family();
+    let of_family = |address: &&IpAddr| Family::of(address) == family;
+    let via = resolved.next_hop.value.or_else(|| block.addresses.iter().find(of_family).copied());
+    Some(EffectiveRouting {
+        mode: resolved.mode.value,
+        via: via.filter(|_| resolved.mode.value != Mode::None).map(|address| address.to_string()),
+        metric: i32::try_from(resolved.metric.value).unwrap_or(i32::MAX),
+        mtu: resolved.mtu.value.and_then(|mtu| i32::try_from(mtu).ok()),
+    })
+}
+
+fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>) -> Verdict {
+    let name = &block.node;
+    let verdict = |status, reason, message: String| Verdict::new(READY, status, reason, message);
+    if block.is_quarantined() || node.is_none() {
+        let message = format!("node {name} is gone: nobody leases from the block or routes to it");
+        return verdict(Some(false), reason::QUARANTINED, message);
+    }
+    if node.is_some_and(|node| node.health == Health::Lost) {
+        return verdict(None, reason::NODE_LOST, format!("Kubernetes has lost contact with node {name}"));
+    }
+    let Some(report) = report.filter(|report| report.reported) else {
+        let message = format!("the agent on node {name} has not reported yet: see its pod's log");
+        return verdict(Some(false), reason::NO_REPORT, message);
+    };
+    if let Some(unready) = &report.unready {
+        return verdict(Some(false), reason::AGENT_NOT_READY, format!("node {name}: {unready}"));
+    }
+    if !report.held.iter().any(|held| held.block == block.block) {
+        let message = format!("the agent on node {name} does not lease from the block yet");
+        return verdict(Some(false), reason::NOT_TAKEN_UP, message);
+    }
+    verdict(Some(true), reason::PROGRAMMED, String::new())
+}
+
+fn node_spec_conflict(block: &BlockFact, node: &NodeFact) -> Verdict {
+    let verdict =
+        |status, reason, message: String| Verdict::new(NODE_SPEC_CONFLICT, Some(status), reason, message);
+    if node.pod_cidrs.is_empty() {
+        return verdict(false, reason::NOT_SET, String::new());
+    }
+    if node.spec_blocks().any(|spec| spec == block.block) {
+        return verdict(false, reason::LISTED, String::new());
+    }
+    let listed = node.spec_blocks().map(|spec| spec.to_string()).collect::<Vec<_>>().join(", ");
+    let message = format!(
+        "node {} has spec.podCIDRs [{listed}], which is write-once and does not name this block; pods use this block. \
+         If the field matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again",
+        node.name
+    );
+    verdict(true, reason::DIFFERS, message)
+}
+
+/// What the nodes carry, prepared for one question per block.
+struct Carriers<'a> {
+    /// The sums that live nodes reported, the furthest behind first; unknown ones are 0.
+    live: Vec<(u64, &'a str)>,
+    /// Object name → a live node that could not apply it, and why.
+    failed: BTreeMap<&'a str, (&'a str, &'a str)>,
+}
+
+impl<'a> Carriers<'a> {
+    fn of(snapshot: &'a Snapshot) -> Carriers<'a> {
+        let mut carriers = Carriers { live: Vec::new(), failed: BTreeMap::new() };
+        for node in snapshot.nodes.values().filter(|node| node.health == Health::Ready) {
+            let report = snapshot.reports.get(&node.name);
+            carriers.live.push((number(report.map(|r| &**r), snapshot).unwrap_or(0), &node.name));
+            for failed in report.iter().flat_map(|report| &report.failed) {
+                carriers.failed.entry(&failed.name).or_insert((&node.name, &failed.message));
+            }
+        }
+        carriers.live.sort_unstable();
+        carriers
+    }
+
+    /// Every live node carries the block, and so does its own, live or not yet. Once that was so it stays so
+    /// until the block changes or a node says that it failed: a node that joins programs everything before
+    /// it is Ready, and must not unsettle every block for a moment.
+    fn converged(&self, block: &BlockFact, snapshot: &Snapshot) -> Verdict {
+        let verdict = |status, reason, message| Verdict::new(CONVERGED, Some(status), reason, message);
+        if let Some((node, why)) = self.failed.get(&*block.name) {
+            return verdict(false, reason::FAILED_ON_NODE, format!("node {node} could not apply it: {why}"));
+        }
+        let ledger = &snapshot.memory.ledger;
+        let own = snapshot.reports.get(&block.node).and_then(|report| number(Some(report), snapshot));
+        let own_carries = block.is_quarantined() || ledger.carries(own, &block.uid);
+        let behind = self.live.partition_point(|(number, _)| !ledger.carries(Some(*number), &block.uid));
+        if was_converged(block) || (own_carries && behind == 0) {
+            return verdict(true, reason::CARRIED, String::new());
+        }
+        let message = match self.live.first().filter(|_| behind > 0) {
+            Some((_, first)) => {
+                format!("{behind} of {} live nodes do not carry it yet, such as {first}", self.live.len())
+            }
+            None => format!("its own node {} does not carry it yet", block.node),
+        };
+        verdict(false, reason::SPREADING, message)
+    }
+}
+
+fn was_converged(block: &BlockFact) -> bool {
+    let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    condition::find(conditions, CONVERGED)
+        .is_some_and(|c| c.status == "True" && c.observed_generation == Some(block.generation))
+}
+
+fn number(report: Option<&ReportFact>, snapshot: &Snapshot) -> Option<u64> {
+    report.and_then(|report| report.applied).and_then(|sum| snapshot.memory.ledger.number_of(sum))
+}
+
+/// Whether a condition appears, or changes its status or reason. Words alone do not count.
+fn flips(old: &[Condition], new: &[Condition]) -> bool {
+    new.iter().any(|c| {
+        condition::find(old, &c.type_).is_none_or(|o| (&o.status, &o.reason) != (&c.status, &c.reason))
+    })
+}
+
+fn version(name: &Name, uid: &Name, resource_version: &str) -> Version {
+    Version { name: name.clone(), uid: uid.clone(), resource_version: resource_version.into() }
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Fact;
+    use crate::fixtures::{NOW, Scene, at, block, held_block, node, range, report, scene, spec};
+    use crate::memory::Memory;
+    use plat_crds::digest::Digest;
+    use plat_crds::node_network::FailedObject;
+    use plat_crds::pod_cidr::BlockState;
+    use plat_crds::routing::Routing;
+
+    /// A scene whose leader has seen its objects, and the sum over them.
+    fn seen(mut scene: Scene) -> (Scene, Digest) {
+        scene.memory.ledger.update(&scene.world.ranges, &scene.world.blocks);
+        let blocks = scene.world.blocks.values().map(|b| (&**b.uid(), b.generation));
+        let ranges = scene.world.ranges.values().map(|r| (&**r.uid(), r.generation));
+        let sum = Digest::of(blocks.chain(ranges));
+        (scene, sum)
+    }
+
+    fn two_nodes() -> Scene {
+        scene()
+            .range(range("default-v4", "10.244.0.0/16"))
+            .node(node("n1"))
+            .node(node("n2"))
+            .block(held_block("10.244.1.0/24", "default-v4", "n1"))
+            .block(held_block("10.244.2.0/24", "default-v4", "n2"))
+    }
+
+    fn reported(node: &str, held: &[(&str, i64)], sum: Digest) -> ReportFact {
+        ReportFact { applied: Some(sum), ..report(node, held) }
+    }
+
+    fn status_of(scene: &Scene, name: &str) -> PodCIDRStatus {
+        let snapshot = scene.snapshot();
+        block_status(&snapshot.blocks[name], &Carriers::of(&snapshot), &snapshot)
+    }
+
+    fn verdict(status: &PodCIDRStatus, type_: &str) -> (String, String) {
+        let c = condition::find(&status.conditions, type_).unwrap();
+        (c.status.clone(), c.reason.clone())
+    }
+
+    #[test]
+    fn a_block_is_ready_once_its_node_has_programmed_itself_and_leases_from_it() {
+        let (scene, sum) = seen(two_nodes());
+        let held = [("10.244.1.0/24", 5)];
+        let unready =
+            ReportFact { unready: Some("CNIReady: no plugin".into()), ..reported("n1", &held, sum) };
+        let silent = ReportFact { reported: false, ..report("n1", &[]) };
+        for (report, expected) in [
+            (None, ("False", reason::NO_REPORT)),
+            (Some(silent), ("False", reason::NO_REPORT)),
+            (Some(unready), ("False", reason::AGENT_NOT_READY)),
+            (Some(reported("n1", &[], sum)), ("False", reason::NOT_TAKEN_UP)),
+            (Some(reported("n1", &held, sum)), ("True", reason::PROGRAMMED)),
+        ] {
+            let scene = report.into_iter().fold(scene.clone(), Scene::report);
+            let status = status_of(&scene, "10-244-1-0-24");
+            assert_eq!(verdict(&status, READY), (expected.0.to_owned(), expected.1.to_owned()));
+        }
+        let lost =
+            scene.report(reported("n1", &held, sum)).node(NodeFact { health: Health::Lost, ..node("n1") });
+        assert_eq!(
+            verdict(&status_of(&lost, "10-244-1-0-24"), READY),
+            ("Unknown".to_owned(), reason::NODE_LOST.to_owned())
+        );
+    }
+
+    #[test]
+    fn counters_come_from_the_report_and_outlive_it() {
+        let (scene, sum) = seen(two_nodes());
+        let with = scene.clone().report(reported("n1", &[("10.244.1.0/24", 5)], sum));
+        let status = status_of(&with, "10-244-1-0-24");
+        assert_eq!((status.used, status.capacity), (Some(5), Some(253)));
+        let without = scene.block(BlockFact {
+            status: Some(Box::new(status)),
+            ..held_block("10.244.1.0/24", "default-v4", "n1")
+        });
+        assert_eq!(status_of(&without, "10-244-1-0-24").used, Some(5));
+    }
+
+    #[test]
+    fn a_block_converges_when_every_live_node_and_its_own_carry_it() {
+        let (scene, sum) = seen(two_nodes());
+        let converged = |scene: &Scene| verdict(&status_of(scene, "10-244-1-0-24"), CONVERGED).1;
+        assert_eq!(converged(&scene), reason::SPREADING);
+        let one = scene.clone().report(reported("n1", &[], sum));
+        assert_eq!(converged(&one), reason::SPREADING, "n2 is live and silent");
+        let both = one.clone().report(reported("n2", &[], sum));
+        assert_eq!(converged(&both), reason::CARRIED);
+        let not_live = one.clone().node(NodeFact { health: Health::NotReady, ..node("n2") });
+        assert_eq!(converged(&not_live), reason::CARRIED, "a node that is not Ready is not waited for");
+        let own =
+            scene.report(reported("n2", &[], sum)).node(NodeFact { health: Health::NotReady, ..node("n1") });
+        assert_eq!(converged(&own), reason::SPREADING, "but its own node is");
+        let message =
+            condition::find(&status_of(&one, "10-244-1-0-24").conditions, CONVERGED).unwrap().message.clone();
+        assert!(message.contains("1 of 2 live nodes") && message.contains("n2"), "{message}");
+    }
+
+    #[test]
+    fn a_converged_block_stays_so_when_a_node_joins_but_not_when_one_fails() {
+        let (scene, sum) = seen(two_nodes());
+        let both = scene.report(reported("n1", &[], sum)).report(reported("n2", &[], sum));
+        let status = status_of(&both, "10-244-1-0-24");
+        let written =
+            BlockFact { status: Some(Box::new(status)), ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let joined = both.clone().block(written.clone()).node(node("n3"));
+        assert_eq!(verdict(&status_of(&joined, "10-244-1-0-24"), CONVERGED).1, reason::CARRIED);
+        let changed = joined.clone().block(BlockFact { generation: 2, ..written });
+        assert_eq!(verdict(&status_of(&changed, "10-244-1-0-24"), CONVERGED).1, reason::SPREADING);
+        let failed = FailedObject {
+            name: "10-244-1-0-24".into(),
+            reason: "R".into(),
+            message: "no route to it".into(),
+        };
+        let broken = joined.report(ReportFact { failed: [failed].into(), ..reported("n2", &[], sum) });
+        let status = status_of(&broken, "10-244-1-0-24");
+        assert_eq!(verdict(&status, CONVERGED), ("False".to_owned(), reason::FAILED_ON_NODE.to_owned()));
+    }
+
+    #[test]
+    fn a_node_spec_that_does_not_list_the_block_is_a_conflict() {
+        for (pod_cidrs, expected) in [
+            (&[][..], ("False", reason::NOT_SET)),
+            (&["fd00::/64", "10.244.1.0/24"], ("False", reason::LISTED)),
+            (&["10.9.9.0/24"], ("True", reason::DIFFERS)),
+        ] {
+            let scene = two_nodes().node(NodeFact { pod_cidrs: spec(pod_cidrs), ..node("n1") });
+            let status = status_of(&scene, "10-244-1-0-24");
+            assert_eq!(verdict(&status, NODE_SPEC_CONFLICT), (expected.0.to_owned(), expected.1.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_quarantined_block_is_not_ready() {
+        let resting =
+            BlockFact { state: BlockState::Quarantined, ..held_block("10.244.9.0/24", "default-v4", "gone") };
+        let status = status_of(&two_nodes().block(resting), "10-244-9-0-24");
+        assert_eq!(verdict(&status, READY).1, reason::QUARANTINED);
+    }
+
+    #[test]
+    fn effective_routing_takes_the_nearest_layer_and_the_address_of_the_blocks_family() {
+        let addresses = ["fd00::9".parse().unwrap(), "172.30.0.9".parse().unwrap()];
+        let plain =
+            BlockFact { addresses: addresses.into(), ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let routed = |routing: Option<Routing>| {
+            let block = BlockFact { routing: routing.map(Box::new), ..plain.clone() };
+            effective_routing(&block, Some(&range("default-v4", "10.244.0.0/16"))).unwrap()
+        };
+        assert_eq!(routed(None).via.as_deref(), Some("172.30.0.9"));
+        let none = routed(Some(Routing { mode: Some(Mode::None), ..Routing::default() }));
+        assert_eq!((none.mode, none.via), (Mode::None, None));
+        let hop = routed(Some(Routing {
+            next_hop: Some("172.30.0.1".into()),
+            metric: Some(7),
+            mtu: Some(1400),
+            ..Routing::default()
+        }));
+        assert_eq!((hop.via.as_deref(), hop.metric, hop.mtu), (Some("172.30.0.1"), 7, Some(1400)));
+    }
+
+    #[test]
+    fn a_ranges_ready_true_is_written_on_live_lists_only() {
+        let fresh =
+            RangeFact { status: ClusterCIDRStatus::default(), ..range("default-v4", "10.244.0.0/16") };
+        let live = scene().range(fresh);
+        let cached = live.clone().with(|s| s.source = Source::Cache);
+        assert_eq!(writes(&cached.snapshot(), &cached.plan()), []);
+        let [Write { class: Class::Flip, step: Step::RangeStatus { new, .. } }] =
+            &writes(&live.snapshot(), &live.plan())[..]
+        else {
+            panic!()
+        };
+        assert!(condition::is_true(&new.conditions, READY));
+        let unprepared = live.range(RangeFact {
+            finalizers: [].into(),
+            status: ClusterCIDRStatus::default(),
+            ..range("default-v4", "10.244.0.0/16")
+        });
+        assert_eq!(writes(&unprepared.snapshot(), &unprepared.plan()), []);
+    }
+
+    #[test]
+    fn a_ranges_blocks_are_counted() {
+        let scene = scene()
+            .range(RangeFact { reserved: [block("10.244.3.0/24")].into(), ..range("r", "10.244.0.0/22") })
+            .node(node("n1"))
+            .block(held_block("10.244.0.0/24", "r", "n1"))
+            .block(BlockFact { state: BlockState::Quarantined, ..held_block("10.244.1.0/24", "r", "gone") });
+        let plan = scene.plan();
+        let status = range_status(&scene.world.ranges["r"], &plan.ranges["r"], &scene.snapshot());
+        assert_eq!(status.blocks, Some(BlockCounts { total: 4, allocated: 1, quarantined: 1, free: 1 }));
+        assert!(!condition::is_true(&status.conditions, EXHAUSTED));
+        let full = scene.node(node("n2")).block(held_block("10.244.2.0/24", "r", "n2"));
+        let status = range_status(&full.world.ranges["r"], &full.plan().ranges["r"], &full.snapshot());
+        assert!(condition::is_true(&status.conditions, EXHAUSTED));
+    }
+
+    fn block_statuses(classes: &[Class]) -> Vec<Write> {
+        let write = |(index, class): (usize, &Class)| Write {
+            class: *class,
+            step: Step::BlockStatus {
+                object: version(
+                    &format!("b{index}").as_str().into(),
+                    &format!("u{index:03}").as_str().into(),
+                    "1",
+                ),
+                node: "n".into(),
+                old: Box::default(),
+                new: Box::default(),
+            },
+        };
+        classes.iter().enumerate().map(write).collect()
+    }
+
+    #[test]
+    fn flips_go_before_counters_and_nobody_starves() {
+        let (plan, mut memory) = (Plan::default(), Memory::new(false));
+        let clock = |seconds| Clock { wall: at(NOW), steady: Duration::from_secs(seconds) };
+        let names =
+            |chosen: &Chosen| chosen.steps.iter().map(|s| s.target().1.to_string()).collect::<Vec<_>>();
+        let classes: Vec<_> = (0..60).map(|i| if i >= 20 { Class::Flip } else { Class::Counters }).collect();
+        let first = choose(block_statuses(&classes), &plan, &mut memory, clock(0));
+        assert_eq!((first.steps.len(), first.backlog, first.wake_after), (50, 10, Some(BACKLOG_WAIT)));
+        assert!((20..60).all(|i| names(&first).contains(&format!("b{i}"))), "all flips are in");
+        // The same ones want to be written again: those that were left go first.
+        let second = choose(block_statuses(&[Class::Flip; 60]), &plan, &mut memory, clock(1));
+        assert!((10..20).all(|i| names(&second).contains(&format!("b{i}"))), "{:?}", names(&second));
+    }
+
+    #[test]
+    fn counters_of_one_block_are_written_every_ten_seconds_at_most() {
+        let (plan, mut memory) = (Plan::default(), Memory::new(false));
+        for (second, class, written) in [
+            (0, Class::Flip, 1),
+            (1, Class::Counters, 0),
+            (2, Class::Flip, 1),
+            (11, Class::Counters, 0),
+            (12, Class::Counters, 1),
+        ] {
+            let clock = Clock { wall: at(NOW), steady: Duration::from_secs(second) };
+            assert_eq!(
+                choose(block_statuses(&[class]), &plan, &mut memory, clock).steps.len(),
+                written,
+                "{second}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_status_waits_for_another_write_to_the_same_object() {
+        let object = version(&"b0".into(), &"u000".into(), "1");
+        let step = Step::DeleteBlock { object, node: "n".into(), confirm_gone: true };
+        let plan = Plan { steps: vec![step], ..Plan::default() };
+        let clock = Clock { wall: at(NOW), steady: Duration::ZERO };
+        assert_eq!(
+            choose(block_statuses(&[Class::Flip; 2]), &plan, &mut Memory::new(false), clock).steps.len(),
+            1
+        );
+    }
+}
