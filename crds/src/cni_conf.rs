@@ -39,6 +39,9 @@ impl Conflist {
             "type": CNI_TYPE,
             "bridge": plugin.bridge,
             "runDir": plugin.run_dir,
+            // With bridge-nf-call-iptables=1 a Service's translation happens inside the bridge, which then must
+            // send a pod's packet back to the port it came from when the pod is its own backend.
+            "hairpinMode": true,
             "ipam": {"type": CNI_TYPE},
         });
         let mut cni_versions = vec!["1.0.0".to_owned()];
@@ -66,6 +69,7 @@ mod tests {
         let list = Conflist::new(&plugin, vec![portmap.clone()], false);
         assert_eq!(list.cni_versions, ["1.0.0"]);
         assert_eq!(list.plugins[0]["ipam"]["type"], "plat");
+        assert_eq!(list.plugins[0]["hairpinMode"], true);
         assert_eq!(list.plugins[1], portmap);
         assert_eq!(Conflist::new(&plugin, vec![], true).cni_versions, ["1.0.0", "1.1.0"]);
     }
