@@ -115,18 +115,19 @@ up() {
   progress "waiting for the blocks to be Ready" wait_for 60 k wait --for=condition=Ready podcidr --all --timeout=1s
   daemon_start cp outside "$PLAT_IMAGES/bin/probe" serve 8080
 
-  title "kubectl get nodes"; k get nodes -o wide | cut -c1-90
+  title "kubectl get nodes"; k get nodes
   title "kubectl get podcidrs"; k get podcidrs
-  title "kubectl get pods -o wide"; k get pods -o wide | cut -c1-100
+  title "kubectl get pods -o wide"; k get pods -o wide | awk '{print $1, $2, $3, $4, $5, $6, $7}' | column -t
   title "Who reaches whom"; matrix || failed "the reachability matrix"
   title "How to go on"
+  local name=; [[ $TB == plat ]] || name="TB=$TB "
   cat <<H
   The cluster is up after $(since "$begin"). It is called '$TB' and touches nothing of this machine's own network.
-    $TESTBED/kubectl.sh get podcidrs -o wide
-    $TESTBED/kubectl.sh explain podcidr.spec.routing
-    $TESTBED/node.sh run 1 ip route                 # a shell line on node n1: node.sh run 1 bash
-    $TESTBED/node.sh add 4                          # a fourth node joins
-    make demo-down                                  # remove it all
+    $name$TESTBED/kubectl.sh get podcidrs -o wide
+    $name$TESTBED/kubectl.sh explain podcidr.spec.routing
+    $name$TESTBED/node.sh run 1 ip route                 # a shell line on node n1: node.sh run 1 bash
+    $name$TESTBED/node.sh add 4                          # a fourth node joins
+    ${name}make demo-down                                  # remove it all
 H
 }
 
