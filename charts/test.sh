@@ -97,6 +97,25 @@ says "a digest goes before the tag" "localhost/plat-operator@sha256:$(printf 'a%
 says "the address of the API server reaches the programs" "KUBERNETES_SERVICE_HOST, value: \"172.30.0.1\"" render --set k8sServiceHost=172.30.0.1,k8sServicePort=6443
 says "cleanup turns the agents round" "- --stay" cat "$work/cleanup.yaml"
 
+# Every metric of the alerts and of the documentation is one that a program has; every flag of the chart too.
+sources=$(cat operator/src/telemetry.rs node-agent/src/telemetry.rs)
+for metric in $(grep -ohE 'plat_(operator|agent|ipam|build)_[a-z_]+' "$work/metrics.yaml" docs/operations.md | sort -u); do
+  [[ $sources == *"\"$(sed -E 's/_(total|info)$//; s/_seconds$//' <<<"$metric")\""* ]] && pass "metric $metric exists" || fail "metric $metric exists"
+done
+help() { cargo run -q -p "$1" -- "${@:2}" --help; }
+flags() { # CLAIM KIND TEXT: the flags that objects of that kind give are in the text
+  local flag missing=""
+  for flag in $(awk -v kind="kind: $2" 'BEGIN { RS = "---\n" } $0 ~ kind "\n"' "$work"/*.yaml | grep -oE -- ' - "?--[a-z0-9-]+' | grep -oE -- '--[a-z0-9-]+' | sort -u); do
+    [[ $3 == *"$flag"* ]] || missing+=" $flag"
+  done
+  [[ -z $missing ]] && pass "$1" || fail "$1" "unknown:$missing"
+}
+if command -v cargo >/dev/null; then
+  flags "the operator has every flag that the chart gives it" Deployment "$(help plat-operator)"
+  flags "the agent has every flag that the chart gives it" DaemonSet "$(help plat-agent run; help plat-agent cleanup)"
+  flags "the test has every flag that the chart gives it" Pod "$(help plat-agent selftest check)"
+fi
+
 # The agent has NET_ADMIN and nothing else, the operator nothing.
 agent() { awk 'BEGIN { RS = "---\n" } /kind: DaemonSet/' "$work/default.yaml"; }
 says "the agent has NET_ADMIN alone" "capabilities: {drop: [ALL], add: [NET_ADMIN]}" agent
