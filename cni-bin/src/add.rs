@@ -48,6 +48,7 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     done.masqueraded.clone_from(&given.lease.addresses);
     fail::point("masquerade")?;
     acquire::confirm(call, &given.lease, &attached.host)?;
+    attach::await_port(call, &attached.host)?;
     fail::point("confirm")?;
     reply(call, conf, given, &attached).render(call.network.version)
 }

@@ -1,6 +1,7 @@
 //! The pod's link: bridge, veth pair, addresses, routes, in few exchanges with the kernel.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use plat_crds::names::veth_alias;
@@ -15,7 +16,7 @@ use crate::error::{Code, Error};
 use crate::fail;
 use crate::link::{self, Link, LinkChange, NewVeth};
 use crate::mac::Mac;
-use crate::netlink::{Protocol, Socket};
+use crate::netlink::{Protocol, Socket, created};
 use crate::netns::Netns;
 use crate::sysctl::Sysctls;
 use crate::wire::{self, Style};
@@ -35,6 +36,10 @@ pub struct Attached {
     /// The hardware address of the pod's end.
     pub pod_mac: Mac,
 }
+
+/// How long to wait for the bridge to serve the pod's port, and how often to look.
+const PORT_PATIENCE: Duration = Duration::from_secs(2);
+const PORT_PAUSE: Duration = Duration::from_micros(500);
 
 /// Connects the pod's namespace with the bridge and gives its interface what was acquired.
 pub fn attach(
@@ -165,6 +170,29 @@ fn configure_pod(call: &Call, given: &Given, netns: &Netns, host: &Link) -> Resu
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
     let mut messages = vec![link::set_link(peer, ifname, &up)];
     messages.extend(given.net.ips.iter().map(|ip| link::new_address(peer, ip.address, 0)));
+    let routes_start = messages.len();
     messages.extend(given.net.kernel_routes(peer).iter().map(link::new_route));
-    Ok(pod.request_all(messages)?)
+    for (number, outcome) in pod.request_each(messages)?.into_iter().enumerate() {
+        if number < routes_start {
+            outcome?;
+        } else {
+            // A pod with several interfaces may have that route already: the first one wins.
+            created(outcome)?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the bridge serves the pod's port, so that the pod's first packet is not lost. The kernel
+/// looks at a new link's carrier in its own time, usually before we are here; on a machine that is busy with
+/// links it can take longer. A bridge that does not get there (spanning tree) is not waited for forever.
+pub fn await_port(call: &mut Call, host: &Link) -> Result<(), Error> {
+    let deadline = Instant::now() + PORT_PATIENCE;
+    loop {
+        let port = link::link_by_index(call.host(), host.index)?.ok_or_else(|| vanished(&host.name))?;
+        if port.forwarding || Instant::now() >= deadline {
+            return Ok(());
+        }
+        std::thread::sleep(PORT_PAUSE);
+    }
 }

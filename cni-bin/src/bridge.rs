@@ -153,11 +153,21 @@ fn name_address(name: &str) -> IpAddr {
 
 /// Says whether one had another value.
 fn set_sysctls(sysctls: &Sysctls, name: &str) -> Result<bool, Error> {
-    // A pod must not be able to give the host a default route by a router advertisement.
-    let no_advertisements = sysctls.ensure(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
-    // Without it a bridge that goes down loses its IPv6 addresses, and with them every pod its gateway.
-    let keep_addresses = sysctls.ensure(&format!("ipv6/conf/{name}/keep_addr_on_down"), "1")?;
-    Ok(no_advertisements | keep_addresses)
+    let wanted = [
+        // A pod must not be able to give the host a default route by a router advertisement.
+        ("accept_ra", "0"),
+        // The bridge's link-local address is the source of the host's neighbour solicitations for what it
+        // forwards. While duplicate address detection runs on it, about a second from the first pod on,
+        // pods of one node would not reach each other by IPv6.
+        ("accept_dad", "0"),
+        // Without it a bridge that goes down loses its IPv6 addresses, and with them every pod its gateway.
+        ("keep_addr_on_down", "1"),
+    ];
+    let mut changed = false;
+    for (key, value) in wanted {
+        changed |= sysctls.ensure(&format!("ipv6/conf/{name}/{key}"), value)?;
+    }
+    Ok(changed)
 }
 
 /// Gives the bridge the gateway addresses and routes of these blocks that it lacks, and says which. Costs

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
 use plat_crds::names::parse_veth_alias;
@@ -16,8 +17,11 @@ use crate::masq;
 use crate::netlink::{self, Socket};
 use crate::store::Kernel;
 
-/// A namespace may go while it is being asked; then all is asked again, at most so often.
-const TRIES: u32 = 5;
+/// A namespace that is being removed cannot be asked any more, but its link stays for some milliseconds.
+/// Then all is asked again after a pause, until the link is gone.
+const PAUSE: Duration = Duration::from_millis(10);
+/// So often at most: two seconds.
+const TRIES: u32 = 200;
 
 /// The kernel, seen from the host's network namespace.
 pub struct HostKernel {
@@ -44,7 +48,7 @@ impl Kernel for HostKernel {
         loop {
             tries += 1;
             match held_now(&mut self.route, &masqueraded) {
-                Err(_) if tries < TRIES => {}
+                Err(_) if tries < TRIES => std::thread::sleep(PAUSE),
                 result => return result,
             }
         }

@@ -37,7 +37,9 @@ const INFO_DATA: u16 = 2;
 const INFO_SLAVE_KIND: u16 = 4;
 const INFO_SLAVE_DATA: u16 = 5;
 const VETH_PEER: u16 = 1;
+const PORT_STATE: u16 = 1;
 const PORT_HAIRPIN: u16 = 4;
+const PORT_FORWARDING: u8 = 3;
 const IFF_UP: u32 = 1;
 const IFF_PROMISC: u32 = 0x100;
 /// Leave the counters out of a link's description: they are most of it.
@@ -103,6 +105,8 @@ pub struct Link {
     pub alias: Option<String>,
     /// Whether the bridge sends frames back out of this port.
     pub hairpin: bool,
+    /// Whether the bridge takes frames from this port and sends others out of it.
+    pub forwarding: bool,
 }
 
 fn family_number(family: Family) -> u8 {
@@ -302,7 +306,9 @@ pub fn read_link(received: &Received<'_>) -> Option<Link> {
                 link.kind = info.find(INFO_KIND).map(|k| k.text().into_owned());
                 if info.find(INFO_SLAVE_KIND).is_some_and(|k| k.text() == "bridge") {
                     let port = info.find(INFO_SLAVE_DATA).map(|d| d.nested());
-                    link.hairpin = port.and_then(|p| p.find(PORT_HAIRPIN)?.u8()) == Some(1);
+                    let byte = |kind| port.as_ref().and_then(|p| p.find(kind)?.u8());
+                    link.hairpin = byte(PORT_HAIRPIN) == Some(1);
+                    link.forwarding = byte(PORT_STATE) == Some(PORT_FORWARDING);
                 }
             }
             _ => {}

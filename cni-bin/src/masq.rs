@@ -67,8 +67,8 @@ fn masqueraded(addresses: &[LeasedAddress]) -> Vec<LeasedAddress> {
     addresses.iter().filter(|a| a.masquerade).copied().collect()
 }
 
-/// Masquerades for a lease's addresses that are marked so. One small transaction where the table and the
-/// subnet's chain exist; a larger one, with them, where they do not.
+/// Masquerades for a lease's addresses that are marked so. Usually one small transaction; table and chains
+/// are written where they do not stand as they should.
 pub fn add(addresses: &[LeasedAddress]) -> Result<(), Error> {
     let addresses = masqueraded(addresses);
     if addresses.is_empty() {
@@ -77,26 +77,21 @@ pub fn add(addresses: &[LeasedAddress]) -> Result<(), Error> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let mut batch = Batch::new();
     add_elements(&mut batch, &addresses);
-    let first = match batch.send(&mut socket) {
-        Err(error) if error.errno() == Some(Errno::NOENT) => {
-            let mut batch = Batch::new();
-            add_scaffold(&mut batch, &subnets(&addresses));
-            add_elements(&mut batch, &addresses);
-            batch.send(&mut socket)
-        }
-        other => other,
-    };
-    match first {
-        // The address is there with another subnet's chain: left behind by someone who was killed.
-        Err(error) if matches!(error.errno(), Some(Errno::EXIST | Errno::BUSY)) => {
-            delete(&mut socket, &addresses)?;
-            let mut batch = Batch::new();
-            add_scaffold(&mut batch, &subnets(&addresses));
-            add_elements(&mut batch, &addresses);
-            batch.send(&mut socket)
-        }
-        other => other,
+    match batch.send(&mut socket) {
+        Ok(()) if missing_rule(&mut socket, &addresses)?.is_none() => return Ok(()),
+        Ok(()) => {}
+        Err(error) => match error.errno() {
+            // No table yet, or no chain of this subnet.
+            Some(Errno::NOENT) => {}
+            // The address is there with another subnet's chain: left behind by someone who was killed.
+            Some(Errno::EXIST | Errno::BUSY) => delete(&mut socket, &addresses)?,
+            _ => return Err(error),
+        },
     }
+    let mut batch = Batch::new();
+    add_scaffold(&mut batch, &subnets(&addresses));
+    add_elements(&mut batch, &addresses);
+    batch.send(&mut socket)
 }
 
 /// Ends the masquerading for a lease's addresses. What is not there is fine.
@@ -154,6 +149,9 @@ fn to_address(key: &[u8]) -> Option<IpAddr> {
 /// What is missing for these addresses to be masqueraded, in words; `None` if nothing is.
 pub fn missing(addresses: &[LeasedAddress]) -> Result<Option<String>, Error> {
     let addresses = masqueraded(addresses);
+    if addresses.is_empty() {
+        return Ok(None);
+    }
     let mut socket = Socket::open(Protocol::Netfilter)?;
     for leased in &addresses {
         let family = Family::of(&leased.address);
@@ -162,10 +160,16 @@ pub fn missing(addresses: &[LeasedAddress]) -> Result<Option<String>, Error> {
             return Ok(Some(format!("no masquerade for {} in map {}", leased.address, map(family).name())));
         }
     }
-    for rule in scaffold_rules(&subnets(&addresses)) {
-        let found = nft::rules(&mut socket, &table(), rule.chain())?;
+    let rule = missing_rule(&mut socket, &addresses)?;
+    Ok(rule.map(|rule| format!("no masquerade rule '{}' in chain {}", rule.text(), rule.chain())))
+}
+
+/// The first rule that does not stand.
+fn missing_rule(socket: &mut Socket, addresses: &[LeasedAddress]) -> Result<Option<Rule>, Error> {
+    for rule in scaffold_rules(&subnets(addresses)) {
+        let found = nft::rules(socket, &table(), rule.chain())?;
         if !found.iter().any(|r| r.expressions == rule.expressions()) {
-            return Ok(Some(format!("no masquerade rule '{}' in chain {}", rule.text(), rule.chain())));
+            return Ok(Some(rule));
         }
     }
     Ok(None)

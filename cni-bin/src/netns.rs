@@ -31,6 +31,8 @@ impl Netns {
         if magic != NSFS {
             return Err(invalid("it is not a namespace".to_owned()));
         }
+        // A namespace of another kind (uts, ipc) cannot be entered as this one.
+        netns.inside(|| Ok(()))?;
         Ok(netns)
     }
 

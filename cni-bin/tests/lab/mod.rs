@@ -1,14 +1,23 @@
 //! A laboratory for one test: the test's thread gets a network and a mount namespace of its own, with an
 //! empty `/run`. Whatever the test makes in there (links, rules, namespaces, files) ends with the thread,
 //! also after a failure; nothing of the machine's own is seen or touched.
+//!
+//! [`Plat`] calls the built binary as a runtime does: environment and standard input in; exit status and
+//! standard output out.
 
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here fails the test")]
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
+use serde_json::{Value, json};
 
 /// Enters a fresh laboratory with the current thread.
 pub fn enter() {
@@ -20,7 +29,7 @@ pub fn enter() {
     rustix::thread::unshare(UnshareFlags::NEWNS | UnshareFlags::NEWNET).unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
-    std::fs::create_dir("/run/netns").unwrap();
+    fs::create_dir("/run/netns").unwrap();
     run("ip", &["link", "set", "lo", "up"]);
 }
 
@@ -48,10 +57,274 @@ pub fn sh(line: &str) -> String {
     run("sh", &["-ec", line])
 }
 
+/// Runs a command that prints JSON (`ip -j`, `nft -j`).
+pub fn json_of(line: &str) -> Value {
+    let text = sh(line);
+    if text.trim().is_empty() {
+        return json!([]);
+    }
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{line}: {e}\n{text}"))
+}
+
 /// Makes a network namespace, as a runtime does for a pod, and returns its path.
 pub fn netns(name: &str) -> String {
     run("ip", &["netns", "add", name]);
-    let path = format!("/run/netns/{name}");
-    assert!(Path::new(&path).exists());
-    path
+    format!("/run/netns/{name}")
+}
+
+/// Waits until something holds; fails the test if it does not within ten seconds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}: not within ten seconds");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The folder of the reference plugins and cnitool.
+pub fn tools() -> PathBuf {
+    let cache = || {
+        let home = PathBuf::from(std::env::var("HOME").expect("HOME is set"));
+        std::env::var("XDG_CACHE_HOME").map_or_else(|_| home.join(".cache"), PathBuf::from)
+    };
+    let dir = std::env::var("PLAT_TOOLS").map_or_else(|_| cache().join("plat/tools"), PathBuf::from);
+    assert!(dir.join("cni/host-local").exists(), "no CNI tools in {}: run e2e/tools/build", dir.display());
+    dir
+}
+
+/// Writes `/run/plat/blocks.json` as the agent does.
+pub fn blocks(cidrs: &[&str]) {
+    write_blocks(cidrs, |_| {});
+}
+
+/// The same with a change.
+pub fn write_blocks(cidrs: &[&str], change: impl FnOnce(&mut BlocksFile)) {
+    let mut file = BlocksFile {
+        version: BLOCKS_FILE_VERSION,
+        node: "n1".to_owned(),
+        boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned(),
+        lease_until: u64::MAX,
+        last_contact: "2026-11-24T05:00:00Z".to_owned(),
+        mtu: None,
+        blocks: cidrs.iter().map(|c| HeldBlock { cidr: c.parse().unwrap(), lease: true }).collect(),
+    };
+    change(&mut file);
+    fs::create_dir_all("/run/plat").unwrap();
+    fs::write("/run/plat/blocks.json", serde_json::to_vec(&file).unwrap()).unwrap();
+}
+
+/// A configuration that leases from the node's blocks.
+pub fn cluster_conf() -> Value {
+    json!({"cniVersion": "1.1.0", "name": "plat", "type": "plat", "ipam": {"type": "plat"}})
+}
+
+/// A configuration as an administrator writes it by hand.
+pub fn hand_conf() -> Value {
+    json!({"cniVersion": "1.1.0", "name": "hand", "type": "plat", "isDefaultGateway": true,
+        "ipam": {"subnet": "10.22.0.0/24"}})
+}
+
+/// The configuration with some keys replaced.
+pub fn with(mut conf: Value, changes: Value) -> Value {
+    for (key, value) in changes.as_object().unwrap() {
+        conf[key] = value.clone();
+    }
+    conf
+}
+
+/// A call of the binary.
+#[derive(Clone)]
+pub struct Plat {
+    variables: Vec<(String, String)>,
+    input: Vec<u8>,
+}
+
+/// What a call came to.
+#[derive(Debug)]
+pub struct Answer {
+    /// Whether the exit status was 0.
+    pub success: bool,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Plat {
+    /// A call with nothing but its verb.
+    pub fn bare(verb: &str) -> Plat {
+        Plat { variables: vec![("CNI_COMMAND".to_owned(), verb.to_owned())], input: Vec::new() }
+    }
+
+    /// A call about the container `id`, whose namespace `/run/netns/<id>` and interface is `eth0`.
+    pub fn call(verb: &str, id: &str, conf: &Value) -> Plat {
+        Plat::bare(verb)
+            .set("CNI_CONTAINERID", id)
+            .set("CNI_NETNS", &format!("/run/netns/{id}"))
+            .set("CNI_IFNAME", "eth0")
+            .set("CNI_PATH", "/nowhere")
+            .input(conf)
+    }
+
+    /// Sets a variable.
+    pub fn set(mut self, name: &str, value: &str) -> Plat {
+        self.variables.retain(|(n, _)| n != name);
+        self.variables.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Removes a variable.
+    pub fn unset(mut self, name: &str) -> Plat {
+        self.variables.retain(|(n, _)| n != name);
+        self
+    }
+
+    /// Sets standard input.
+    pub fn input(self, conf: &Value) -> Plat {
+        self.raw_input(conf.to_string().as_bytes())
+    }
+
+    /// Sets standard input to any bytes.
+    pub fn raw_input(mut self, bytes: &[u8]) -> Plat {
+        self.input = bytes.to_vec();
+        self
+    }
+
+    /// The command, ready to be started.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plat"));
+        command.env_clear().envs(self.variables.iter().cloned());
+        command
+    }
+
+    /// Starts the call and feeds it, without waiting.
+    pub fn start(&self) -> Child {
+        let mut child = self
+            .command()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A call that fails before it reads leaves a broken pipe.
+        let _ = child.stdin.take().unwrap().write_all(&self.input);
+        child
+    }
+
+    /// Runs the call.
+    pub fn run(&self) -> Answer {
+        Answer::of(self.start().wait_with_output().unwrap())
+    }
+
+    /// Runs an ADD that must succeed; its result.
+    pub fn result(&self) -> Value {
+        self.run().json()
+    }
+}
+
+impl Answer {
+    /// Reads a finished call.
+    pub fn of(output: Output) -> Answer {
+        Answer {
+            success: output.status.success(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Success with one JSON object.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        assert!(self.success, "{self:?}");
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    /// Success with nothing on standard output.
+    #[track_caller]
+    pub fn silent(&self) {
+        assert!(self.success, "{self:?}");
+        assert_eq!(self.stdout, "", "{self:?}");
+    }
+
+    /// Failure with one JSON error object of that code; returns message and details as one text.
+    #[track_caller]
+    pub fn error(&self, code: u64) -> String {
+        assert!(!self.success, "{self:?}");
+        let error: Value = serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"));
+        assert_eq!(error["code"], code, "{error}");
+        assert!(error["cniVersion"].is_string() && error["msg"].is_string(), "{error}");
+        format!("{}: {}", error["msg"].as_str().unwrap(), error["details"].as_str().unwrap_or_default())
+    }
+}
+
+/// Connects a container whose namespace is made for it; the result.
+#[track_caller]
+pub fn add(id: &str, conf: &Value) -> Value {
+    netns(id);
+    Plat::call("ADD", id, conf).result()
+}
+
+/// The first address of a result, without its prefix length.
+pub fn address(result: &Value) -> String {
+    result["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().to_owned()
+}
+
+/// What is recorded (`plat leases --json`).
+pub fn leases() -> Vec<Value> {
+    let output = run(env!("CARGO_BIN_EXE_plat"), &["leases", "--json"]);
+    let all: Value = serde_json::from_str(&output).unwrap();
+    all["leases"].as_array().unwrap().clone()
+}
+
+/// The addresses that are recorded, sorted.
+pub fn leased() -> Vec<String> {
+    let mut all: Vec<String> = leases()
+        .iter()
+        .flat_map(|lease| lease["addresses"].as_array().unwrap().clone())
+        .map(|a| a["address"].as_str().unwrap().to_owned())
+        .collect();
+    all.sort();
+    all
+}
+
+/// Names of our links on the host.
+pub fn host_links() -> Vec<String> {
+    json_of("ip -j link show type veth")
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|l| l["ifname"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// Elements of the masquerade maps.
+pub fn masqueraded() -> Vec<String> {
+    let text = sh("nft list ruleset");
+    text.lines()
+        .flat_map(|l| l.split([',', '{', '}']))
+        .filter(|e| e.contains(": jump"))
+        .map(|e| e.trim().to_owned())
+        .collect()
+}
+
+/// Fails the test if anything of a pod is left: link, lease, masquerade.
+#[track_caller]
+pub fn assert_nothing_left() {
+    assert_eq!(host_links(), Vec::<String>::new(), "links");
+    assert_eq!(leases(), Vec::<Value>::new(), "leases");
+    assert_eq!(masqueraded(), Vec::<String>::new(), "masquerade");
+}
+
+/// Pings from a container; whether one of ten was answered. (A busy machine may lose the first to the other
+/// side's own preparations.)
+pub fn ping(id: &str, to: &str) -> bool {
+    let once = || {
+        attempt("ip", &["netns", "exec", id, "busybox", "ping", "-c", "1", "-W", "1", to]).status.success()
+    };
+    (0..10).any(|_| once())
+}
+
+/// Whether a file exists.
+pub fn exists(path: &str) -> bool {
+    Path::new(path).exists()
 }
