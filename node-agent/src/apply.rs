@@ -1,0 +1,250 @@
+//! Executes steps. No policy: what failed is attributed to its object, what had to be put back is counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use plat_cni::bridge::{self, Spec};
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::{netlink, sysctl as cni_sysctl};
+use plat_crds::block::Block;
+
+use crate::diff::Step;
+use crate::fabric::{Admit, Bridge, Desired, Masquerade, Observed, Route, RouteKey};
+use crate::facts::{Fault, Kind, Reason};
+use crate::incidents::Repair;
+use crate::kernel::forward;
+use crate::kernel::nft::Nft;
+use crate::kernel::route::{self, SetError};
+use crate::kernel::sysctl::Sysctls;
+
+/// The sockets and folders that reach the kernel.
+pub struct Kernel {
+    /// rtnetlink.
+    pub route: Socket,
+    /// nftables.
+    pub nft: Nft,
+    /// `/proc/sys/net`.
+    pub sysctls: Sysctls,
+}
+
+impl Kernel {
+    /// Opens the sockets in the current network namespace.
+    pub fn open(sysctls: Sysctls) -> Result<Kernel, netlink::Error> {
+        Ok(Kernel { route: Socket::open(Protocol::Route)?, nft: Nft::open()?, sysctls })
+    }
+}
+
+/// What is known to have been in place after the last pass. A step that makes just that again is a repair.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// The table.
+    pub table: Option<Masquerade>,
+    /// Routes.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Sysctls.
+    pub sysctls: BTreeMap<String, String>,
+    /// The bridge.
+    pub bridge: Option<Bridge>,
+    /// Accept rules in foreign chains.
+    pub admitted: BTreeSet<Admit>,
+}
+
+/// Something of the node as a whole that could not be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// The nftables table.
+    Table,
+    /// The bridge.
+    Bridge,
+    /// A sysctl.
+    Sysctl,
+    /// An accept rule in a foreign chain.
+    Admission,
+}
+
+/// What came of the steps.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Objects whose routes could not be set.
+    pub faults: Vec<Fault>,
+    /// Keys of routes that could not be set.
+    pub failed_routes: BTreeSet<RouteKey>,
+    /// Other failures.
+    pub troubles: BTreeMap<Part, String>,
+    /// What was put back.
+    pub repaired: BTreeMap<Repair, Vec<String>>,
+}
+
+impl Outcome {
+    /// Notes that something was put back.
+    pub fn repaired(&mut self, repair: Repair, what: impl Into<String>) {
+        self.repaired.entry(repair).or_default().push(what.into());
+    }
+
+    fn trouble(&mut self, part: Part, error: impl ToString) {
+        self.troubles.entry(part).or_insert_with(|| error.to_string());
+    }
+
+    /// Takes in what came of further steps.
+    pub fn merge(&mut self, other: Outcome) {
+        self.faults.extend(other.faults);
+        self.failed_routes.extend(other.failed_routes);
+        self.troubles.extend(other.troubles);
+        for (repair, what) in other.repaired {
+            self.repaired.entry(repair).or_default().extend(what);
+        }
+    }
+
+    /// What is in place now that the steps from `observed` towards `desired` were made.
+    pub fn done(&self, desired: &Desired, observed: &Observed) -> Done {
+        let fine = |part| !self.troubles.contains_key(&part);
+        let routes = desired.routes.iter().filter(|(key, _)| !self.failed_routes.contains(key));
+        let admitted = desired.admit.iter().filter(|admit| {
+            observed.forward.get(&admit.block.family()).is_some_and(|chain| chain.needs_rules)
+        });
+        let sysctls = desired.sysctls.iter().filter(|_| fine(Part::Sysctl));
+        Done {
+            table: fine(Part::Table).then(|| desired.masquerade.clone()),
+            routes: routes.map(|(key, route)| (*key, route.clone())).collect(),
+            sysctls: sysctls.map(|s| (s.path.clone(), s.value.clone())).collect(),
+            bridge: desired.bridge.clone().filter(|_| fine(Part::Bridge)),
+            admitted: admitted.filter(|_| fine(Part::Admission)).copied().collect(),
+        }
+    }
+
+    /// Whether a route to that prefix could not be set: then the present one is the last that worked.
+    fn failed(&self, key: &RouteKey) -> bool {
+        self.failed_routes.iter().any(|failed| failed.prefix == key.prefix)
+    }
+}
+
+/// Executes the steps in order; none stops the others. `bridge` is the bridge's interface index.
+pub fn apply(
+    kernel: &mut Kernel,
+    steps: Vec<Step>,
+    desired: &Desired,
+    before: &Done,
+    bridge: Option<u32>,
+) -> Outcome {
+    let mut outcome = Outcome::default();
+    let mut bridge = bridge;
+    for step in steps {
+        tracing::debug!(?step, "apply");
+        match step {
+            Step::ReplaceTable => replace_table(kernel, &desired.masquerade, before, &mut outcome),
+            Step::AddRoute(route) => {
+                let result = route::add(&mut kernel.route, &route, bridge);
+                set_route(result, route, desired, before, &mut outcome);
+            }
+            Step::ReplaceRoute(route) => {
+                let result = route::replace(&mut kernel.route, &route, bridge);
+                set_route(result, route, desired, before, &mut outcome);
+            }
+            Step::DeleteRoute(key) if outcome.failed(&key) => {}
+            Step::DeleteRoute(key) => {
+                if let Err(error) = route::delete(&mut kernel.route, &key) {
+                    tracing::warn!(route = %key, %error, "a route that should go is still there");
+                }
+            }
+            Step::WriteSysctl(sysctl) => match kernel.sysctls.write(&sysctl) {
+                Ok(()) if before.sysctls.get(&sysctl.path) == Some(&sysctl.value) => {
+                    outcome
+                        .repaired(Repair::Sysctl, format!("sysctl net/{} = {}", sysctl.path, sysctl.value));
+                }
+                Ok(()) => tracing::info!(sysctl = %sysctl.path, value = %sysctl.value, "set sysctl"),
+                Err(error) => outcome.trouble(Part::Sysctl, error),
+            },
+            Step::EnsureBridge(wanted) => {
+                if let Some(index) = ensure_bridge(kernel, &wanted, before, &mut outcome) {
+                    bridge = Some(index);
+                }
+            }
+            Step::Admit(admit) => {
+                match forward::append(&mut kernel.nft, &admit, &desired.masquerade.pod_interface) {
+                    Ok(()) if before.admitted.contains(&admit) => {
+                        outcome
+                            .repaired(Repair::Forward, format!("accept rule for {} in FORWARD", admit.block));
+                    }
+                    Ok(()) => {
+                        tracing::info!(block = %admit.block, direction = ?admit.direction, "appended an accept rule to FORWARD, whose policy is drop")
+                    }
+                    Err(error) => outcome.trouble(Part::Admission, error),
+                }
+            }
+            Step::RemoveAdmit { family, handle } => {
+                if let Err(error) = forward::remove(&mut kernel.nft, family, handle) {
+                    tracing::warn!(%family, handle, %error, "an accept rule that should go is still there");
+                }
+            }
+        }
+    }
+    outcome
+}
+
+/// Replaces the table; a repair if it was so before.
+pub fn replace_table(kernel: &mut Kernel, masquerade: &Masquerade, before: &Done, outcome: &mut Outcome) {
+    match kernel.nft.replace(masquerade) {
+        Ok(()) if before.table.as_ref() == Some(masquerade) => {
+            outcome.repaired(Repair::Nft, "nftables table inet plat");
+        }
+        Ok(()) => tracing::debug!("replaced the nftables table inet plat"),
+        Err(error) => outcome.trouble(Part::Table, error),
+    }
+}
+
+fn set_route(
+    result: Result<(), SetError>,
+    route: Route,
+    desired: &Desired,
+    before: &Done,
+    outcome: &mut Outcome,
+) {
+    let error = match result {
+        Ok(()) if before.routes.get(&route.key) == Some(&route) => {
+            return outcome.repaired(Repair::Route, format!("route {route}"));
+        }
+        Ok(()) => return,
+        Err(error) => error,
+    };
+    outcome.failed_routes.insert(route.key);
+    let reason = match &error {
+        SetError::Foreign(_) => Reason::ForeignRoute,
+        SetError::NotOnLink(_) => Reason::NotOnLink,
+        SetError::NoBridge(_) | SetError::Refused(_) => Reason::KernelRefused,
+    };
+    if let Some((kind, name)) = desired.owners.get(&route.key) {
+        let message = match kind {
+            Kind::PodCIDR => format!("PodCIDR '{name}': {error}"),
+            Kind::ClusterCIDR => format!("ClusterCIDR '{name}': {error}"),
+        };
+        outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
+    }
+}
+
+/// Brings the bridge in order by the CNI binary's own code; returns its index.
+pub fn ensure_bridge(
+    kernel: &mut Kernel,
+    wanted: &Bridge,
+    before: &Done,
+    outcome: &mut Outcome,
+) -> Option<u32> {
+    let blocks: Vec<Block> = wanted.blocks.iter().copied().collect();
+    let spec = Spec { name: &wanted.name, mtu: wanted.mtu, blocks: &blocks };
+    let sysctls = cni_sysctl::Sysctls::at(kernel.sysctls.dir());
+    match bridge::ensure(&mut kernel.route, &sysctls, &spec) {
+        Ok(bridge) => {
+            let what = bridge.repaired.join(", ");
+            match what.is_empty() {
+                true => {}
+                false if before.bridge.as_ref() == Some(wanted) => {
+                    outcome.repaired(Repair::Bridge, format!("bridge {} ({what})", wanted.name));
+                }
+                false => tracing::info!(bridge = %wanted.name, "{what}"),
+            }
+            Some(bridge.index)
+        }
+        Err(error) => {
+            outcome.trouble(Part::Bridge, error);
+            None
+        }
+    }
+}

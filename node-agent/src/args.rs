@@ -1,0 +1,183 @@
+//! The command line. Each flag has an environment variable `PLAT_<FLAG>`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
+
+/// Plat's node agent: keeps this node's routes, masquerade, forwarding and CNI configuration as the
+/// PodCIDRs say.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "plat-agent", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Flags of `run`, the default.
+    #[command(flatten)]
+    pub run: Run,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Keep the node as the cluster's objects say (the default). Stopping it removes nothing.
+    Run(Run),
+    /// Take everything of Plat's off this node, without the API server. May be repeated.
+    Cleanup(Cleanup),
+    /// Ask the running agent on this node how it is; exit code 0 means well.
+    Probe(Probe),
+}
+
+/// Flags of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct Run {
+    /// Name of this node's Node object.
+    #[arg(long, env = "NODE_NAME", default_value = "")]
+    pub node_name: String,
+    /// Where things are on the node.
+    #[command(flatten)]
+    pub place: Place,
+    /// The CNI binary in this image, which is installed on the node.
+    #[arg(long, env = "PLAT_PLUGIN", default_value = "/plat")]
+    pub plugin: PathBuf,
+    /// Append accept rules for this node's pods to the FORWARD chains of iptables-nft whose policy is drop.
+    /// Without them such a policy cuts pods off.
+    #[arg(long, env = "PLAT_ADMIT_FORWARD", default_value_t = true, action = ArgAction::Set)]
+    pub admit_forward: bool,
+    /// How long routes stay whose objects are missing without having been released, in seconds.
+    #[arg(long, env = "PLAT_HOLD_SECONDS", default_value_t = 300)]
+    pub hold_seconds: u64,
+    /// Address and port of /livez, /readyz and /metrics. If the port is taken, one of the next ten is used.
+    #[arg(long, env = "PLAT_LISTEN", default_value = "0.0.0.0:9541")]
+    pub listen: SocketAddr,
+    /// Unix socket on which 'probe' finds this agent.
+    #[arg(long, env = "PLAT_SOCKET", default_value = SOCKET)]
+    pub socket: PathBuf,
+    /// Further addresses that this node must always reach, so that no range that holds them is made
+    /// unreachable where it has no pods. The API server's and the resolvers' are known.
+    #[arg(long, env = "PLAT_NEEDED_ADDRESS", value_delimiter = ',')]
+    pub needed_address: Vec<IpAddr>,
+    /// How to log.
+    #[command(flatten)]
+    pub log: Log,
+}
+
+/// Default of `--socket`.
+pub const SOCKET: &str = "/run/plat/agent.sock";
+
+/// Where things are on the node.
+#[derive(Clone, Debug, Args)]
+pub struct Place {
+    /// Folder of CNI binaries, as this process sees it.
+    #[arg(long, env = "PLAT_CNI_BIN_DIR", default_value = CNI_BIN_DIR)]
+    pub cni_bin_dir: PathBuf,
+    /// Folder of CNI configurations, as this process sees it.
+    #[arg(long, env = "PLAT_CNI_CONF_DIR", default_value = CNI_CONF_DIR)]
+    pub cni_conf_dir: PathBuf,
+    /// Folder of the node's state; mount it at the path that it has on the node.
+    #[arg(long, env = "PLAT_RUN_DIR", default_value = RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// The node's /proc/sys/net. A container's own is read-only: mount the node's elsewhere.
+    #[arg(long, env = "PLAT_SYSCTL_DIR", default_value = "/proc/sys/net")]
+    pub sysctl_dir: PathBuf,
+    /// Bridge that pods hang on.
+    #[arg(long, env = "PLAT_BRIDGE", default_value = BRIDGE)]
+    pub bridge: String,
+}
+
+/// Flags of `cleanup`.
+#[derive(Clone, Debug, Args)]
+pub struct Cleanup {
+    /// Where things are on the node.
+    #[command(flatten)]
+    pub place: Place,
+    /// Wait for ever when done, as the container of a DaemonSet must not end.
+    #[arg(long, env = "PLAT_STAY")]
+    pub stay: bool,
+    /// Unix socket on which 'probe' finds this process while it stays.
+    #[arg(long, env = "PLAT_SOCKET", default_value = SOCKET)]
+    pub socket: PathBuf,
+    /// How to log.
+    #[command(flatten)]
+    pub log: Log,
+}
+
+/// Flags of `probe`.
+#[derive(Clone, Debug, Args)]
+pub struct Probe {
+    /// What to ask.
+    pub what: Question,
+    /// Unix socket of the running agent.
+    #[arg(long, env = "PLAT_SOCKET", default_value = SOCKET)]
+    pub socket: PathBuf,
+}
+
+/// What a probe asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Question {
+    /// Whether the loop turns.
+    Live,
+    /// Whether the node was programmed.
+    Ready,
+}
+
+/// How to log.
+#[derive(Clone, Debug, Args)]
+pub struct Log {
+    /// Form of log lines.
+    #[arg(long, env = "PLAT_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Least level that is logged, such as 'info', or a filter such as 'plat_agent=debug,warn'.
+    #[arg(long, env = "PLAT_LOG_LEVEL", default_value = "info")]
+    pub log_level: String,
+}
+
+/// Form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_is_the_default_and_takes_the_same_flags() {
+        for line in [
+            vec!["plat-agent", "--node-name=n1", "--hold-seconds=5", "--admit-forward=false"],
+            vec!["plat-agent", "run", "--node-name=n1", "--hold-seconds=5", "--admit-forward=false"],
+        ] {
+            let cli = Cli::try_parse_from(line).unwrap();
+            let run = match cli.command {
+                Some(Command::Run(run)) => run,
+                None => cli.run,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!((run.node_name.as_str(), run.hold_seconds, run.admit_forward), ("n1", 5, false));
+        }
+    }
+
+    #[test]
+    fn cleanup_and_probe_take_what_the_chart_gives_them() {
+        let line = "plat-agent cleanup --stay --bridge=cni0 --cni-bin-dir=/host/opt/cni/bin --cni-conf-dir=/host/etc/cni/net.d \
+            --run-dir=/run/plat --sysctl-dir=/host/proc/sys/net --log-format=json --log-level=info";
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        assert!(
+            matches!(cli.command, Some(Command::Cleanup(c)) if c.stay && c.log.log_format == LogFormat::Json)
+        );
+        let cli = Cli::try_parse_from(["plat-agent", "probe", "ready"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Probe(p)) if p.what == Question::Ready));
+    }
+}

@@ -1,0 +1,218 @@
+//! What this node believes of the cluster: the newest objects, what fail static keeps of absent ones, and
+//! the cache of both.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use plat_crds::names::MAP_FILE;
+
+use crate::cache::{Cache, Loaded};
+use crate::desired::Map;
+use crate::facts::{BlockFact, Fact, RangeFact};
+use crate::failstatic::{Belief, Held};
+use crate::folder::Folder;
+use crate::objects::Objects;
+
+/// The objects that a node is programmed for.
+pub struct Beliefs {
+    node: String,
+    hold: Duration,
+    known: Objects,
+    blocks: Belief<BlockFact>,
+    ranges: Belief<RangeFact>,
+    /// Names of PodCIDRs that are believed in though they are absent.
+    absent: BTreeSet<String>,
+    /// A complete list of each kind, or the cache, was loaded: before that nothing may be touched.
+    complete: bool,
+    unsaved: bool,
+}
+
+impl Beliefs {
+    /// The beliefs of `node`, from the cache in `run` if there is one.
+    pub fn load(node: &str, hold: Duration, run: &Folder) -> Beliefs {
+        let mut beliefs = Beliefs {
+            node: node.to_owned(),
+            hold,
+            known: Objects::default(),
+            blocks: Belief::default(),
+            ranges: Belief::default(),
+            absent: BTreeSet::new(),
+            complete: false,
+            unsaved: false,
+        };
+        match Cache::load(run) {
+            Loaded::Cache(cache) => {
+                tracing::info!(blocks = cache.blocks.len(), ranges = cache.ranges.len(), "loaded the cache");
+                beliefs.blocks = Belief::of(cache.blocks);
+                beliefs.ranges = Belief::of(cache.ranges);
+                beliefs.complete = true;
+            }
+            Loaded::Nothing => tracing::info!("there is no cache; waiting for the API server"),
+            Loaded::Unusable(why) => {
+                tracing::warn!(why, "the cache cannot be used; waiting for the API server")
+            }
+        }
+        beliefs
+    }
+
+    /// Takes in the newest objects.
+    pub fn learn(&mut self, objects: &Objects) {
+        self.known.clone_from(objects);
+        self.complete |= objects.blocks.lists > 0 && objects.ranges.lists > 0;
+        self.unsaved = true;
+    }
+
+    /// Decides which absences to believe at `now`.
+    pub fn update(&mut self, now: Duration) -> Held {
+        let own_ranges: BTreeSet<String> = self.own().map(|block| block.range.clone()).collect();
+        let node = self.node.as_str();
+        let before = self.absent.len();
+        let mut held =
+            self.blocks.update(&self.known.blocks, now, self.hold, |b| b.node == node, BlockFact::released);
+        let in_use: BTreeSet<&str> = self.blocks.facts.values().map(|b| b.range.as_str()).collect();
+        let ranges = self.ranges.update(
+            &self.known.ranges,
+            now,
+            self.hold,
+            |range| own_ranges.contains(range.name()),
+            |range| !in_use.contains(range.name()),
+        );
+        self.absent = self.blocks.absent().cloned().collect();
+        self.unsaved |= self.absent.len() != before;
+        held.names.extend(ranges.names);
+        held.wants_list |= ranges.wants_list;
+        held.next = held.next.into_iter().chain(ranges.next).min();
+        held
+    }
+
+    fn own(&self) -> impl Iterator<Item = &BlockFact> {
+        self.blocks.facts.values().filter(|block| block.node == self.node)
+    }
+
+    /// Whether anything may be done by them.
+    pub fn are_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// The newest objects, whatever is believed.
+    pub fn known(&self) -> &Objects {
+        &self.known
+    }
+
+    /// The objects to program.
+    pub fn map(&self) -> Map<'_> {
+        Map { blocks: &self.blocks.facts, ranges: &self.ranges.facts, absent: &self.absent }
+    }
+
+    /// Saves the cache if it changed or is gone, or if it is to be looked after. It is a copy: a pass does
+    /// not fail for it, and the next one tries again.
+    pub fn save(&mut self, run: &Folder, look: bool) {
+        if !self.unsaved && !look && run.path().join(MAP_FILE).exists() {
+            return;
+        }
+        let cache = Cache::new(self.blocks.facts.clone(), self.ranges.facts.clone());
+        match cache.save(run) {
+            Ok(_) => self.unsaved = false,
+            Err(error) => tracing::warn!(%error, "the cache was not saved"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objects::Change;
+    use plat_crds::cluster_cidr::MasqueradeMode;
+    use plat_crds::pod_cidr::BlockState;
+
+    const HOLD: Duration = Duration::from_secs(300);
+
+    fn block(n: u8) -> BlockFact {
+        let block: plat_crds::Block = format!("10.244.{n}.0/24").parse().unwrap();
+        BlockFact {
+            name: block.object_name(),
+            uid: format!("uid-{n}"),
+            generation: 1,
+            created: 1,
+            block,
+            range: "r".into(),
+            node: format!("n{n}"),
+            addresses: vec![],
+            state: BlockState::Active,
+            routing: None,
+        }
+    }
+
+    fn range() -> RangeFact {
+        RangeFact {
+            name: "r".into(),
+            uid: "uid-r".into(),
+            generation: 1,
+            range: "10.244.0.0/16".parse().unwrap(),
+            ready: true,
+            quarantine_seconds: 900,
+            routing: None,
+            masquerade: MasqueradeMode::Disabled,
+            exclude: vec![],
+        }
+    }
+
+    fn objects(blocks: Vec<BlockFact>, ranges: Vec<RangeFact>) -> Objects {
+        let mut objects = Objects::default();
+        objects.blocks.apply(Change::Listed(blocks.into_iter().map(Ok).collect()));
+        objects.ranges.apply(Change::Listed(ranges.into_iter().map(Ok).collect()));
+        objects
+    }
+
+    struct Fixture {
+        _root: tempfile::TempDir,
+        run: Folder,
+    }
+
+    fn fixture() -> Fixture {
+        let root = tempfile::tempdir().unwrap();
+        Fixture { run: Folder::new(root.path()), _root: root }
+    }
+
+    #[test]
+    fn nothing_may_be_done_before_both_kinds_were_listed() {
+        let fixture = fixture();
+        let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
+        let mut objects = Objects::default();
+        objects.blocks.apply(Change::Listed(vec![Ok(block(1))]));
+        beliefs.learn(&objects);
+        assert!(!beliefs.are_complete());
+        objects.ranges.apply(Change::Listed(vec![]));
+        beliefs.learn(&objects);
+        assert!(beliefs.are_complete());
+    }
+
+    #[test]
+    fn a_new_life_believes_the_cache_and_holds_what_the_first_list_lacks() {
+        let fixture = fixture();
+        let mut first = Beliefs::load("n1", HOLD, &fixture.run);
+        first.learn(&objects(vec![block(1), block(2), block(3)], vec![range()]));
+        first.update(Duration::ZERO);
+        first.save(&fixture.run, false);
+
+        let mut second = Beliefs::load("n1", HOLD, &fixture.run);
+        assert!(second.are_complete());
+        assert_eq!(second.map().blocks.len(), 3);
+        second.learn(&objects(vec![], vec![]));
+        let held = second.update(Duration::ZERO);
+        assert_eq!((held.names.len(), second.map().blocks.len(), second.map().ranges.len()), (4, 3, 1));
+        assert_eq!(second.map().absent.len(), 3);
+    }
+
+    #[test]
+    fn a_range_goes_once_no_block_of_it_is_left() {
+        let fixture = fixture();
+        let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
+        beliefs
+            .learn(&objects(vec![BlockFact { state: BlockState::Quarantined, ..block(2) }], vec![range()]));
+        beliefs.update(Duration::ZERO);
+        beliefs.learn(&objects(vec![], vec![]));
+        assert_eq!(beliefs.update(Duration::ZERO), Held::default());
+        assert!(beliefs.map().ranges.is_empty());
+    }
+}

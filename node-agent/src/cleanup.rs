@@ -1,0 +1,159 @@
+//! Takes everything of Plat's off a node: `plat-agent cleanup`. Needs no API server and may be repeated.
+//!
+//! The order is the reverse of the way up: the conflist first, so that no new pod gets a network that is
+//! going away. Teardown goes on after an error and collects them. What belongs to pods that still run
+//! (their links, and the bridge they hang on) stays and is named.
+
+use plat_cni::link;
+use plat_cni::netlink::{self, deleted};
+use plat_cni::nft::{self, Batch, Table, TableFamily};
+use plat_crds::names::{
+    BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
+};
+
+use crate::apply::Kernel;
+use crate::args::Place;
+use crate::folder::Folder;
+use crate::kernel::sysctl::Sysctls;
+use crate::kernel::{forward, route};
+
+/// What was found and done.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// What was removed or put back.
+    pub done: Vec<String>,
+    /// What must stay, and why.
+    pub left: Vec<String>,
+    /// What could not be removed.
+    pub errors: Vec<String>,
+}
+
+impl Outcome {
+    fn note<E: std::fmt::Display>(&mut self, what: impl Into<String>, result: Result<bool, E>) {
+        match result {
+            Ok(true) => self.done.push(what.into()),
+            Ok(false) => {}
+            Err(error) => self.errors.push(error.to_string()),
+        }
+    }
+
+    fn each<E: std::fmt::Display>(&mut self, result: Result<Vec<String>, E>) {
+        match result {
+            Ok(done) => self.done.extend(done),
+            Err(error) => self.errors.push(error.to_string()),
+        }
+    }
+}
+
+/// Cleans the node, in the current network namespace.
+pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
+    let run = Folder::new(&place.run_dir);
+    let mut kernel = Kernel::open(Sysctls::new(&place.sysctl_dir, &run, SYSCTLS_FILE))?;
+    let mut outcome = Outcome::default();
+
+    outcome.note(CONFLIST_FILE, Folder::new(&place.cni_conf_dir).remove(CONFLIST_FILE));
+    outcome.each(remove_tables(&mut kernel));
+    outcome.each(remove_admissions(&mut kernel, &place.bridge));
+    outcome.each(remove_routes(&mut kernel));
+    let (restored, errors) = kernel.sysctls.restore();
+    outcome.done.extend(restored.into_iter().map(|path| format!("sysctl net/{path}")));
+    outcome.errors.extend(errors.iter().map(ToString::to_string));
+    let has_pods = remove_bridge(&mut kernel, &place.bridge, &mut outcome);
+    outcome.note(CNI_TYPE, Folder::new(&place.cni_bin_dir).remove(CNI_TYPE));
+    // The record of former sysctls is of use until all of them are back.
+    let keep_record = !errors.is_empty();
+    for file in [BLOCKS_FILE, MAP_FILE, SYSCTLS_FILE, LEASES_FILE] {
+        let needed = file == SYSCTLS_FILE && keep_record || file == LEASES_FILE && has_pods;
+        if !needed {
+            outcome.note(file, run.remove(file));
+        }
+    }
+    // Only an empty folder goes; a mount point stays, as it must.
+    let _ = std::fs::remove_dir(&place.run_dir);
+    Ok(outcome)
+}
+
+fn remove_tables(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {
+    let ours = [
+        Table::new(TableFamily::Inet, NFT_TABLE),
+        Table::new(TableFamily::Inet, NFT_PODS_TABLE),
+        Table::new(TableFamily::Bridge, NFT_PODS_TABLE),
+    ];
+    let there: Vec<Table> = nft::tables(kernel.nft.socket())?
+        .into_iter()
+        .map(|found| found.table)
+        .filter(|table| ours.contains(table))
+        .collect();
+    let mut batch = Batch::new();
+    for table in &there {
+        batch.delete_table(table);
+    }
+    batch.send(kernel.nft.socket())?;
+    Ok(there.iter().map(|table| format!("table {table}")).collect())
+}
+
+fn remove_admissions(kernel: &mut Kernel, bridge: &str) -> Result<Vec<String>, netlink::Error> {
+    let mut done = Vec::new();
+    for (family, handle) in forward::ours(&mut kernel.nft, bridge)? {
+        if forward::remove(&mut kernel.nft, family, handle)? {
+            done.push(format!("{family} accept rule in FORWARD"));
+        }
+    }
+    Ok(done)
+}
+
+fn remove_routes(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {
+    let mut done = Vec::new();
+    for route in route::dump(&mut kernel.route, None)?.into_values() {
+        if route::delete(&mut kernel.route, &route.key)? {
+            done.push(format!("route {route}"));
+        }
+    }
+    Ok(done)
+}
+
+/// Removes the bridge if no pod hangs on it; returns whether one does.
+fn remove_bridge(kernel: &mut Kernel, name: &str, outcome: &mut Outcome) -> bool {
+    match try_remove_bridge(kernel, name) {
+        Ok(Bridge::Absent) => false,
+        Ok(Bridge::Removed) => {
+            outcome.done.push(format!("bridge {name}"));
+            false
+        }
+        Ok(Bridge::NotOurs(kind)) => {
+            outcome.left.push(format!("link {name} stays: it is {kind}, not a bridge"));
+            false
+        }
+        Ok(Bridge::HasPorts(ports)) => {
+            outcome.left.push(format!(
+                "bridge {name} stays: {ports} links hang on it; end the pods of this node and clean up again"
+            ));
+            true
+        }
+        Err(error) => {
+            outcome.errors.push(error.to_string());
+            true
+        }
+    }
+}
+
+enum Bridge {
+    Absent,
+    Removed,
+    NotOurs(String),
+    HasPorts(usize),
+}
+
+fn try_remove_bridge(kernel: &mut Kernel, name: &str) -> Result<Bridge, netlink::Error> {
+    let Some(found) = link::link_by_name(&mut kernel.route, name)? else { return Ok(Bridge::Absent) };
+    if found.kind.as_deref() != Some("bridge") {
+        return Ok(Bridge::NotOurs(found.kind.unwrap_or_else(|| "hardware".to_owned())));
+    }
+    let ports = link::links(&mut kernel.route, None)?;
+    let ports = ports.iter().filter(|port| port.master == Some(found.index)).count();
+    if ports > 0 {
+        return Ok(Bridge::HasPorts(ports));
+    }
+    deleted(kernel.route.request(link::delete_link(found.index, name)))?;
+    Ok(Bridge::Removed)
+}

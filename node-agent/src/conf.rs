@@ -1,0 +1,186 @@
+//! What the node's files say: the conflist for the container runtime, the blocks file for the CNI binary,
+//! and which configuration the runtime will take. Pure; `files` writes them.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::jiff::Timestamp;
+use plat_crds::block::Block;
+use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
+use plat_crds::cni_conf::{Conflist, PlatPlugin};
+use plat_crds::names::CONFLIST_FILE;
+
+/// The CNI type of the plugin that opens host ports.
+pub const PORTMAP: &str = "portmap";
+
+/// What the node has of the portmap plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Portmap {
+    /// Nothing: pods with `hostPort` get none.
+    Absent,
+    /// It is there, but does not surely speak CNI spec 1.1.0.
+    Spec10,
+    /// It is there and says that it speaks CNI spec 1.1.0.
+    Spec11,
+}
+
+/// The text of the conflist.
+pub fn conflist(plugin: &PlatPlugin, portmap: Portmap) -> String {
+    let chained = match portmap {
+        Portmap::Absent => vec![],
+        _ => vec![serde_json::json!({"type": PORTMAP, "capabilities": {"portMappings": true}})],
+    };
+    let list = Conflist::new(plugin, chained, portmap != Portmap::Spec10);
+    // A struct of strings and JSON values always has a text.
+    let mut text = serde_json::to_string_pretty(&list).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// Whether a plugin's answer to `VERSION` names spec 1.1.0 (CNI spec, "VERSION").
+pub fn speaks_1_1(answer: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Versions {
+        supported_versions: Vec<String>,
+    }
+    serde_json::from_slice(answer).is_ok_and(|v: Versions| v.supported_versions.iter().any(|v| v == "1.1.0"))
+}
+
+/// The file that a container runtime takes: the first by name with one of the suffixes that libcni and
+/// its callers look for.
+pub fn active<'a>(files: impl IntoIterator<Item = &'a String>) -> Option<&'a String> {
+    let is_conf =
+        |name: &&String| [".conf", ".conflist", ".json"].iter().any(|suffix| name.ends_with(suffix));
+    files.into_iter().filter(is_conf).min()
+}
+
+/// The foreign file that goes before ours.
+pub fn shadowing<'a>(files: impl IntoIterator<Item = &'a String>) -> Option<&'a String> {
+    active(files).filter(|name| name.as_str() < CONFLIST_FILE)
+}
+
+/// Until when new addresses may be leased.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lease {
+    /// Milliseconds of `CLOCK_BOOTTIME`; 0 is never.
+    pub until_boot_ms: u64,
+    /// The last contact with the API server, RFC 3339.
+    pub last_contact: String,
+}
+
+impl Lease {
+    /// `seconds` after a contact at `boot_ms`, which was `unix` seconds after the epoch.
+    pub fn after(boot_ms: u64, unix: i64, seconds: u32) -> Lease {
+        Lease {
+            until_boot_ms: boot_ms.saturating_add(u64::from(seconds) * 1000),
+            last_contact: Timestamp::from_second(unix).unwrap_or_default().to_string(),
+        }
+    }
+
+    /// What an earlier life of this agent granted, if it was in this boot.
+    pub fn of_file(text: &[u8], boot_id: &str) -> Option<Lease> {
+        let file =
+            BlocksFile::parse(text).ok().filter(|file| file.boot_id == boot_id && !boot_id.is_empty())?;
+        Some(Lease { until_boot_ms: file.lease_until, last_contact: file.last_contact })
+    }
+}
+
+/// The text of the blocks file.
+pub fn blocks_file(
+    node: &str,
+    boot_id: &str,
+    own: &BTreeMap<Block, HeldBlock>,
+    lease: &Lease,
+    mtu: Option<u32>,
+) -> String {
+    let file = BlocksFile {
+        version: BLOCKS_FILE_VERSION,
+        node: node.to_owned(),
+        boot_id: boot_id.to_owned(),
+        lease_until: lease.until_boot_ms,
+        last_contact: lease.last_contact.clone(),
+        mtu,
+        blocks: own.values().cloned().collect(),
+    };
+    let mut text = serde_json::to_string_pretty(&file).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plugin() -> PlatPlugin {
+        PlatPlugin { bridge: "cni0".into(), run_dir: "/run/plat".into() }
+    }
+
+    #[test]
+    fn the_conflist_chains_portmap_if_there_is_one_and_offers_what_all_speak() {
+        let read = |portmap| serde_json::from_str::<Conflist>(&conflist(&plugin(), portmap)).unwrap();
+        let types = |list: &Conflist| list.plugins.iter().map(|p| p["type"].clone()).collect::<Vec<_>>();
+        let alone = read(Portmap::Absent);
+        assert_eq!(
+            (types(&alone), alone.cni_versions),
+            (vec!["plat".into()], vec!["1.0.0".into(), "1.1.0".into()])
+        );
+        let old = read(Portmap::Spec10);
+        assert_eq!(
+            (types(&old), old.cni_versions),
+            (vec!["plat".into(), "portmap".into()], vec!["1.0.0".into()])
+        );
+        assert_eq!(read(Portmap::Spec11).cni_versions, ["1.0.0", "1.1.0"]);
+    }
+
+    #[test]
+    fn the_conflist_is_the_golden_one() {
+        // As values: the order of keys depends on the features that serde_json is built with.
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        let golden = value(include_str!("../tests/golden/05-plat.conflist"));
+        assert_eq!(value(&conflist(&plugin(), Portmap::Spec11)), golden);
+    }
+
+    #[test]
+    fn any_doubt_about_a_plugin_means_the_older_spec() {
+        assert!(speaks_1_1(br#"{"cniVersion":"1.1.0","supportedVersions":["0.4.0","1.0.0","1.1.0"]}"#));
+        for doubt in [
+            "",
+            "{}",
+            "Segmentation fault",
+            r#"{"supportedVersions":["1.0.0"]}"#,
+            r#"{"supportedVersions":"1.1.0"}"#,
+        ] {
+            assert!(!speaks_1_1(doubt.as_bytes()), "{doubt:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_file_by_name_is_the_active_one() {
+        let names = |list: &[&str]| list.iter().map(|n| (*n).to_owned()).collect::<Vec<String>>();
+        for (files, active_file, shadow) in [
+            (vec!["05-plat.conflist", "10-flannel.conflist", "README"], Some("05-plat.conflist"), None),
+            (vec!["00-multus.conf", "05-plat.conflist"], Some("00-multus.conf"), Some("00-multus.conf")),
+            (vec!["00-multus.conf.bak", "05-plat.conflist"], Some("05-plat.conflist"), None),
+            (vec!["10-other.json"], Some("10-other.json"), None),
+            (vec![], None, None),
+        ] {
+            let files = names(&files);
+            assert_eq!(active(&files).map(String::as_str), active_file);
+            assert_eq!(shadowing(&files).map(String::as_str), shadow);
+        }
+    }
+
+    #[test]
+    fn the_blocks_file_reads_back_and_carries_the_lease() {
+        let block: Block = "10.244.1.0/24".parse().unwrap();
+        let own = [(block, HeldBlock { cidr: block, lease: true })].into();
+        let lease = Lease::after(5_000, 1_764_000_000, 840);
+        let text = blocks_file("n1", "boot", &own, &lease, Some(1450));
+        let file = BlocksFile::parse(text.as_bytes()).unwrap();
+        assert_eq!((file.lease_until, file.mtu, file.blocks.len()), (845_000, Some(1450), 1));
+        assert_eq!(file.last_contact, "2025-11-24T16:00:00Z");
+        assert_eq!(Lease::of_file(text.as_bytes(), "boot"), Some(lease));
+        assert_eq!(Lease::of_file(text.as_bytes(), "another boot"), None);
+        assert_eq!(Lease::of_file(b"{", "boot"), None);
+    }
+}

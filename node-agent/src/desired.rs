@@ -1,0 +1,691 @@
+//! What should be in this node's kernel, from the objects and the policy: [`desired`] is pure, and the
+//! place where a new routing field takes effect (docs/routing-policy.md walks through it).
+//!
+//! An object that cannot be followed becomes a [`Fault`], and the routes that its block has now stay: the
+//! last working state is better than none.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use plat_crds::block::{Block, Family};
+use plat_crds::blocks_file::HeldBlock;
+use plat_crds::cluster_cidr::{DEFAULT_QUARANTINE_SECONDS, MasqueradeMode};
+use plat_crds::names::{ROUTE_METRIC, UNREACHABLE_METRIC};
+use plat_crds::pod_cidr::BlockState;
+use plat_crds::routing::{self, Mode};
+
+use crate::fabric::{
+    Admit, Bridge, Desired, Direction, Masquerade, Route, RouteKey, Sysctl, Target, host_prefix,
+};
+use crate::facts::{BlockFact, Fault, Kind, RangeFact, Reason};
+use crate::overlap;
+
+/// Smallest MTU of an IPv6 path (RFC 8200 §5).
+const MIN_MTU_V6: u32 = 1280;
+
+/// Destinations that always see pods' own addresses: multicast and link-local never leave a link through
+/// a router (RFC 5771, RFC 3927, RFC 4291).
+const NEVER_MASQUERADED: [&str; 4] = ["224.0.0.0/4", "169.254.0.0/16", "ff00::/8", "fe80::/10"];
+
+/// Who this node is, and how it is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Me {
+    /// Name of the node.
+    pub node: String,
+    /// Name of the pods' bridge.
+    pub bridge: String,
+    /// Whether accept rules may be appended to FORWARD chains with policy drop.
+    pub admit_forward: bool,
+}
+
+/// Where an address is, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// Reachable without a router over the link of that index.
+    OnLink {
+        /// Interface index.
+        device: u32,
+    },
+    /// An address of this node.
+    Local,
+    /// Behind a router, or not reachable.
+    Remote,
+}
+
+/// What this node's own state adds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Where each of [`next_hops`] is.
+    pub locations: BTreeMap<IpAddr, Location>,
+    /// Links whose IPv6 routes come from router advertisements and would be purged by forwarding.
+    pub ra_links: BTreeSet<String>,
+    /// MTU of the link that carries the node's address.
+    pub mtu: Option<u32>,
+    /// Blocks with living leases, whatever the objects say.
+    pub leased: BTreeSet<Block>,
+    /// ClusterCIDRs for which an `unreachable` route is safe.
+    pub closed_ranges: BTreeSet<String>,
+}
+
+/// The objects that the node is programmed for, by name.
+#[derive(Clone, Copy)]
+pub struct Map<'a> {
+    /// PodCIDRs.
+    pub blocks: &'a BTreeMap<String, BlockFact>,
+    /// ClusterCIDRs.
+    pub ranges: &'a BTreeMap<String, RangeFact>,
+    /// Names of PodCIDRs that are believed in though no object says so any more.
+    pub absent: &'a BTreeSet<String>,
+}
+
+/// How a foreign block is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    /// By a route of ours.
+    Via { next_hop: IpAddr, metric: u32, mtu: Option<u32> },
+    /// By something else.
+    None,
+}
+
+/// The addresses that routes to foreign blocks lead to. Their locations are what `Host` must know.
+pub fn next_hops(me: &Me, map: Map<'_>) -> BTreeSet<IpAddr> {
+    let foreign = map.blocks.values().filter(|b| b.node != me.node && !b.released());
+    foreign
+        .filter_map(|b| match path(b, map.ranges) {
+            Ok(Path::Via { next_hop, .. }) => Some(next_hop),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The blocks of this node: those that objects give it, and those that still have leases and are nobody
+/// else's. Overlapping ones are left out.
+pub fn own_blocks(me: &Me, map: Map<'_>, leased: &BTreeSet<Block>) -> BTreeMap<Block, HeldBlock> {
+    let (accepted, _) = overlap::older_first(map.blocks, map.absent);
+    let mut own: BTreeMap<Block, HeldBlock> = accepted
+        .iter()
+        .filter(|b| b.node == me.node)
+        .map(|b| (b.block, HeldBlock { cidr: b.block, lease: b.state == BlockState::Active }))
+        .collect();
+    for block in leased {
+        if !accepted.iter().any(|b| b.block.overlaps(block)) {
+            own.insert(*block, HeldBlock { cidr: *block, lease: false });
+        }
+    }
+    own
+}
+
+/// How long the node may go on leasing after its last contact with the API server, in seconds: the
+/// shortest quarantine among its blocks, less a minute of margin (half of it where it is shorter than two).
+pub fn lease_seconds(node: &str, map: Map<'_>) -> u32 {
+    let own = map.blocks.values().filter(|b| b.node == node);
+    let quarantines = own.map(|b| {
+        let default = DEFAULT_QUARANTINE_SECONDS.unsigned_abs();
+        map.ranges.get(&b.range).map_or(default, |range| range.quarantine_seconds)
+    });
+    let quarantine = quarantines.min().unwrap_or(DEFAULT_QUARANTINE_SECONDS.unsigned_abs());
+    quarantine - (quarantine / 2).min(60)
+}
+
+/// Everything that should be in the kernel, and the objects that cannot be followed.
+pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
+    let (accepted, mut faults) = overlap::older_first(map.blocks, map.absent);
+    let own = own_blocks(me, map, &host.leased);
+    let mut desired = Desired {
+        masquerade: masquerade(me, map, &own),
+        sysctls: sysctls(&own, host),
+        bridge: bridge(me, &own, host),
+        admit: admissions(me, &own),
+        ..Desired::default()
+    };
+    for block in own.keys() {
+        own_routes(*block, &mut desired);
+    }
+    for block in accepted.iter().filter(|b| b.node != me.node && !b.released()) {
+        match foreign_route(block, map.ranges, host) {
+            Ok(Some(route)) => insert(&mut desired, Kind::PodCIDR, &block.name, route),
+            Ok(None) => {}
+            Err(fault) => {
+                desired.keep.insert(block.block);
+                faults.push(fault);
+            }
+        }
+    }
+    for range in map.ranges.values().filter(|range| host.closed_ranges.contains(&range.name)) {
+        insert(&mut desired, Kind::ClusterCIDR, &range.name, unreachable(range.range));
+    }
+    (desired, faults)
+}
+
+fn insert(desired: &mut Desired, kind: Kind, name: &str, route: Route) {
+    desired.owners.insert(route.key, (kind, name.to_owned()));
+    desired.routes.insert(route.key, route);
+}
+
+fn unreachable(prefix: Block) -> Route {
+    Route { key: RouteKey::main(prefix, UNREACHABLE_METRIC), target: Target::Unreachable, mtu: None }
+}
+
+/// To the pods by the bridge; and nowhere while the bridge is away, so that nothing leaks to the default
+/// gateway or comes back from it.
+fn own_routes(block: Block, desired: &mut Desired) {
+    let name = block.object_name();
+    let bridged = Route { key: RouteKey::main(block, ROUTE_METRIC), target: Target::Bridge, mtu: None };
+    insert(desired, Kind::PodCIDR, &name, bridged);
+    insert(desired, Kind::PodCIDR, &name, unreachable(block));
+}
+
+fn foreign_route(
+    block: &BlockFact,
+    ranges: &BTreeMap<String, RangeFact>,
+    host: &Host,
+) -> Result<Option<Route>, Fault> {
+    let Path::Via { next_hop, metric, mtu } = path(block, ranges)? else { return Ok(None) };
+    let whose = format!("PodCIDR '{}' of node {}", block.name, block.node);
+    match host.locations.get(&next_hop).copied().unwrap_or(Location::Remote) {
+        Location::OnLink { device } => Ok(Some(Route {
+            key: RouteKey::main(block.block, metric),
+            target: Target::Via { gateway: next_hop, device },
+            mtu,
+        })),
+        Location::Local => Err(Fault::block(
+            &block.name,
+            Reason::NotOnLink,
+            format!(
+                "{whose}: its next hop {next_hop} is an address of this node itself; correct the node's address or spec.routing.nextHop"
+            ),
+        )),
+        Location::Remote => Err(Fault::block(
+            &block.name,
+            Reason::NotOnLink,
+            format!(
+                "{whose}: its next hop {next_hop} is not on a link of this node; set spec.routing.nextHop to a router that is, or spec.routing.mode to None if something else carries the block"
+            ),
+        )),
+    }
+}
+
+/// The policy of a foreign block: what `crds` resolves, checked against what a kernel route can express.
+fn path(block: &BlockFact, ranges: &BTreeMap<String, RangeFact>) -> Result<Path, Fault> {
+    let unusable = |what: String| Fault::block(&block.name, Reason::UnusablePolicy, what);
+    let range = ranges.get(&block.range).and_then(|range| range.routing.as_ref());
+    let policy = routing::resolve(block.routing.as_ref(), range)
+        .map_err(|error| unusable(format!("PodCIDR '{}': {error}", block.name)))?;
+    match policy.mode.value {
+        Mode::None => return Ok(Path::None),
+        Mode::Auto | Mode::Direct => {}
+        Mode::Unknown => {
+            return Err(unusable(format!(
+                "PodCIDR '{}': the routing mode of the {:?} is not known to this agent; upgrade the agent or set another spec.routing.mode",
+                block.name, policy.mode.from
+            )));
+        }
+    }
+    let family = block.block.family();
+    let next_hop = match policy.next_hop.value {
+        Some(router) if Family::of(&router) != family => {
+            return Err(unusable(format!(
+                "PodCIDR '{}': nextHop {router} of the {:?} is not an {family} address",
+                block.name, policy.next_hop.from
+            )));
+        }
+        Some(router) => router,
+        None => block.addresses.iter().find(|a| Family::of(a) == family).copied().ok_or_else(|| {
+            Fault::block(
+                &block.name,
+                Reason::NoNodeAddress,
+                format!("PodCIDR '{}': node {} has no {family} address; give it an InternalIP, or set spec.routing.nextHop", block.name, block.node),
+            )
+        })?,
+    };
+    let metric = policy.metric.value;
+    if !(1..UNREACHABLE_METRIC).contains(&metric) {
+        return Err(unusable(format!(
+            "PodCIDR '{}': metric {metric} of the {:?} is not between 1 and {}",
+            block.name,
+            policy.metric.from,
+            UNREACHABLE_METRIC - 1
+        )));
+    }
+    let mtu = policy.mtu.value;
+    if family == Family::IPv6 && mtu.is_some_and(|mtu| mtu < MIN_MTU_V6) {
+        return Err(unusable(format!(
+            "PodCIDR '{}': mtu {} of the {:?} is below {MIN_MTU_V6}, the least that IPv6 allows",
+            block.name,
+            mtu.unwrap_or_default(),
+            policy.mtu.from
+        )));
+    }
+    Ok(Path::Via { next_hop, metric, mtu })
+}
+
+/// Whether no block of the range is left to something else to route: then what has no route of ours has
+/// no pods, and may be closed.
+pub fn all_routed(range: &RangeFact, map: Map<'_>) -> bool {
+    let mut blocks = map.blocks.values().filter(|b| b.range == range.name && !b.released());
+    blocks.all(|b| !matches!(path(b, map.ranges), Ok(Path::None)))
+}
+
+fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masquerade {
+    let mut keep: Vec<IpNet> = NEVER_MASQUERADED.iter().filter_map(|net| net.parse().ok()).collect();
+    keep.extend(map.ranges.values().map(|range| range.range.net()));
+    keep.extend(own.keys().map(Block::net));
+    for block in map.blocks.values() {
+        keep.push(block.block.net());
+        keep.extend(block.addresses.iter().map(|address| host_prefix(*address)));
+    }
+    let sources = own.keys().filter_map(|block| {
+        let range = range_of(block, map);
+        if range.is_some_and(|range| range.masquerade == MasqueradeMode::Disabled) {
+            return None;
+        }
+        let exclude = range.map(|range| range.exclude.clone()).unwrap_or_default();
+        let same_family = exclude.into_iter().filter(|net| Family::of(&net.addr()) == block.family());
+        Some((*block, IpNet::aggregate(&same_family.collect())))
+    });
+    Masquerade { pod_interface: me.bridge.clone(), sources: sources.collect(), keep: IpNet::aggregate(&keep) }
+}
+
+fn range_of<'a>(block: &Block, map: Map<'a>) -> Option<&'a RangeFact> {
+    match map.blocks.get(&block.object_name()) {
+        Some(fact) => map.ranges.get(&fact.range),
+        None => map.ranges.values().find(|range| range.range.covers(block)),
+    }
+}
+
+fn sysctls(own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Vec<Sysctl> {
+    let has = |family| own.keys().any(|block| block.family() == family);
+    let mut sysctls = Vec::new();
+    if has(Family::IPv4) {
+        sysctls.push(Sysctl::new("ipv4/ip_forward", "1"));
+    }
+    if has(Family::IPv6) {
+        // Forwarding purges what router advertisements set, unless accept_ra says 2 before.
+        let accept = |link: &String| Sysctl::new(format!("ipv6/conf/{link}/accept_ra"), "2");
+        sysctls.extend(host.ra_links.iter().map(accept));
+        sysctls.push(Sysctl::new("ipv6/conf/all/forwarding", "1"));
+    }
+    sysctls
+}
+
+fn bridge(me: &Me, own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Option<Bridge> {
+    let blocks: BTreeSet<Block> = own.keys().copied().collect();
+    (!blocks.is_empty()).then(|| Bridge { name: me.bridge.clone(), mtu: host.mtu, blocks })
+}
+
+fn admissions(me: &Me, own: &BTreeMap<Block, HeldBlock>) -> BTreeSet<Admit> {
+    if me.admit_forward { forwarded(own.keys()) } else { BTreeSet::new() }
+}
+
+/// The forwarding that pods of these blocks need.
+pub fn forwarded<'a>(blocks: impl IntoIterator<Item = &'a Block>) -> BTreeSet<Admit> {
+    let both = [Direction::FromPods, Direction::ToPods];
+    blocks.into_iter().flat_map(|block| both.map(|direction| Admit { block: *block, direction })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plat_crds::routing::Routing;
+    use proptest::prelude::*;
+
+    fn me() -> Me {
+        Me { node: "n1".into(), bridge: "cni0".into(), admit_forward: true }
+    }
+
+    /// Block `10.244.<n>.0/24` of node `n<n>`, whose address is `172.30.0.<10+n>`.
+    fn block(n: u8) -> BlockFact {
+        let block: Block = format!("10.244.{n}.0/24").parse().unwrap();
+        BlockFact {
+            name: block.object_name(),
+            uid: format!("uid-{n}"),
+            generation: 1,
+            created: i64::from(n),
+            block,
+            range: "default-v4".into(),
+            node: format!("n{n}"),
+            addresses: vec![[172, 30, 0, 10 + n].into()],
+            state: BlockState::Active,
+            routing: None,
+        }
+    }
+
+    fn block_v6(n: u8) -> BlockFact {
+        let block: Block = format!("fd00:10:244:{n}::/64").parse().unwrap();
+        BlockFact {
+            name: block.object_name(),
+            block,
+            range: "default-v6".into(),
+            addresses: vec![[172, 30, 0, 10 + n].into(), format!("fd00:30::{n}").parse().unwrap()],
+            ..self::block(n)
+        }
+    }
+
+    fn range() -> RangeFact {
+        RangeFact {
+            name: "default-v4".into(),
+            uid: "uid-r".into(),
+            generation: 1,
+            range: "10.244.0.0/16".parse().unwrap(),
+            ready: true,
+            quarantine_seconds: 900,
+            routing: None,
+            masquerade: MasqueradeMode::Enabled,
+            exclude: vec![],
+        }
+    }
+
+    struct Case {
+        absent: BTreeSet<String>,
+        blocks: BTreeMap<String, BlockFact>,
+        ranges: BTreeMap<String, RangeFact>,
+        host: Host,
+    }
+
+    fn case(blocks: Vec<BlockFact>) -> Case {
+        let mut locations = BTreeMap::new();
+        for n in 0..100 {
+            locations.insert([172, 30, 0, n].into(), Location::OnLink { device: 2 });
+            locations.insert(format!("fd00:30::{n}").parse().unwrap(), Location::OnLink { device: 2 });
+        }
+        Case {
+            absent: BTreeSet::new(),
+            blocks: blocks.into_iter().map(|b| (b.name.clone(), b)).collect(),
+            ranges: [("default-v4".to_owned(), range())].into(),
+            host: Host { locations, mtu: Some(1500), ..Host::default() },
+        }
+    }
+
+    impl Case {
+        fn run(&self) -> (Desired, Vec<Fault>) {
+            desired(&me(), self.map(), &self.host)
+        }
+
+        fn map(&self) -> Map<'_> {
+            Map { blocks: &self.blocks, ranges: &self.ranges, absent: &self.absent }
+        }
+
+        fn routes(&self) -> Vec<String> {
+            self.run().0.routes.values().map(|r| r.to_string()).collect()
+        }
+
+        fn fault(&self) -> Fault {
+            let (_, faults) = self.run();
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            faults.into_iter().next().unwrap()
+        }
+    }
+
+    #[test]
+    fn a_node_routes_to_every_other_block_and_keeps_its_own_from_leaking() {
+        let mut case = case(vec![block(1), block(2), block(3)]);
+        case.host.closed_ranges = ["default-v4".to_owned()].into();
+        assert_eq!(
+            case.routes(),
+            [
+                "unreachable 10.244.0.0/16 metric 65535",
+                "10.244.1.0/24 to the pods metric 1120",
+                "unreachable 10.244.1.0/24 metric 65535",
+                "10.244.2.0/24 via 172.30.0.12 metric 1120",
+                "10.244.3.0/24 via 172.30.0.13 metric 1120",
+            ]
+        );
+        let (desired, faults) = case.run();
+        assert_eq!(faults, []);
+        assert_eq!(desired.bridge.unwrap().blocks, [block(1).block].into());
+        assert_eq!(desired.sysctls, [Sysctl::new("ipv4/ip_forward", "1")]);
+        assert_eq!(desired.admit.len(), 2);
+    }
+
+    #[test]
+    fn each_routing_field_shapes_the_route() {
+        let policy = |routing: Routing| {
+            let mut case = case(vec![BlockFact { routing: Some(routing), ..block(2) }]);
+            case.host.locations.insert("172.30.0.1".parse().unwrap(), Location::OnLink { device: 7 });
+            case.routes()
+        };
+        let none = Routing::default;
+        assert_eq!(policy(none()), ["10.244.2.0/24 via 172.30.0.12 metric 1120"]);
+        assert_eq!(
+            policy(Routing { mode: Some(Mode::Direct), ..none() }),
+            ["10.244.2.0/24 via 172.30.0.12 metric 1120"]
+        );
+        assert_eq!(policy(Routing { mode: Some(Mode::None), ..none() }), Vec::<String>::new());
+        assert_eq!(
+            policy(Routing { metric: Some(50), ..none() }),
+            ["10.244.2.0/24 via 172.30.0.12 metric 50"]
+        );
+        assert_eq!(
+            policy(Routing { mtu: Some(1400), ..none() }),
+            ["10.244.2.0/24 via 172.30.0.12 metric 1120 mtu 1400"]
+        );
+        assert_eq!(
+            policy(Routing { next_hop: Some("172.30.0.1".into()), ..none() }),
+            ["10.244.2.0/24 via 172.30.0.1 metric 1120"]
+        );
+    }
+
+    #[test]
+    fn the_ranges_policy_holds_for_blocks_that_set_none() {
+        let own_word =
+            BlockFact { routing: Some(Routing { metric: Some(9), ..Routing::default() }), ..block(3) };
+        let mut case = case(vec![block(2), own_word]);
+        let policy = Routing { metric: Some(7), mtu: Some(1400), ..Routing::default() };
+        case.ranges.get_mut("default-v4").unwrap().routing = Some(policy);
+        assert_eq!(
+            case.routes(),
+            [
+                "10.244.2.0/24 via 172.30.0.12 metric 7 mtu 1400",
+                "10.244.3.0/24 via 172.30.0.13 metric 9 mtu 1400"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_followed_is_a_fault_and_its_routes_stay() {
+        let routing = |text: &str| Some(serde_json::from_str::<Routing>(text).unwrap());
+        let b = || block(2);
+        for (fact, reason, needle) in [
+            (
+                BlockFact { routing: routing(r#"{"mode":"VXLAN"}"#), ..b() },
+                Reason::UnusablePolicy,
+                "not known to this agent",
+            ),
+            (
+                BlockFact { routing: routing(r#"{"nextHop":"router"}"#), ..b() },
+                Reason::UnusablePolicy,
+                "'router' is not an IP address",
+            ),
+            (
+                BlockFact { routing: routing(r#"{"nextHop":"fd00::1"}"#), ..b() },
+                Reason::UnusablePolicy,
+                "not an IPv4 address",
+            ),
+            (
+                BlockFact { routing: routing(r#"{"metric":65535}"#), ..b() },
+                Reason::UnusablePolicy,
+                "between 1 and 65534",
+            ),
+            (
+                BlockFact { routing: routing(r#"{"metric":0}"#), ..b() },
+                Reason::UnusablePolicy,
+                "between 1 and 65534",
+            ),
+            (
+                BlockFact { routing: routing(r#"{"mtu":1200}"#), ..block_v6(2) },
+                Reason::UnusablePolicy,
+                "below 1280",
+            ),
+            (BlockFact { addresses: vec![], ..b() }, Reason::NoNodeAddress, "has no IPv4 address"),
+            (
+                BlockFact { addresses: vec!["10.9.9.9".parse().unwrap()], ..b() },
+                Reason::NotOnLink,
+                "10.9.9.9 is not on a link",
+            ),
+        ] {
+            let kept = fact.block;
+            let case = case(vec![fact]);
+            let fault = case.fault();
+            assert_eq!(fault.reason, reason, "{fault:?}");
+            assert!(fault.message.contains(needle), "{}", fault.message);
+            let (desired, _) = case.run();
+            assert_eq!((desired.routes.len(), desired.keep), (0, [kept].into()));
+        }
+    }
+
+    #[test]
+    fn a_next_hop_that_is_this_node_itself_is_refused() {
+        let mut case = case(vec![block(2)]);
+        case.host.locations.insert("172.30.0.12".parse().unwrap(), Location::Local);
+        assert!(case.fault().message.contains("this node itself"));
+    }
+
+    #[test]
+    fn a_quarantined_block_has_no_route_but_its_own_pods_keep_theirs() {
+        let quarantined = |n| BlockFact { state: BlockState::Quarantined, ..block(n) };
+        let case = case(vec![quarantined(1), quarantined(2)]);
+        assert_eq!(
+            case.routes(),
+            ["10.244.1.0/24 to the pods metric 1120", "unreachable 10.244.1.0/24 metric 65535"]
+        );
+        let own = own_blocks(&me(), case.map(), &BTreeSet::new());
+        assert!(own.values().all(|held| !held.lease));
+    }
+
+    #[test]
+    fn draining_blocks_and_those_of_unknown_state_are_routed_and_not_leased_from() {
+        for state in [BlockState::Draining, BlockState::Unknown] {
+            let case = case(vec![BlockFact { state, ..block(1) }, BlockFact { state, ..block(2) }]);
+            assert!(case.routes().contains(&"10.244.2.0/24 via 172.30.0.12 metric 1120".to_owned()));
+            assert!(!own_blocks(&me(), case.map(), &BTreeSet::new())[&block(1).block].lease);
+        }
+    }
+
+    #[test]
+    fn a_lost_block_with_leases_stays_until_it_is_somebody_elses() {
+        let mut case = case(vec![]);
+        case.host.leased = [block(5).block].into();
+        assert_eq!(case.routes()[0], "10.244.5.0/24 to the pods metric 1120");
+        let (desired, _) = case.run();
+        assert!(desired.masquerade.sources.contains_key(&block(5).block), "its range still covers it");
+        case.blocks.insert(block(5).name, block(5));
+        assert_eq!(case.routes(), ["10.244.5.0/24 via 172.30.0.15 metric 1120"]);
+    }
+
+    #[test]
+    fn of_overlapping_blocks_the_older_is_programmed() {
+        let wide: Block = "10.244.2.0/23".parse().unwrap();
+        let newer =
+            BlockFact { name: wide.object_name(), block: wide, created: 99, node: "n9".into(), ..block(9) };
+        let case = case(vec![block(2), newer]);
+        assert_eq!(case.routes(), ["10.244.2.0/24 via 172.30.0.12 metric 1120"]);
+        assert_eq!(case.fault().reason, Reason::Overlapping);
+    }
+
+    #[test]
+    fn pods_and_nodes_see_pod_addresses_and_the_rest_sees_the_nodes() {
+        let mut case = case(vec![block(1), block(2)]);
+        case.ranges.get_mut("default-v4").unwrap().exclude = vec![
+            "192.168.0.0/24".parse().unwrap(),
+            "192.168.1.0/24".parse().unwrap(),
+            "fd00::/8".parse().unwrap(),
+        ];
+        let (desired, _) = case.run();
+        let keep: Vec<String> = desired.masquerade.keep.iter().map(|net| net.to_string()).collect();
+        assert_eq!(
+            keep,
+            [
+                "10.244.0.0/16",
+                "169.254.0.0/16",
+                "172.30.0.11/32",
+                "172.30.0.12/32",
+                "224.0.0.0/4",
+                "fe80::/10",
+                "ff00::/8"
+            ]
+        );
+        let merged: IpNet = "192.168.0.0/23".parse().unwrap();
+        assert_eq!(desired.masquerade.sources, [(block(1).block, vec![merged])].into());
+    }
+
+    #[test]
+    fn a_range_without_masquerade_leaves_its_pods_addresses_as_they_are() {
+        let mut case = case(vec![block(1)]);
+        case.ranges.get_mut("default-v4").unwrap().masquerade = MasqueradeMode::Disabled;
+        assert!(case.run().0.masquerade.sources.is_empty());
+        case.ranges.get_mut("default-v4").unwrap().masquerade = MasqueradeMode::Unknown;
+        assert_eq!(case.run().0.masquerade.sources.len(), 1);
+    }
+
+    #[test]
+    fn ipv6_forwarding_is_set_only_with_a_block_and_after_accept_ra() {
+        let mut case = case(vec![block(1), block_v6(2)]);
+        case.host.ra_links = ["eth0".to_owned()].into();
+        assert_eq!(case.run().0.sysctls, [Sysctl::new("ipv4/ip_forward", "1")]);
+        case.blocks.insert(block_v6(1).name, block_v6(1));
+        assert_eq!(
+            case.run().0.sysctls,
+            [
+                Sysctl::new("ipv4/ip_forward", "1"),
+                Sysctl::new("ipv6/conf/eth0/accept_ra", "2"),
+                Sysctl::new("ipv6/conf/all/forwarding", "1"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_node_without_a_block_gets_routes_but_no_bridge_and_no_sysctls() {
+        let (desired, _) = case(vec![block(2)]).run();
+        assert_eq!((desired.routes.len(), desired.bridge, desired.sysctls), (1, None, vec![]));
+    }
+
+    #[test]
+    fn a_range_with_a_block_that_others_carry_is_not_closed() {
+        let mut case = case(vec![block(2)]);
+        assert!(all_routed(&range(), case.map()));
+        case.blocks.get_mut("10-244-2-0-24").unwrap().routing =
+            Some(Routing { mode: Some(Mode::None), ..Routing::default() });
+        assert!(!all_routed(&range(), case.map()));
+    }
+
+    #[test]
+    fn leases_end_a_minute_before_the_shortest_quarantine() {
+        let mut case = case(vec![block(1), block_v6(1)]);
+        assert_eq!(lease_seconds("n1", case.map()), 840);
+        case.ranges.get_mut("default-v4").unwrap().quarantine_seconds = 600;
+        assert_eq!(lease_seconds("n1", case.map()), 540);
+        case.ranges.get_mut("default-v4").unwrap().quarantine_seconds = 60;
+        assert_eq!(lease_seconds("n1", case.map()), 30);
+    }
+
+    proptest! {
+        #[test]
+        fn a_block_is_routed_or_left_out_by_policy_or_a_fault(
+            blocks in prop::collection::vec((1u8..30, 0usize..4, prop::option::of(0usize..3), any::<bool>()), 0..20),
+        ) {
+            let facts = blocks.into_iter().map(|(n, state, mode, has_address)| BlockFact {
+                state: [BlockState::Active, BlockState::Draining, BlockState::Quarantined, BlockState::Unknown][state],
+                routing: mode.map(|mode| Routing {
+                    mode: Some([Mode::Direct, Mode::None, Mode::Unknown][mode]),
+                    ..Routing::default()
+                }),
+                addresses: if has_address { block(n).addresses } else { vec![] },
+                ..block(n)
+            });
+            let case = case(facts.collect());
+            let (desired, faults) = case.run();
+            for fact in case.blocks.values() {
+                let routed = desired.routes.keys().any(|key| key.prefix == fact.block);
+                let faulty = faults.iter().any(|fault| fault.name == fact.name);
+                let left_out = fact.node != "n1"
+                    && (fact.released() || fact.routing.as_ref().is_some_and(|r| r.mode == Some(Mode::None)));
+                prop_assert_eq!(1, usize::from(routed) + usize::from(faulty) + usize::from(left_out), "{:?}", fact);
+                prop_assert_eq!(faulty, desired.keep.contains(&fact.block));
+            }
+            for key in desired.routes.keys() {
+                prop_assert!(desired.owners.contains_key(key));
+            }
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! The node's programming in our own words: what should be in the kernel, and what is.
+//!
+//! Plain values with a total order, without netlink types: `desired` makes them from objects, the kernel
+//! edge translates them, `diff` compares them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use plat_crds::block::{Block, Family};
+
+use crate::facts::Kind;
+
+/// The kernel's main routing table (`RT_TABLE_MAIN`).
+pub const MAIN_TABLE: u32 = 254;
+
+/// What the kernel keys a route by when it replaces one; the protocol is not part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouteKey {
+    /// Routing table.
+    pub table: u32,
+    /// Destination; it carries the family.
+    pub prefix: Block,
+    /// Priority: the lower wins among routes to one prefix.
+    pub metric: u32,
+}
+
+impl RouteKey {
+    /// A key in the main table.
+    pub fn main(prefix: Block, metric: u32) -> RouteKey {
+        RouteKey { table: MAIN_TABLE, prefix, metric }
+    }
+
+    /// The family of the route.
+    pub fn family(&self) -> Family {
+        self.prefix.family()
+    }
+}
+
+impl fmt::Display for RouteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} metric {}", self.prefix, self.metric)?;
+        if self.table != MAIN_TABLE {
+            write!(f, " table {}", self.table)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a route leads.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Target {
+    /// To a router on a link.
+    Via {
+        /// Address of the router.
+        gateway: IpAddr,
+        /// Interface index of the link.
+        device: u32,
+    },
+    /// To the pods of this node, over their bridge, from the block's gateway address.
+    Bridge,
+    /// Nowhere: the sender gets an ICMP error at once.
+    Unreachable,
+    /// Something this agent never makes; observed only, and replaced or removed.
+    Other,
+}
+
+/// One route.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Route {
+    /// What it is keyed by.
+    pub key: RouteKey,
+    /// Where it leads.
+    pub target: Target,
+    /// MTU of the path in bytes; `None` is the device's.
+    pub mtu: Option<u32>,
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.target {
+            Target::Via { gateway, .. } => write!(f, "{} via {gateway}", self.key.prefix)?,
+            Target::Bridge => write!(f, "{} to the pods", self.key.prefix)?,
+            Target::Unreachable => write!(f, "unreachable {}", self.key.prefix)?,
+            Target::Other => write!(f, "{}", self.key.prefix)?,
+        }
+        write!(f, " metric {}", self.key.metric)?;
+        match self.mtu {
+            Some(mtu) => write!(f, " mtu {mtu}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One sysctl: a path below `/proc/sys/net` and its value.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sysctl {
+    /// Such as `ipv4/ip_forward`.
+    pub path: String,
+    /// Such as `1`.
+    pub value: String,
+}
+
+impl Sysctl {
+    /// A sysctl.
+    pub fn new(path: impl Into<String>, value: impl Into<String>) -> Sysctl {
+        Sysctl { path: path.into(), value: value.into() }
+    }
+}
+
+/// What is masqueraded: the content of the nftables table `inet plat`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Masquerade {
+    /// The pods' bridge: what leaves by it stays as it is.
+    pub pod_interface: String,
+    /// Destinations that see pods' own addresses: pods, nodes, multicast, link-local. Merged and sorted.
+    pub keep: Vec<IpNet>,
+    /// Blocks of this node whose other traffic gets the node's address, each with further destinations
+    /// that see the pods' own.
+    pub sources: BTreeMap<Block, Vec<IpNet>>,
+}
+
+/// The pods' bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    /// Its name.
+    pub name: String,
+    /// Its MTU in bytes; `None` leaves it alone.
+    pub mtu: Option<u32>,
+    /// The blocks of this node: the bridge carries the gateway of each as /32 or /128, and no other ones
+    /// of ours.
+    pub blocks: BTreeSet<Block>,
+}
+
+/// The direction of forwarded pod packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// From a pod of this node.
+    FromPods,
+    /// To a pod of this node.
+    ToPods,
+}
+
+/// Forwarding that a foreign chain must let through: one plain accept rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Admit {
+    /// Block of this node.
+    pub block: Block,
+    /// Direction.
+    pub direction: Direction,
+}
+
+/// Everything that should be in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// Routes by key.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// The object that each route is for.
+    pub owners: BTreeMap<RouteKey, (Kind, String)>,
+    /// Prefixes whose present routes stay as they are, since their objects cannot be followed now.
+    pub keep: BTreeSet<Block>,
+    /// The nftables table.
+    pub masquerade: Masquerade,
+    /// Sysctls in the order in which to write them.
+    pub sysctls: Vec<Sysctl>,
+    /// The bridge, once this node has a block.
+    pub bridge: Option<Bridge>,
+    /// Forwarding to be let through by FORWARD chains with policy drop.
+    pub admit: BTreeSet<Admit>,
+}
+
+/// The state of the table `inet plat`, compared with [`Desired::masquerade`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TableState {
+    /// There is none.
+    #[default]
+    Absent,
+    /// It is as it should be.
+    Intact,
+    /// It differs.
+    Differs,
+}
+
+/// The bridge as the kernel has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObservedBridge {
+    /// Its name.
+    pub name: String,
+    /// Interface index.
+    pub index: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Its addresses.
+    pub addresses: BTreeSet<IpNet>,
+    /// Those of them that bear our protocol number.
+    pub ours: BTreeSet<IpNet>,
+}
+
+/// An accept rule of ours in a foreign FORWARD chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Admitted {
+    /// What it admits.
+    pub admit: Admit,
+    /// The rule's handle in its chain.
+    pub handle: u64,
+    /// Whether it carries our comment: an equal rule of somebody else serves as well, but is not ours to
+    /// remove.
+    pub ours: bool,
+}
+
+/// The chain `filter FORWARD` of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForwardChain {
+    /// Whether packets that no rule decides are dropped, and rules may be added.
+    pub needs_rules: bool,
+    /// Accept rules of the shape that we write.
+    pub rules: Vec<Admitted>,
+}
+
+/// Everything of ours that is in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The nftables table.
+    pub table: TableState,
+    /// Routes of our protocol.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Values of the sysctls that are desired.
+    pub sysctls: BTreeMap<String, String>,
+    /// The bridge, if there is one of that name.
+    pub bridge: Option<ObservedBridge>,
+    /// The foreign FORWARD chains.
+    pub forward: BTreeMap<Family, ForwardChain>,
+}
+
+/// The prefix that holds one address alone.
+pub fn host_prefix(address: IpAddr) -> IpNet {
+    IpNet::from(address)
+}

@@ -1,0 +1,314 @@
+//! What the agent knows of the cluster's objects, parsed once at the border.
+//!
+//! A [`BlockFact`] is a PodCIDR and a [`RangeFact`] a ClusterCIDR, reduced to what the node's programming
+//! depends on, with every text parsed. An object that cannot be parsed is a [`Fault`] that names it; the
+//! rest of the set goes on. Facts are what `map.json` keeps, so the agent starts without the API server.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use kube::ResourceExt;
+use plat_crds::block::Block;
+use plat_crds::cluster_cidr::MasqueradeMode;
+use plat_crds::condition;
+use plat_crds::pod_cidr::BlockState;
+use plat_crds::routing::Routing;
+use plat_crds::{ClusterCIDR, PodCIDR};
+use serde::{Deserialize, Serialize};
+
+/// The two kinds that agents watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Kind {
+    /// A block.
+    PodCIDR,
+    /// A range of blocks.
+    ClusterCIDR,
+}
+
+/// Something that cannot be done for one object. The rest goes on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fault {
+    /// Kind of the object.
+    pub kind: Kind,
+    /// Its name.
+    pub name: String,
+    /// CamelCase word for programs.
+    pub reason: Reason,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+/// Why an object's effect is not, or not wholly, in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// The object cannot be read.
+    Unreadable,
+    /// It shares addresses with an older block.
+    Overlapping,
+    /// Its routing policy has a value that this agent does not know or cannot use.
+    UnusablePolicy,
+    /// Its node has no address of the block's family.
+    NoNodeAddress,
+    /// The next hop is not on a link of this node.
+    NotOnLink,
+    /// Another program has a route with the same prefix and metric.
+    ForeignRoute,
+    /// The kernel refused a route.
+    KernelRefused,
+    /// An `unreachable` route for the range would cut off an address that this node needs.
+    RangeHoldsNeededAddress,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Reason; 8] = [
+        Reason::Unreadable,
+        Reason::Overlapping,
+        Reason::UnusablePolicy,
+        Reason::NoNodeAddress,
+        Reason::NotOnLink,
+        Reason::ForeignRoute,
+        Reason::KernelRefused,
+        Reason::RangeHoldsNeededAddress,
+    ];
+
+    /// The word that conditions, `failed[]` and metrics carry.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::Unreadable => "Unreadable",
+            Reason::Overlapping => "Overlapping",
+            Reason::UnusablePolicy => "UnusablePolicy",
+            Reason::NoNodeAddress => "NoNodeAddress",
+            Reason::NotOnLink => "NotOnLink",
+            Reason::ForeignRoute => "ForeignRoute",
+            Reason::KernelRefused => "KernelRefused",
+            Reason::RangeHoldsNeededAddress => "RangeHoldsNeededAddress",
+        }
+    }
+}
+
+impl Fault {
+    /// A fault of a PodCIDR.
+    pub fn block(name: impl Into<String>, reason: Reason, message: impl Into<String>) -> Fault {
+        Fault { kind: Kind::PodCIDR, name: name.into(), reason, message: message.into() }
+    }
+
+    /// A fault of a ClusterCIDR.
+    pub fn range(name: impl Into<String>, reason: Reason, message: impl Into<String>) -> Fault {
+        Fault { kind: Kind::ClusterCIDR, name: name.into(), reason, message: message.into() }
+    }
+}
+
+/// What both kinds have.
+pub trait Fact: Clone + PartialEq {
+    /// Name of the object.
+    fn name(&self) -> &str;
+    /// UID and generation, for the digest.
+    fn identity(&self) -> (&str, i64);
+}
+
+/// A PodCIDR.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockFact {
+    /// Object name.
+    pub name: String,
+    /// Object UID.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// Seconds since the epoch at creation: of two overlapping blocks the older is programmed.
+    pub created: i64,
+    /// The block.
+    pub block: Block,
+    /// Name of its ClusterCIDR.
+    pub range: String,
+    /// Node that holds it.
+    pub node: String,
+    /// Addresses of that node.
+    pub addresses: Vec<IpAddr>,
+    /// What the node may do with it.
+    pub state: BlockState,
+    /// The users' policy.
+    pub routing: Option<Routing>,
+}
+
+/// A ClusterCIDR.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RangeFact {
+    /// Object name.
+    pub name: String,
+    /// Object UID.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// The range.
+    pub range: Block,
+    /// Condition `Ready`: the operator carves blocks from it.
+    pub ready: bool,
+    /// How long a released block rests, in seconds.
+    pub quarantine_seconds: u32,
+    /// Routing defaults of its blocks.
+    pub routing: Option<Routing>,
+    /// Whether its pods' traffic out of the cluster is masqueraded.
+    pub masquerade: MasqueradeMode,
+    /// Destinations that see the pods' own addresses.
+    pub exclude: Vec<IpNet>,
+}
+
+impl Fact for BlockFact {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn identity(&self) -> (&str, i64) {
+        (&self.uid, self.generation)
+    }
+}
+
+impl Fact for RangeFact {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn identity(&self) -> (&str, i64) {
+        (&self.uid, self.generation)
+    }
+}
+
+impl BlockFact {
+    /// Reads a PodCIDR.
+    pub fn read(object: &PodCIDR) -> Result<BlockFact, Fault> {
+        let name = object.name_any();
+        let unreadable = |message: String| Fault::block(&name, Reason::Unreadable, message);
+        let block = object.spec.block().map_err(|e| unreadable(e.to_string()))?;
+        // One text per block is what makes the name a lock: an object under another name holds nothing.
+        if name != block.object_name() {
+            return Err(unreadable(format!(
+                "PodCIDR '{name}' must be named '{}', after its block; delete it",
+                block.object_name()
+            )));
+        }
+        let addresses = object.spec.node_addresses.iter().map(|text| {
+            text.parse().map_err(|_| {
+                unreadable(format!("'{text}' in spec.nodeAddresses of PodCIDR '{name}' is not an IP address"))
+            })
+        });
+        Ok(BlockFact {
+            addresses: addresses.collect::<Result<_, _>>()?,
+            uid: object.uid().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            created: created(&object.metadata),
+            block,
+            range: object.spec.cluster_cidr.clone(),
+            node: object.spec.node_name.clone(),
+            state: object.spec.state,
+            routing: object.spec.routing.clone(),
+            name,
+        })
+    }
+
+    /// Whether its node is gone: nobody routes to it, nobody leases from it.
+    pub fn released(&self) -> bool {
+        self.state == BlockState::Quarantined
+    }
+}
+
+impl RangeFact {
+    /// Reads a ClusterCIDR.
+    pub fn read(object: &ClusterCIDR) -> Result<RangeFact, Fault> {
+        let name = object.name_any();
+        let unreadable = |message: String| Fault::range(&name, Reason::Unreadable, message);
+        let range = object.spec.range().map_err(|e| unreadable(e.to_string()))?;
+        let masquerade = object.spec.masquerade.clone().unwrap_or_default();
+        let exclude = masquerade.exclude.iter().map(|text| {
+            text.parse::<IpNet>().map(|net| net.trunc()).map_err(|_| {
+                unreadable(format!(
+                    "'{text}' in spec.masquerade.exclude of ClusterCIDR '{name}' is not a CIDR"
+                ))
+            })
+        });
+        let conditions = object.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+        Ok(RangeFact {
+            exclude: exclude.collect::<Result<_, _>>()?,
+            uid: object.uid().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            range,
+            ready: condition::is_true(conditions, condition::READY),
+            quarantine_seconds: u32::try_from(object.spec.quarantine_seconds).unwrap_or_default(),
+            routing: object.spec.routing.clone(),
+            masquerade: masquerade.mode,
+            name,
+        })
+    }
+}
+
+fn created(metadata: &kube::api::ObjectMeta) -> i64 {
+    metadata.creation_timestamp.as_ref().map_or(i64::MAX, |t| t.0.as_second())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plat_crds::PodCIDRSpec;
+
+    fn pod_cidr(cidr: &str) -> PodCIDR {
+        let name = cidr.replace(['.', ':', '/'], "-");
+        PodCIDR::new(
+            &name,
+            PodCIDRSpec { cidr: cidr.into(), node_name: "n1".into(), ..PodCIDRSpec::default() },
+        )
+    }
+
+    #[test]
+    fn a_pod_cidr_is_read_with_every_text_parsed() {
+        let mut object = pod_cidr("10.244.1.0/24");
+        object.spec.node_addresses = vec!["172.30.0.11".into(), "fd00:30::11".into()];
+        let fact = BlockFact::read(&object).unwrap();
+        assert_eq!(fact.block, "10.244.1.0/24".parse().unwrap());
+        assert_eq!(fact.addresses.len(), 2);
+        assert_eq!(fact.state, BlockState::Active);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_a_fault_that_names_the_object() {
+        let mut address = pod_cidr("10.244.1.0/24");
+        address.spec.node_addresses = vec!["n1.example".into()];
+        let mut misnamed = pod_cidr("10.244.1.0/24");
+        misnamed.metadata.name = Some("10-244-9-0-24".into());
+        for (object, needle) in [
+            (pod_cidr("10.244.1.7/24"), "host bits"),
+            (address, "'n1.example' in spec.nodeAddresses of PodCIDR '10-244-1-0-24'"),
+            (misnamed, "must be named '10-244-1-0-24'"),
+        ] {
+            let fault = BlockFact::read(&object).unwrap_err();
+            assert_eq!((fault.kind, fault.reason), (Kind::PodCIDR, Reason::Unreadable));
+            assert!(fault.message.contains(needle), "{}", fault.message);
+        }
+    }
+
+    #[test]
+    fn a_fact_survives_the_cache_also_with_values_of_a_newer_version() {
+        let mut object = pod_cidr("10.244.1.0/24");
+        object.spec.state = BlockState::Unknown;
+        object.spec.routing = serde_json::from_str(r#"{"mode":"Later","metric":7}"#).unwrap();
+        let fact = BlockFact::read(&object).unwrap();
+        let text = serde_json::to_string(&fact).unwrap();
+        assert_eq!(serde_json::from_str::<BlockFact>(&text).unwrap(), fact);
+    }
+
+    #[test]
+    fn a_range_knows_its_readiness_and_exclusions() {
+        let object: ClusterCIDR = serde_json::from_value(serde_json::json!({
+            "apiVersion": "plat.network/v1alpha1", "kind": "ClusterCIDR", "metadata": {"name": "default-v4"},
+            "spec": {"cidr": "10.244.0.0/16", "masquerade": {"mode": "Disabled", "exclude": ["192.168.0.0/16"]}},
+            "status": {"conditions": [{"type": "Ready", "status": "True", "reason": "Carving", "message": "",
+                "lastTransitionTime": "2026-11-24T05:00:00Z"}]},
+        }))
+        .unwrap();
+        let fact = RangeFact::read(&object).unwrap();
+        assert!(fact.ready);
+        assert_eq!(fact.quarantine_seconds, 900);
+        assert_eq!(fact.masquerade, MasqueradeMode::Disabled);
+        assert_eq!(fact.exclude, ["192.168.0.0/16".parse::<IpNet>().unwrap()]);
+    }
+}

@@ -1,0 +1,151 @@
+//! What happened on this node that its users should know: a bounded, counted list. The operator turns new
+//! entries into Events.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use plat_crds::node_network::{Incident, MAX_REPORTED};
+
+/// What was put back after somebody removed or changed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Repair {
+    /// A route.
+    Route,
+    /// The nftables table.
+    Nft,
+    /// A sysctl.
+    Sysctl,
+    /// The bridge or a gateway on it.
+    Bridge,
+    /// An accept rule in a foreign chain.
+    Forward,
+    /// The CNI binary.
+    Plugin,
+    /// The blocks file.
+    Blocks,
+    /// The conflist.
+    Conflist,
+}
+
+impl Repair {
+    /// All of them.
+    pub const ALL: [Repair; 8] = [
+        Repair::Route,
+        Repair::Nft,
+        Repair::Sysctl,
+        Repair::Bridge,
+        Repair::Forward,
+        Repair::Plugin,
+        Repair::Blocks,
+        Repair::Conflist,
+    ];
+
+    /// The incident's reason, which is also the Event's.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Repair::Route => "RouteRestored",
+            Repair::Nft => "NftRestored",
+            Repair::Sysctl => "SysctlRestored",
+            Repair::Bridge => "BridgeRestored",
+            Repair::Forward => "ForwardRestored",
+            Repair::Plugin => "PluginRestored",
+            Repair::Blocks => "BlocksRestored",
+            Repair::Conflist => "ConflistRestored",
+        }
+    }
+
+    /// The value of the metric's label `kind`.
+    pub fn label(self) -> &'static str {
+        match self {
+            Repair::Route => "route",
+            Repair::Nft => "nft",
+            Repair::Sysctl => "sysctl",
+            Repair::Bridge => "bridge",
+            Repair::Forward => "forward",
+            Repair::Plugin => "plugin",
+            Repair::Blocks => "blocks",
+            Repair::Conflist => "conflist",
+        }
+    }
+}
+
+/// Incidents since the agent started, one entry per kind of repair: a flush of two thousand routes is one
+/// incident, not two thousand.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Incidents(BTreeMap<Repair, Incident>);
+
+/// Longest message that the API server takes.
+const MAX_MESSAGE: usize = 512;
+
+impl Incidents {
+    /// Adds that `what` was put back at `now`; `culprit` names who likely removed it.
+    pub fn record(&mut self, repair: Repair, what: &[String], culprit: Option<&str>, now: Timestamp) {
+        let Some(first) = what.first() else { return };
+        let more = what.len() - 1;
+        let mut message = first.clone();
+        if more > 0 {
+            message.push_str(&format!(" and {more} more"));
+        }
+        message.push_str(if more > 0 { " were put back" } else { " was put back" });
+        if let Some(culprit) = culprit {
+            message.push_str(&format!("; likely changed by {culprit}"));
+        }
+        let entry = self.0.entry(repair).or_insert_with(|| Incident {
+            time: Time(now),
+            reason: repair.reason().to_owned(),
+            message: String::new(),
+            count: 0,
+        });
+        entry.time = Time(now);
+        entry.message = message.chars().take(MAX_MESSAGE).collect();
+        entry.count += i64::try_from(what.len()).unwrap_or(i64::MAX);
+    }
+
+    /// How often something of that kind was put back.
+    pub fn count(&self, repair: Repair) -> i64 {
+        self.0.get(&repair).map_or(0, |incident| incident.count)
+    }
+
+    /// The list for the report, oldest first.
+    pub fn list(&self) -> Vec<Incident> {
+        let mut list: Vec<Incident> = self.0.values().cloned().collect();
+        list.sort_by_key(|incident| incident.time.0);
+        list.truncate(MAX_REPORTED);
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn repeats_are_counted_and_the_latest_is_told() {
+        let mut incidents = Incidents::default();
+        let routes: Vec<String> = (0..2000).map(|n| format!("route {n}")).collect();
+        incidents.record(Repair::Route, &routes, None, at(1));
+        incidents.record(Repair::Nft, &["table inet plat".into()], Some("nft (pid 7)"), at(2));
+        incidents.record(Repair::Route, &["10.244.2.0/24 via 172.30.0.12".into()], None, at(3));
+        incidents.record(Repair::Sysctl, &[], None, at(4));
+        let list = incidents.list();
+        assert_eq!(list.len(), 2);
+        assert_eq!(list[0].message, "table inet plat was put back; likely changed by nft (pid 7)");
+        assert_eq!(
+            (list[1].message.as_str(), list[1].count),
+            ("10.244.2.0/24 via 172.30.0.12 was put back", 2001)
+        );
+    }
+
+    #[test]
+    fn reasons_and_labels_are_distinct_and_fit_the_report() {
+        let reasons: std::collections::BTreeSet<_> = Repair::ALL.map(Repair::reason).into();
+        let labels: std::collections::BTreeSet<_> = Repair::ALL.map(Repair::label).into();
+        assert_eq!((reasons.len(), labels.len()), (Repair::ALL.len(), Repair::ALL.len()));
+        assert!(Repair::ALL.len() <= MAX_REPORTED);
+    }
+}

@@ -1,0 +1,279 @@
+//! The node's own links and addresses: which next hops are on a link, and which link carries the node.
+//!
+//! Only links with addresses and the bridge are read, not the hundreds of pod links that hang on it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use plat_cni::netlink::{Attributes, Error, Message, Socket};
+use plat_crds::block::Family;
+use plat_crds::names::ROUTE_PROTOCOL;
+use rustix::io::Errno;
+
+use super::route::{self, Way, address, family_number};
+use crate::desired::Location;
+use crate::fabric::ObservedBridge;
+
+const GET_LINK: u16 = 18;
+const GET_ADDRESS: u16 = 22;
+/// Length of `ifinfomsg` and of `ifaddrmsg`.
+const LINK_HEADER: usize = 16;
+const ADDRESS_HEADER: usize = 8;
+const IFF_UP: u32 = 1;
+/// Who made an address, since kernel 5.18; older ones do not say.
+const IFA_PROTO: u16 = 11;
+
+/// One address of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The subnet that is directly reachable by it.
+    pub subnet: IpNet,
+    /// Interface index.
+    pub device: u32,
+    /// Whether it bears our protocol number.
+    pub ours: bool,
+}
+
+/// One link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// Administratively up.
+    pub up: bool,
+    /// MTU in bytes.
+    pub mtu: u32,
+}
+
+/// Addresses and the links that carry them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// All addresses but IPv6 link-local ones.
+    pub addresses: Vec<InterfaceAddress>,
+    /// Links with such addresses, and the bridge.
+    pub links: BTreeMap<u32, Link>,
+    /// Index of the bridge, if there is one of that name.
+    pub bridge: Option<u32>,
+}
+
+/// Reads the view; `bridge` is the name of the pods' bridge.
+pub fn observe(socket: &mut Socket, bridge: &str) -> Result<View, Error> {
+    let addresses = addresses(socket)?;
+    let mut view = View { addresses, ..View::default() };
+    let indexes: BTreeSet<u32> = view.addresses.iter().map(|a| a.device).collect();
+    for index in indexes {
+        if let Some(link) = link(socket, Wanted::Index(index))? {
+            view.links.insert(index, link);
+        }
+    }
+    if let Some(link) = link(socket, Wanted::Name(bridge))? {
+        view.bridge = Some(link.index);
+        view.links.insert(link.index, link);
+    }
+    Ok(view)
+}
+
+enum Wanted<'a> {
+    Index(u32),
+    Name(&'a str),
+}
+
+/// Leaves the counters out of the answer (`RTEXT_FILTER_SKIP_STATS`).
+const SKIP_STATS: u32 = 1 << 3;
+
+fn link(socket: &mut Socket, wanted: Wanted<'_>) -> Result<Option<Link>, Error> {
+    let (index, what) = match wanted {
+        Wanted::Index(index) => (index, format!("look up link {index}")),
+        Wanted::Name(name) => (0, format!("look up link {name}")),
+    };
+    let mut header = [0; LINK_HEADER];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    let mut message = Message::new(GET_LINK, 0, &header, what);
+    message.attr_u32(29, SKIP_STATS);
+    if let Wanted::Name(name) = wanted {
+        message.attr_str(3, name);
+    }
+    let mut found = None;
+    let answer = socket.ask(message, |received| found = read_link(received.payload));
+    match answer {
+        Ok(()) => Ok(found),
+        Err(error) if error.errno() == Some(Errno::NODEV) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn read_link(payload: &[u8]) -> Option<Link> {
+    let word = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at + 4)?.try_into().ok()?));
+    let attributes = Attributes::behind(payload, LINK_HEADER);
+    Some(Link {
+        index: word(4)?,
+        name: attributes.find(3)?.text().into_owned(),
+        up: word(8)? & IFF_UP != 0,
+        mtu: attributes.find(4)?.u32()?,
+    })
+}
+
+fn addresses(socket: &mut Socket) -> Result<Vec<InterfaceAddress>, Error> {
+    let message = Message::new(GET_ADDRESS, 0, &[0; ADDRESS_HEADER], "list addresses");
+    socket.dump(&message, |received| read_address(received.payload))
+}
+
+fn read_address(payload: &[u8]) -> Option<InterfaceAddress> {
+    let &[family, length, _flags, _scope, a, b, c, d] = payload.get(..ADDRESS_HEADER)? else { return None };
+    let family = Family::ALL.into_iter().find(|f| family_number(*f) == family)?;
+    let attributes = Attributes::behind(payload, ADDRESS_HEADER);
+    let at = |kind| attributes.find(kind).and_then(|found| address(family, found.value));
+    // IFA_ADDRESS is the prefix, and on a point-to-point link the peer; IFA_LOCAL is this node's.
+    let (peer, local) = (at(1)?, at(2));
+    let subnet = IpNet::new(peer, length).ok()?.trunc();
+    let own = local.unwrap_or(peer);
+    if matches!(own, IpAddr::V6(own) if own.is_unicast_link_local()) {
+        return None;
+    }
+    let ours = attributes.find(IFA_PROTO).and_then(|a| a.u8()) == Some(ROUTE_PROTOCOL);
+    Some(InterfaceAddress { address: own, subnet, device: u32::from_ne_bytes([a, b, c, d]), ours })
+}
+
+/// Where the addresses are. Decided by this node's subnets where exactly one link has it; the kernel is
+/// asked where none or several do.
+pub fn locate(
+    socket: &mut Socket,
+    view: &View,
+    addresses: BTreeSet<IpAddr>,
+) -> Result<BTreeMap<IpAddr, Location>, Error> {
+    let mut located = BTreeMap::new();
+    for address in addresses {
+        let location = match locate_by_subnet(view, address) {
+            Some(location) => location,
+            None => match route::way(socket, address)? {
+                Way::Local => Location::Local,
+                Way::Direct(device) => Location::OnLink { device },
+                Way::Indirect => Location::Remote,
+            },
+        };
+        located.insert(address, location);
+    }
+    Ok(located)
+}
+
+/// `None` if the subnets do not decide.
+fn locate_by_subnet(view: &View, address: IpAddr) -> Option<Location> {
+    if view.addresses.iter().any(|own| own.address == address) {
+        return Some(Location::Local);
+    }
+    let is_up = |device: &u32| view.links.get(device).is_some_and(|link| link.up);
+    let devices: BTreeSet<u32> = view
+        .addresses
+        .iter()
+        .filter(|own| own.subnet.contains(&address) && Some(own.device) != view.bridge)
+        .map(|own| own.device)
+        .filter(is_up)
+        .collect();
+    match devices.first() {
+        Some(device) if devices.len() == 1 => Some(Location::OnLink { device: *device }),
+        _ => None,
+    }
+}
+
+/// MTU of the link that carries one of the node's addresses, else the smallest among `devices`.
+pub fn path_mtu(view: &View, node: &[IpAddr], devices: impl IntoIterator<Item = u32>) -> Option<u32> {
+    let mtu = |device: &u32| view.links.get(device).map(|link| link.mtu);
+    let carries = |own: &&InterfaceAddress| node.contains(&own.address) && Some(own.device) != view.bridge;
+    let of_node = view.addresses.iter().filter(carries).filter_map(|own| mtu(&own.device)).min();
+    of_node.or_else(|| devices.into_iter().filter_map(|device| mtu(&device)).min())
+}
+
+/// The bridge with its addresses.
+pub fn bridge(view: &View) -> Option<ObservedBridge> {
+    let link = view.links.get(&view.bridge?)?;
+    let own = || view.addresses.iter().filter(|own| own.device == link.index);
+    let prefix = |own: &InterfaceAddress| IpNet::new(own.address, own.subnet.prefix_len()).ok();
+    Some(ObservedBridge {
+        name: link.name.clone(),
+        index: link.index,
+        up: link.up,
+        mtu: link.mtu,
+        addresses: own().filter_map(prefix).collect(),
+        ours: own().filter(|own| own.ours).filter_map(prefix).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn view() -> View {
+        let own = |address: &str, length, device| InterfaceAddress {
+            address: address.parse().unwrap(),
+            subnet: IpNet::new(address.parse().unwrap(), length).unwrap().trunc(),
+            device,
+            ours: false,
+        };
+        let link = |index, name: &str, up, mtu| Link { index, name: name.into(), up, mtu };
+        View {
+            addresses: vec![
+                own("127.0.0.1", 8, 1),
+                own("172.30.0.11", 24, 2),
+                own("10.0.0.5", 16, 3),
+                own("10.0.7.5", 16, 4),
+                own("192.168.0.1", 24, 5),
+                own("10.244.1.1", 32, 9),
+                own("10.244.1.1", 24, 9),
+            ],
+            links: [
+                link(1, "lo", true, 65_536),
+                link(2, "eth0", true, 1450),
+                link(3, "eth1", true, 9000),
+                link(4, "eth2", true, 1500),
+                link(5, "eth3", false, 1500),
+                link(9, "cni0", true, 1400),
+            ]
+            .map(|link| (link.index, link))
+            .into(),
+            bridge: Some(9),
+        }
+    }
+
+    #[test]
+    fn one_subnet_decides_and_doubt_is_left_to_the_kernel() {
+        for (address, location) in [
+            ("172.30.0.12", Some(Location::OnLink { device: 2 })),
+            ("172.30.0.11", Some(Location::Local)),
+            ("10.244.1.1", Some(Location::Local)),
+            ("10.0.9.9", None),    // two links have it
+            ("192.168.0.7", None), // its link is down
+            ("10.244.1.7", None),  // pods are no routers
+            ("8.8.8.8", None),
+        ] {
+            assert_eq!(locate_by_subnet(&view(), address.parse().unwrap()), location, "{address}");
+        }
+    }
+
+    #[test]
+    fn the_mtu_is_that_of_the_link_with_the_nodes_address() {
+        assert_eq!(path_mtu(&view(), &["172.30.0.11".parse().unwrap()], [3]), Some(1450));
+        assert_eq!(path_mtu(&view(), &["203.0.113.9".parse().unwrap()], [3, 4]), Some(1500), "behind a NAT");
+        assert_eq!(path_mtu(&view(), &[], []), None);
+    }
+
+    #[test]
+    fn the_bridge_shows_each_address_with_its_prefix() {
+        let bridge = bridge(&view()).unwrap();
+        assert_eq!((bridge.index, bridge.mtu), (9, 1400));
+        assert!(bridge.addresses.contains(&"10.244.1.1/32".parse().unwrap()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_message_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let _ = read_address(&bytes);
+            let _ = read_link(&bytes);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The kernel's edge: reads what is there, does what a step says, and has no policy.
+
+pub mod events;
+pub mod forward;
+pub mod host;
+pub mod nft;
+pub mod route;
+pub mod sysctl;

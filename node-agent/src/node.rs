@@ -1,0 +1,330 @@
+//! One node: what is believed, what is in place, and one pass from the first to the second.
+//!
+//! [`Node::pass`] is the loop's body, read like a table of contents: observe → desired → diff → apply →
+//! files → report. It is synchronous and runs on a thread where it may block for milliseconds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use plat_cni::boot::{self, BootId};
+use plat_cni::netlink;
+use plat_crds::block::{Block, Family};
+use plat_crds::names::{SYSCTLS_FILE, UNREACHABLE_METRIC};
+
+use crate::apply::{self, Done, Kernel, Outcome};
+use crate::beliefs::Beliefs;
+use crate::closing::{self, Closing, Evidence, Trials};
+use crate::desired::{self, Host, Location, Map, Me};
+use crate::diff::diff;
+use crate::fabric::{Admit, Desired, Observed, RouteKey, TableState};
+use crate::folder;
+use crate::kernel::events::{Wake, WatchedFolder};
+use crate::kernel::forward::{self, Forwarding};
+use crate::kernel::{host, route, sysctl};
+use crate::leases::{Leases, Usage};
+use crate::objects::Objects;
+use crate::outlet::Outlet;
+use crate::reporter::{Pass, Report, Reporter};
+
+/// How a node is set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Who it is.
+    pub me: Me,
+    /// Folder of CNI configurations, as this process sees it.
+    pub conf_dir: PathBuf,
+    /// Folder of CNI binaries, as this process sees it.
+    pub bin_dir: PathBuf,
+    /// Folder of the node's state; at the same path for the node.
+    pub run_dir: PathBuf,
+    /// The CNI binary in this image.
+    pub plugin: PathBuf,
+    /// `/proc/sys/net` of the node.
+    pub sysctl_dir: PathBuf,
+    /// `/proc/net` of the node.
+    pub proc_net: PathBuf,
+    /// How long unconfirmed withdrawals wait.
+    pub hold: Duration,
+    /// Addresses by which the API server is reached, and of resolvers.
+    pub needed: BTreeSet<IpAddr>,
+}
+
+/// Why a pass could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel would not say what is there.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// A sysctl could not be read.
+    #[error(transparent)]
+    Sysctl(#[from] sysctl::Error),
+    /// A folder was removed under a mount: only a new process sees the new one.
+    #[error(transparent)]
+    Folder(folder::Error),
+    /// The boot could not be told.
+    #[error("read the boot id: {0}")]
+    Boot(std::io::Error),
+}
+
+impl Error {
+    /// Whether only a restart, with fresh mounts, can help.
+    pub fn needs_restart(&self) -> bool {
+        matches!(self, Error::Folder(error) if error.needs_restart())
+    }
+}
+
+/// One node.
+pub struct Node {
+    beliefs: Beliefs,
+    machine: Machine,
+    outlet: Outlet,
+    reporter: Reporter,
+}
+
+impl Node {
+    /// Opens the node in the current network namespace and loads its cache.
+    pub fn open(settings: Settings) -> Result<Node, Error> {
+        let boot = BootId::read().map_err(Error::Boot)?;
+        let outlet = Outlet::open(&settings, &boot.text);
+        let run = outlet.run();
+        Ok(Node {
+            beliefs: Beliefs::load(&settings.me.node, settings.hold, run),
+            reporter: Reporter::new(&settings, &boot.text),
+            machine: Machine::open(&settings, boot, run)?,
+            outlet,
+        })
+    }
+
+    /// What to watch in the node's folders.
+    pub fn watched(&self) -> Vec<WatchedFolder> {
+        self.outlet.watched()
+    }
+
+    /// Takes in the newest objects.
+    pub fn learn(&mut self, objects: &Objects) {
+        self.beliefs.learn(objects);
+    }
+
+    /// Brings the node to where it should be, and says where it is. A `full` pass also looks at what
+    /// nothing tells of. `culprits` is asked at the end, when who did what has surely been told.
+    pub fn pass(&mut self, full: bool, culprits: impl FnOnce() -> Wake) -> Result<Report, Error> {
+        let Node { beliefs, machine, outlet, reporter } = self;
+        let mut outcome = Outcome::default();
+
+        machine.restore_table(&mut outcome)?;
+        let held = beliefs.update(Duration::from_millis(boot::boot_ms()));
+        if !beliefs.are_complete() {
+            return Ok(reporter.waiting(beliefs.known()));
+        }
+        if full {
+            machine.sweep_leases();
+        }
+        let (map, known) = (beliefs.map(), beliefs.known());
+        let (host, closing) = machine.look(map, known)?;
+        let (desired, faults) = desired::desired(&machine.me, map, &host);
+        if full {
+            machine.look_after_bridge(&desired, &mut outcome);
+        }
+        let observed = machine.observe(&desired)?;
+        machine.apply(&desired, &observed, &mut outcome);
+        let own = desired::own_blocks(&machine.me, map, &host.leased);
+        let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
+        let cni = outlet.write(&own, &lease, host.mtu, &machine.done, &mut outcome)?;
+        machine.keep_record()?;
+
+        let pass = Pass {
+            desired: &desired,
+            done: &machine.done,
+            own: &own,
+            host: &host,
+            usage: &machine.usage,
+            forwarding: machine.forwarding(),
+            faults,
+            outcome,
+            held,
+            closing,
+            cni,
+            lease: &lease,
+            confs: outlet.confs(),
+            chained: outlet.chained(),
+        };
+        let report = reporter.report(known, map, pass, culprits);
+        machine.desired = Some(desired);
+        beliefs.save(outlet.run(), full);
+        Ok(report)
+    }
+}
+
+/// The kernel of the node, and what is remembered of it.
+struct Machine {
+    me: Me,
+    kernel: Kernel,
+    leases: Leases,
+    usage: Usage,
+    needed: BTreeSet<IpAddr>,
+    trials: Trials,
+    desired: Option<Desired>,
+    done: Done,
+    /// The forward hook, with the generation of the ruleset and the forwarding that it was judged for.
+    forward: Option<(u32, BTreeSet<Admit>, Forwarding)>,
+}
+
+impl Machine {
+    fn open(settings: &Settings, boot: BootId, run: &folder::Folder) -> Result<Machine, Error> {
+        Ok(Machine {
+            me: settings.me.clone(),
+            kernel: Kernel::open(sysctl::Sysctls::new(&settings.sysctl_dir, run, SYSCTLS_FILE))?,
+            leases: Leases::open(run.path(), boot)?,
+            usage: Usage::default(),
+            needed: settings.needed.clone(),
+            trials: Trials::default(),
+            desired: None,
+            done: Done::default(),
+            forward: None,
+        })
+    }
+
+    /// Each millisecond without the table resets live masqueraded connections, so it goes before all else.
+    fn restore_table(&mut self, outcome: &mut Outcome) -> Result<(), Error> {
+        let Some(desired) = &self.desired else { return Ok(()) };
+        if self.kernel.nft.observe(&desired.masquerade)? != TableState::Intact {
+            apply::replace_table(&mut self.kernel, &desired.masquerade, &self.done, outcome);
+        }
+        Ok(())
+    }
+
+    fn sweep_leases(&mut self) {
+        match self.leases.sweep() {
+            Ok(usage) => self.usage = usage,
+            // The last counts go on; the next tick tries again.
+            Err(error) => tracing::warn!(%error, "leases were not swept"),
+        }
+    }
+
+    /// What the node's own state adds to the objects.
+    fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, Closing), Error> {
+        let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
+        let locations = host::locate(&mut self.kernel.route, &view, desired::next_hops(&self.me, map))?;
+        let devices = locations.values().filter_map(|location| match location {
+            Location::OnLink { device } => Some(*device),
+            Location::Local | Location::Remote => None,
+        });
+        let own = map.blocks.values().filter(|block| block.node == self.me.node);
+        let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
+        let mtu = host::path_mtu(&view, &node, devices);
+        let leased = self.usage.blocks();
+        let own = desired::own_blocks(&self.me, map, &leased);
+        let has_v6 = own.keys().any(|block| block.family() == Family::IPv6);
+        let ra_links = if has_v6 { self.router_advertised(&view)? } else { BTreeSet::new() };
+        let closing = self.close(map, known)?;
+        let closed_ranges = closing.closed.clone();
+        Ok((Host { locations, ra_links, mtu, leased, closed_ranges }, closing))
+    }
+
+    /// Links with routes from router advertisements that the kernel itself processes (`accept_ra` is not 0).
+    fn router_advertised(&mut self, view: &host::View) -> Result<BTreeSet<String>, Error> {
+        let mut names = BTreeSet::new();
+        for index in route::router_advertised(&mut self.kernel.route)? {
+            let Some(link) = view.links.get(&index) else { continue };
+            let accepts = self.kernel.sysctls.read(&format!("ipv6/conf/{}/accept_ra", link.name))?;
+            if accepts.is_some_and(|value| value != "0") {
+                names.insert(link.name.clone());
+            }
+        }
+        Ok(names)
+    }
+
+    fn close(&mut self, map: Map<'_>, known: &Objects) -> Result<Closing, Error> {
+        let socket = &mut self.kernel.route;
+        let mut needed = self.needed.clone();
+        needed.extend(map.blocks.values().flat_map(|block| block.addresses.iter().copied()));
+        needed.extend(route::default_gateways(socket)?);
+        let there = match &self.desired {
+            Some(_) => self.done.routes.clone(),
+            // The first pass of this life: what an earlier one left counts.
+            None => route::dump(socket, None)?,
+        };
+        let (mut exposed, mut installed) = (BTreeMap::new(), BTreeSet::new());
+        for range in map.ranges.values() {
+            if there.contains_key(&RouteKey::main(range.range, UNREACHABLE_METRIC)) {
+                installed.insert(range.name.clone());
+            }
+            let mut caught = BTreeSet::new();
+            for address in needed.iter().filter(|address| range.range.contains(address)) {
+                if !route::is_covered(socket, *address, &range.range)? {
+                    caught.insert(*address);
+                }
+            }
+            exposed.insert(range.name.clone(), caught);
+        }
+        let contact = known.contact.map(|contact| Duration::from_millis(contact.boot_ms));
+        let now = Duration::from_millis(boot::boot_ms());
+        let evidence = Evidence { exposed: &exposed, installed: &installed, contact, now };
+        Ok(closing::close(map, &evidence, &mut self.trials))
+    }
+
+    /// What of the bridge no message tells: its sysctls, and routes on it that are nobody's any more.
+    fn look_after_bridge(&mut self, desired: &Desired, outcome: &mut Outcome) {
+        if let Some(bridge) = &desired.bridge {
+            apply::ensure_bridge(&mut self.kernel, bridge, &self.done, outcome);
+        }
+    }
+
+    fn observe(&mut self, desired: &Desired) -> Result<Observed, Error> {
+        let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
+        let mut sysctls = BTreeMap::new();
+        for sysctl in &desired.sysctls {
+            let value = self.kernel.sysctls.read(&sysctl.path)?;
+            // One that does not exist (no IPv6, a link that went) is nothing to write.
+            sysctls.insert(sysctl.path.clone(), value.unwrap_or_else(|| sysctl.value.clone()));
+        }
+        self.judge_forwarding(desired)?;
+        Ok(Observed {
+            table: self.kernel.nft.observe(&desired.masquerade)?,
+            routes: route::dump(&mut self.kernel.route, view.bridge)?,
+            sysctls,
+            bridge: host::bridge(&view),
+            forward: self.forwarding().map(|found| found.chains.clone()).unwrap_or_default(),
+        })
+    }
+
+    /// Judges the forward hook anew if some transaction moved the generation of the ruleset.
+    fn judge_forwarding(&mut self, desired: &Desired) -> Result<(), Error> {
+        let generation = self.kernel.nft.generation()?;
+        let blocks = desired.bridge.iter().flat_map(|bridge| &bridge.blocks);
+        let needed = desired::forwarded(blocks);
+        if !matches!(&self.forward, Some((at, of, _)) if *at == generation && *of == needed) {
+            let admitting = self.me.admit_forward;
+            let found = forward::observe(&mut self.kernel.nft, &self.me.bridge, &needed, admitting)?;
+            self.forward = Some((generation, needed, found));
+        }
+        Ok(())
+    }
+
+    fn forwarding(&self) -> Option<&Forwarding> {
+        self.forward.as_ref().map(|(_, _, found)| found)
+    }
+
+    fn apply(&mut self, desired: &Desired, observed: &Observed, outcome: &mut Outcome) {
+        let steps = diff(desired, observed);
+        let index = observed.bridge.as_ref().map(|bridge| bridge.index);
+        outcome.merge(apply::apply(&mut self.kernel, steps, desired, &self.done, index));
+        self.done = outcome.done(desired, observed);
+    }
+
+    fn keep_record(&self) -> Result<(), Error> {
+        match self.kernel.sysctls.keep_record() {
+            Err(error) if error.needs_restart() => Err(Error::Folder(error)),
+            Err(error) => {
+                tracing::warn!(%error, "former sysctl values were not kept");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+/// Blocks and their states, as the CNI binary will see them.
+pub type OwnBlocks = BTreeMap<Block, plat_crds::blocks_file::HeldBlock>;

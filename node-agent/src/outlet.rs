@@ -1,0 +1,196 @@
+//! The way out of the agent to the container runtime: CNI binary, blocks file, conflist, in this order, so
+//! that a runtime that sees the conflist finds the rest.
+
+use plat_crds::block::Block;
+use plat_crds::cni_conf::PlatPlugin;
+use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE};
+
+use plat_cni::boot;
+
+use crate::apply::{Done, Outcome, Part};
+use crate::conf::{self, Lease, PORTMAP, Portmap};
+use crate::fabric::Target;
+use crate::files::{self, Files};
+use crate::folder::{self, Folder};
+use crate::incidents::Repair;
+use crate::kernel::events::WatchedFolder;
+use crate::node::{Error, OwnBlocks, Settings};
+use crate::objects::Contact;
+use crate::report::CniState;
+
+/// The files, and as what they were written last: one that is gone or differs was changed by another.
+pub struct Outlet {
+    files: Files,
+    node: String,
+    plugin: PlatPlugin,
+    boot_id: String,
+    /// The lease that an earlier life left.
+    former: Lease,
+    plugin_done: bool,
+    blocks_done: Option<String>,
+    conflist_done: Option<String>,
+}
+
+impl Outlet {
+    /// The outlet of a node; reads what an earlier life of this boot granted.
+    pub fn open(settings: &Settings, boot_id: &str) -> Outlet {
+        let files = Files::new(&settings.conf_dir, &settings.bin_dir, &settings.run_dir, &settings.plugin);
+        let text = files.run.get(BLOCKS_FILE).ok().flatten().unwrap_or_default();
+        Outlet {
+            former: Lease::of_file(&text, boot_id).unwrap_or_default(),
+            files,
+            node: settings.me.node.clone(),
+            plugin: PlatPlugin {
+                bridge: settings.me.bridge.clone(),
+                run_dir: settings.run_dir.to_string_lossy().into_owned(),
+            },
+            boot_id: boot_id.to_owned(),
+            plugin_done: false,
+            blocks_done: None,
+            conflist_done: None,
+        }
+    }
+
+    /// The folder of the node's state.
+    pub fn run(&self) -> &Folder {
+        &self.files.run
+    }
+
+    /// What to watch.
+    pub fn watched(&self) -> Vec<WatchedFolder> {
+        self.files.watched()
+    }
+
+    /// The names of the files among which the runtime chooses.
+    pub fn confs(&self) -> Vec<String> {
+        self.files.confs()
+    }
+
+    /// Plugins behind ours in the conflist.
+    pub fn chained(&self) -> Vec<String> {
+        let chained = self.conflist_done.as_ref().is_some_and(|text| text.contains(PORTMAP));
+        if chained { vec![PORTMAP.to_owned()] } else { Vec::new() }
+    }
+
+    /// Until when new addresses may be leased: `seconds` from the last contact, or what an earlier life of
+    /// this boot granted. It is never moved on without contact.
+    pub fn lease(&self, contact: Option<Contact>, seconds: u32) -> Lease {
+        match contact {
+            Some(contact) => Lease::after(contact.boot_ms, contact.unix, seconds),
+            None => self.former.clone(),
+        }
+    }
+
+    /// Writes what differs. An error that only a restart can heal is one; any other is the state.
+    pub fn write(
+        &mut self,
+        own: &OwnBlocks,
+        lease: &Lease,
+        mtu: Option<u32>,
+        done: &Done,
+        outcome: &mut Outcome,
+    ) -> Result<CniState, Error> {
+        for folder in [&self.files.conf, &self.files.bin, &self.files.run] {
+            // Any other error is met where a file is written.
+            if let Err(error) = folder.ensure() {
+                words(error)?;
+            }
+        }
+        if let Err(error) = self.install_plugin(outcome) {
+            return Ok(CniState::PluginNotInstalled(match error {
+                files::Error::Folder(error) => words(error)?,
+                error => error.to_string(),
+            }));
+        }
+        if own.is_empty() && self.blocks_done.is_none() {
+            return Ok(CniState::NoBlock);
+        }
+        if let Err(error) = self.write_blocks(own, lease, mtu, outcome) {
+            return Ok(CniState::BlocksNotWritten(words(error)?));
+        }
+        if own.is_empty() {
+            return Ok(CniState::NoBlock);
+        }
+        if !is_ready_for_pods(own, done, outcome) {
+            return Ok(CniState::Waiting);
+        }
+        let portmap = self.files.portmap();
+        if let Err(error) = self.write_conflist(portmap, outcome) {
+            return Ok(CniState::ConflistNotWritten(words(error)?));
+        }
+        Ok(self.state(portmap, lease))
+    }
+
+    fn install_plugin(&mut self, outcome: &mut Outcome) -> Result<(), files::Error> {
+        let written = self.files.install_plugin()?;
+        if written && self.plugin_done {
+            outcome.repaired(Repair::Plugin, place(&self.files.bin, CNI_TYPE));
+        }
+        self.plugin_done = true;
+        Ok(())
+    }
+
+    fn write_blocks(
+        &mut self,
+        own: &OwnBlocks,
+        lease: &Lease,
+        mtu: Option<u32>,
+        outcome: &mut Outcome,
+    ) -> Result<(), folder::Error> {
+        let run = &self.files.run;
+        if differs(run, BLOCKS_FILE, self.blocks_done.as_ref())? {
+            outcome.repaired(Repair::Blocks, place(run, BLOCKS_FILE));
+        }
+        let text = conf::blocks_file(&self.node, &self.boot_id, own, lease, mtu);
+        self.files.write_blocks(&text)?;
+        self.blocks_done = Some(text);
+        Ok(())
+    }
+
+    fn write_conflist(&mut self, portmap: Portmap, outcome: &mut Outcome) -> Result<(), folder::Error> {
+        if differs(&self.files.conf, CONFLIST_FILE, self.conflist_done.as_ref())? {
+            outcome.repaired(Repair::Conflist, place(&self.files.conf, CONFLIST_FILE));
+        }
+        let text = conf::conflist(&self.plugin, portmap);
+        self.files.write_conflist(&text)?;
+        self.conflist_done = Some(text);
+        Ok(())
+    }
+
+    fn state(&self, portmap: Portmap, lease: &Lease) -> CniState {
+        if let Some(by) = conf::shadowing(&self.files.confs()) {
+            return CniState::Shadowed(by.clone());
+        }
+        if boot::boot_ms() > lease.until_boot_ms {
+            return CniState::LeaseExpired(lease.last_contact.clone());
+        }
+        match portmap {
+            Portmap::Absent => CniState::WithoutPortmap,
+            Portmap::Spec10 | Portmap::Spec11 => CniState::Installed,
+        }
+    }
+}
+
+/// Whether the file is not what was written last.
+fn differs(folder: &Folder, name: &str, last: Option<&String>) -> Result<bool, folder::Error> {
+    let Some(last) = last else { return Ok(false) };
+    Ok(folder.get(name)?.as_deref() != Some(last.as_bytes()))
+}
+
+fn place(folder: &Folder, name: &str) -> String {
+    folder.path().join(name).display().to_string()
+}
+
+/// The error in words, unless only a restart can heal it.
+fn words(error: folder::Error) -> Result<String, Error> {
+    if error.needs_restart() { Err(Error::Folder(error)) } else { Ok(error.to_string()) }
+}
+
+/// Whether a new pod would find its way: the table, the bridge and the own blocks' routes are in place.
+fn is_ready_for_pods(own: &OwnBlocks, done: &Done, outcome: &Outcome) -> bool {
+    let routed = |block: &Block| {
+        done.routes.values().any(|route| route.key.prefix == *block && route.target == Target::Bridge)
+    };
+    let fine = |part| !outcome.troubles.contains_key(&part);
+    fine(Part::Table) && fine(Part::Bridge) && fine(Part::Sysctl) && own.keys().all(routed)
+}

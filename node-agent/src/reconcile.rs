@@ -1,0 +1,186 @@
+//! The loop: one pass at a time, woken by objects, by the kernel, by files, and by a tick.
+//!
+//! Level-triggered: whatever woke it, a pass looks at everything and repairs what differs, so a lost or
+//! repeated hint costs time and never truth. The first hint after a quiet while acts at once; then there is
+//! at most one pass per [`PACE`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use plat_cni::boot;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::kernel::events::{Events, Wake};
+use crate::node::{Error, Node, Settings};
+use crate::objects::{Ask, Objects};
+use crate::reporter::Report;
+
+/// Shortest time between the starts of two passes.
+pub const PACE: Duration = Duration::from_millis(50);
+/// Longest time between two full passes, for what nothing tells of.
+pub const TICK: Duration = Duration::from_secs(30);
+/// How soon a failed pass is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// Shortest time between two questions of one kind to the watch.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+/// A loop that has not turned for so long hangs: three ticks and the longest pass.
+const DEAD_AFTER_MS: u64 = 120_000;
+
+/// Signs of life, for probes.
+#[derive(Debug)]
+pub struct Pulse {
+    beat: AtomicU64,
+    programmed: AtomicBool,
+}
+
+impl Default for Pulse {
+    fn default() -> Pulse {
+        Pulse { beat: AtomicU64::new(boot::boot_ms()), programmed: AtomicBool::new(false) }
+    }
+}
+
+impl Pulse {
+    /// Notes that the loop turned.
+    pub fn beat(&self) {
+        self.beat.store(boot::boot_ms(), Ordering::Relaxed);
+    }
+
+    /// Notes that the work is done.
+    pub fn set_programmed(&self) {
+        self.programmed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the loop turns.
+    pub fn is_alive(&self) -> bool {
+        boot::boot_ms().saturating_sub(self.beat.load(Ordering::Relaxed)) < DEAD_AFTER_MS
+    }
+
+    /// Whether the node was programmed once, from objects or the cache.
+    pub fn is_programmed(&self) -> bool {
+        self.programmed.load(Ordering::Relaxed)
+    }
+}
+
+/// Why the loop ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// The node could not be opened, or only a restart can help.
+    #[error(transparent)]
+    Node(#[from] Error),
+    /// The kernel's messages or the files' could not be followed any more.
+    #[error("follow netlink and inotify: {0}")]
+    Events(#[from] std::io::Error),
+    /// A pass ended without an answer.
+    #[error("a pass broke off: {0}")]
+    Pass(#[from] tokio::task::JoinError),
+}
+
+/// What the loop is joined to.
+pub struct Links {
+    /// The newest objects.
+    pub objects: watch::Receiver<Objects>,
+    /// Questions to whoever sends objects.
+    pub asks: mpsc::Sender<Ask>,
+    /// Where reports go, with the time that their pass took.
+    pub reports: watch::Sender<(Report, Duration)>,
+    /// Signs of life.
+    pub pulse: Arc<Pulse>,
+    /// When to stop. Stopping removes nothing.
+    pub stop: CancellationToken,
+}
+
+/// Runs the loop until it is stopped or cannot go on.
+pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
+    let mut node = Box::new(Node::open(settings)?);
+    let events = Arc::new(Events::open(node.watched())?);
+    let mut asked = Asked::default();
+    let mut wake = Wake::default();
+    let mut tick = Instant::now();
+    // The first pass programs from the cache, if there is one, before any object came.
+    loop {
+        let started = Instant::now();
+        let full = started >= tick;
+        if full {
+            tick = started + TICK;
+        }
+        if links.objects.has_changed().unwrap_or(false) {
+            node.learn(&links.objects.borrow_and_update());
+        }
+        let (mut who, source) = (std::mem::take(&mut wake), events.clone());
+        let (back, result) = tokio::task::spawn_blocking(move || {
+            let result = node.pass(full, || {
+                who.merge(source.peek());
+                who
+            });
+            (node, result)
+        })
+        .await?;
+        node = back;
+        events.rewatch();
+        links.pulse.beat();
+        let until = match result {
+            Ok(report) => conclude(&mut links, &mut asked, report, started.elapsed()).min(tick),
+            Err(error) if error.needs_restart() => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "the pass failed; trying again");
+                Instant::now() + RETRY
+            }
+        };
+        // At most one pass per PACE, then whatever comes first.
+        tokio::select! {
+            () = links.stop.cancelled() => return Ok(()),
+            () = sleep_until(started + PACE) => {}
+        }
+        wake = tokio::select! {
+            () = links.stop.cancelled() => return Ok(()),
+            () = changed(&mut links.objects) => events.now()?,
+            news = events.next() => news?,
+            () = sleep_until(until) => Wake::default(),
+        };
+        tracing::trace!(?wake, "woken");
+    }
+}
+
+/// Nobody sends objects any more only while the program ends.
+async fn changed(objects: &mut watch::Receiver<Objects>) {
+    if objects.has_changed().unwrap_or(false) {
+        return;
+    }
+    // The mark is taken by the next pass, so that a change in between is not lost.
+    match objects.changed().await {
+        Ok(()) => objects.mark_changed(),
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// When questions were last asked.
+#[derive(Default)]
+struct Asked {
+    relist: Option<Instant>,
+    contact: Option<Instant>,
+}
+
+/// Passes the report on; returns when to look again without any news.
+fn conclude(links: &mut Links, asked: &mut Asked, report: Report, took: Duration) -> Instant {
+    if report.programmed {
+        links.pulse.set_programmed();
+    }
+    let now = Instant::now();
+    let mut until = now + TICK;
+    if let Some(next) = report.next {
+        until = until.min(now + next.saturating_sub(Duration::from_millis(boot::boot_ms())));
+    }
+    for (wanted, last, ask) in [
+        (report.wants_list, &mut asked.relist, Ask::Relist),
+        (report.wants_contact, &mut asked.contact, Ask::Contact),
+    ] {
+        if wanted && last.is_none_or(|last| now >= last + ASK_EVERY) && links.asks.try_send(ask).is_ok() {
+            *last = Some(now);
+        }
+    }
+    links.reports.send_replace((report, took));
+    until
+}

@@ -1,0 +1,386 @@
+//! The node's report, from what a pass found and did: pure, down to the sentences.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use plat_crds::condition::{
+    self, CNI_READY, FORWARDING_BLOCKED, MASQUERADE_READY, OVERLAPPING, ROUTES_READY, Verdict,
+    WITHDRAWALS_HELD,
+};
+use plat_crds::digest::Digest;
+use plat_crds::node_network::{
+    Applied, CniReport, FailedObject, HeldBlockReport, Incident, MAX_REPORTED, NodeNetworkStatus, RouteCounts,
+};
+
+use crate::apply::Part;
+use crate::facts::{Fact, Fault, Kind, Reason};
+use crate::objects::{KindSet, Objects};
+
+/// The CNI side of the node, as far as it got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CniState {
+    /// New pods get our network.
+    Installed,
+    /// They do, but host ports do not work.
+    WithoutPortmap,
+    /// The node has no block yet.
+    NoBlock,
+    /// Something that must come before it is not in place.
+    Waiting,
+    /// The CNI binary could not be installed.
+    PluginNotInstalled(String),
+    /// The blocks file could not be written.
+    BlocksNotWritten(String),
+    /// The conflist could not be written.
+    ConflistNotWritten(String),
+    /// The runtime takes that file.
+    Shadowed(String),
+    /// The API server was last reached at that time, and new pods are refused.
+    LeaseExpired(String),
+}
+
+/// What one pass found and did.
+#[derive(Clone, Debug, Default)]
+pub struct Findings {
+    /// Objects that cannot be followed, or not wholly.
+    pub faults: Vec<Fault>,
+    /// Failures of the node as a whole.
+    pub troubles: BTreeMap<Part, String>,
+    /// What drops pod packets in foreign chains.
+    pub blockers: Vec<String>,
+    /// Legacy tables that cannot be judged.
+    pub legacy: Vec<String>,
+    /// Objects whose withdrawal waits.
+    pub held: Vec<String>,
+    /// Routes.
+    pub routes: RouteCounts,
+    /// Blocks of this node, with their counters.
+    pub held_blocks: Vec<HeldBlockReport>,
+    /// MTU of new pods.
+    pub mtu: Option<u32>,
+    /// The CNI side.
+    pub cni: Option<CniState>,
+    /// The file that the runtime takes.
+    pub active_conf: Option<String>,
+    /// Chained plugins of our configuration that the node has.
+    pub chained: Vec<String>,
+    /// What happened lately.
+    pub incidents: Vec<Incident>,
+}
+
+impl Reason {
+    /// Whether the object's effect is missing in the kernel, rather than being worth a word only.
+    pub fn fails(self) -> bool {
+        self != Reason::RangeHoldsNeededAddress
+    }
+}
+
+/// The status without the time of reporting. `known` are the newest objects, `conditions` the previous
+/// ones; `None` for `findings` means that the node waits for its first objects.
+pub fn status(
+    known: &Objects,
+    findings: Option<&Findings>,
+    conditions: &[Condition],
+    boot_id: &str,
+    now: &Time,
+) -> NodeNetworkStatus {
+    let mut conditions = conditions.to_vec();
+    let mut status = NodeNetworkStatus {
+        agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        boot_id: Some(boot_id.to_owned()),
+        ..NodeNetworkStatus::default()
+    };
+    let Some(findings) = findings else {
+        condition::set(&mut conditions, &waiting(), None, now);
+        return NodeNetworkStatus { conditions, ..status };
+    };
+    for verdict in verdicts(findings) {
+        condition::set(&mut conditions, &verdict, None, now);
+    }
+    status.applied = Some(applied(known, &findings.faults));
+    status.held_blocks = findings.held_blocks.iter().take(64).cloned().collect();
+    status.routes = Some(findings.routes);
+    status.cni = Some(CniReport { active: findings.active_conf.clone(), chained: findings.chained.clone() });
+    status.mtu = findings.mtu.and_then(|mtu| i32::try_from(mtu).ok());
+    status.incidents = findings.incidents.clone();
+    status.conditions = conditions;
+    status
+}
+
+fn waiting() -> Verdict {
+    Verdict::new(
+        ROUTES_READY,
+        None,
+        "WaitingForObjects",
+        "no complete list of PodCIDRs and ClusterCIDRs was received yet, and there is no cache of one; nothing on this node is changed until then",
+    )
+}
+
+fn applied(known: &Objects, faults: &[Fault]) -> Applied {
+    let failed: BTreeSet<(Kind, &str)> = faults
+        .iter()
+        .filter(|fault| fault.reason.fails())
+        .map(|fault| (fault.kind, fault.name.as_str()))
+        .collect();
+    let mut digest = Digest::default();
+    let mut count = 0;
+    add(&known.blocks, Kind::PodCIDR, &failed, &mut digest, &mut count);
+    add(&known.ranges, Kind::ClusterCIDR, &failed, &mut digest, &mut count);
+    let unreadable = known.blocks.faults.values().chain(known.ranges.faults.values());
+    let named = faults.iter().filter(|fault| fault.reason.fails()).chain(unreadable);
+    let failed = named.take(MAX_REPORTED).map(|fault| FailedObject {
+        name: fault.name.clone(),
+        reason: fault.reason.as_str().to_owned(),
+        message: fault.message.chars().take(512).collect(),
+    });
+    Applied { count, digest: digest.to_string(), failed: failed.collect() }
+}
+
+fn add<F: Fact>(
+    set: &KindSet<F>,
+    kind: Kind,
+    failed: &BTreeSet<(Kind, &str)>,
+    digest: &mut Digest,
+    count: &mut i64,
+) {
+    for (name, fact) in &set.facts {
+        if failed.contains(&(kind, name.as_str())) || set.faults.contains_key(name) {
+            continue;
+        }
+        let (uid, generation) = fact.identity();
+        digest.add(uid, generation);
+        *count += 1;
+    }
+}
+
+fn verdicts(findings: &Findings) -> Vec<Verdict> {
+    let mut verdicts = vec![
+        routes_ready(findings),
+        masquerade_ready(findings),
+        forwarding_blocked(findings),
+        overlapping(findings),
+        withdrawals_held(findings),
+    ];
+    verdicts.extend(findings.cni.as_ref().map(cni_ready));
+    verdicts
+}
+
+fn routes_ready(findings: &Findings) -> Verdict {
+    let not = |reason, message: String| Verdict::new(ROUTES_READY, Some(false), reason, message);
+    if let Some(trouble) = findings.troubles.get(&Part::Bridge) {
+        return not("BridgeNotReady", trouble.clone());
+    }
+    if let Some(trouble) = findings.troubles.get(&Part::Sysctl) {
+        return not("SysctlRefused", trouble.clone());
+    }
+    let failing = || findings.faults.iter().filter(|fault| fault.reason.fails());
+    if let Some(first) = failing().min() {
+        let others = failing().count() - 1;
+        let more = if others > 0 { format!(" (and {others} more objects)") } else { String::new() };
+        return not(first.reason.as_str(), format!("{}{more}", first.message));
+    }
+    match findings.faults.first() {
+        Some(notice) => {
+            Verdict::new(ROUTES_READY, Some(true), notice.reason.as_str(), notice.message.clone())
+        }
+        None => Verdict::new(ROUTES_READY, Some(true), "AllInstalled", "every wanted route is in the kernel"),
+    }
+}
+
+fn masquerade_ready(findings: &Findings) -> Verdict {
+    match findings.troubles.get(&Part::Table) {
+        Some(trouble) => Verdict::new(MASQUERADE_READY, Some(false), "KernelRefused", trouble.clone()),
+        None => Verdict::new(
+            MASQUERADE_READY,
+            Some(true),
+            "TableInstalled",
+            "the nftables table inet plat is in the kernel",
+        ),
+    }
+}
+
+fn forwarding_blocked(findings: &Findings) -> Verdict {
+    let verdict = |status, reason, message: String| Verdict::new(FORWARDING_BLOCKED, status, reason, message);
+    if let Some(trouble) = findings.troubles.get(&Part::Admission) {
+        return verdict(Some(true), "KernelRefused", trouble.clone());
+    }
+    if !findings.blockers.is_empty() {
+        return verdict(Some(true), "ForeignFirewall", findings.blockers.join("; "));
+    }
+    if !findings.legacy.is_empty() {
+        let chains = findings.legacy.join(" and ");
+        return verdict(
+            None,
+            "LegacyTables",
+            format!(
+                "the legacy (not nft) table of {chains} is loaded, and its policy cannot be seen from here; check that its chain FORWARD lets pods through, or move to iptables-nft"
+            ),
+        );
+    }
+    verdict(Some(false), "NothingFound", "no foreign chain drops forwarded pod packets".to_owned())
+}
+
+fn overlapping(findings: &Findings) -> Verdict {
+    match findings.faults.iter().find(|fault| fault.reason == Reason::Overlapping) {
+        Some(fault) => Verdict::new(OVERLAPPING, Some(true), "Overlapping", fault.message.clone()),
+        None => Verdict::new(OVERLAPPING, Some(false), "Disjoint", "no two blocks share addresses"),
+    }
+}
+
+fn withdrawals_held(findings: &Findings) -> Verdict {
+    if findings.held.is_empty() {
+        return Verdict::new(WITHDRAWALS_HELD, Some(false), "NothingHeld", "nothing waits to be withdrawn");
+    }
+    let named: Vec<&str> = findings.held.iter().take(4).map(String::as_str).collect();
+    let message = format!(
+        "{} objects are missing from the API server without having been released ({}{}); their routes stay until a second complete list confirms it and the hold time has passed",
+        findings.held.len(),
+        named.join(", "),
+        if findings.held.len() > named.len() { ", …" } else { "" },
+    );
+    Verdict::new(WITHDRAWALS_HELD, Some(true), "Unconfirmed", message)
+}
+
+fn cni_ready(state: &CniState) -> Verdict {
+    let (status, reason, message) = match state {
+        CniState::Installed => (true, "Installed", "the CNI binary, the blocks file and the conflist are in place".to_owned()),
+        CniState::WithoutPortmap => (
+            true,
+            "WithoutPortmap",
+            "in place, but hostPort does nothing: the node has no portmap plugin; install the reference CNI plugins if pods use hostPort".to_owned(),
+        ),
+        CniState::NoBlock => (
+            false,
+            "NoBlock",
+            "this node has no PodCIDR yet; see 'kubectl get clustercidrs' for a range that selects it and has free blocks".to_owned(),
+        ),
+        CniState::Waiting => (
+            false,
+            "NotProgrammed",
+            "the conflist is written once routes, masquerade and bridge are in place; see the other conditions".to_owned(),
+        ),
+        CniState::PluginNotInstalled(why) => (false, "PluginNotInstalled", why.clone()),
+        CniState::BlocksNotWritten(why) => (false, "BlocksNotWritten", why.clone()),
+        CniState::ConflistNotWritten(why) => (false, "ConflistNotWritten", why.clone()),
+        CniState::Shadowed(by) => (
+            false,
+            "Shadowed",
+            format!("the container runtime takes {by}, which sorts before ours; remove that file if new pods are to get Plat's network"),
+        ),
+        CniState::LeaseExpired(since) => (
+            false,
+            "LeaseExpired",
+            format!("the API server was last reached at {since}; new pods are refused, since this node's blocks may be another's by now; running pods go on; restore the connection"),
+        ),
+    };
+    Verdict::new(CNI_READY, Some(status), reason, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::RangeFact;
+    use crate::objects::Change;
+    use k8s_openapi::jiff::Timestamp;
+    use plat_crds::cluster_cidr::MasqueradeMode;
+
+    fn range(name: &str, generation: i64) -> RangeFact {
+        RangeFact {
+            name: name.into(),
+            uid: format!("uid-{name}"),
+            generation,
+            range: "10.244.0.0/16".parse().unwrap(),
+            ready: true,
+            quarantine_seconds: 900,
+            routing: None,
+            masquerade: MasqueradeMode::Enabled,
+            exclude: vec![],
+        }
+    }
+
+    fn known() -> Objects {
+        let mut objects = Objects::default();
+        objects.ranges.apply(Change::Listed(vec![Ok(range("a", 1)), Ok(range("b", 2))]));
+        objects
+    }
+
+    fn report(findings: &Findings) -> NodeNetworkStatus {
+        status(&known(), Some(findings), &[], "boot", &Time(Timestamp::from_second(7).unwrap()))
+    }
+
+    fn condition(findings: &Findings, type_: &str) -> Condition {
+        condition::find(&report(findings).conditions, type_).unwrap().clone()
+    }
+
+    #[test]
+    fn the_digest_holds_what_is_in_the_kernel_and_nothing_else() {
+        let whole = report(&Findings::default()).applied.unwrap();
+        assert_eq!((whole.count, whole.digest), (2, Digest::of([("uid-a", 1), ("uid-b", 2)]).to_string()));
+        let fault = Fault::range("b", Reason::ForeignRoute, "taken");
+        let part = report(&Findings { faults: vec![fault], ..Findings::default() }).applied.unwrap();
+        assert_eq!((part.count, part.digest), (1, Digest::of([("uid-a", 1)]).to_string()));
+        assert_eq!((part.failed[0].name.as_str(), part.failed[0].reason.as_str()), ("b", "ForeignRoute"));
+        let notice = Fault::range("b", Reason::RangeHoldsNeededAddress, "open");
+        let findings = Findings { faults: vec![notice], ..Findings::default() };
+        assert_eq!(report(&findings).applied.unwrap().count, 2, "a notice fails nothing");
+        assert_eq!(condition(&findings, ROUTES_READY).status, "True");
+    }
+
+    #[test]
+    fn an_unreadable_object_is_named_and_not_counted() {
+        let mut objects = known();
+        objects.ranges.apply(Change::Applied(Err(Fault::range("a", Reason::Unreadable, "bad"))));
+        let now = Time(Timestamp::from_second(7).unwrap());
+        let applied = status(&objects, Some(&Findings::default()), &[], "boot", &now).applied.unwrap();
+        assert_eq!((applied.count, applied.failed[0].reason.as_str()), (1, "Unreadable"));
+    }
+
+    #[test]
+    fn lists_are_bounded_as_the_api_server_wants_them() {
+        let faults = (0..99).map(|n| Fault::block(format!("b{n}"), Reason::NotOnLink, "x".repeat(9999)));
+        let status = report(&Findings { faults: faults.collect(), ..Findings::default() });
+        let failed = status.applied.unwrap().failed;
+        assert_eq!((failed.len(), failed[0].message.len()), (16, 512));
+        assert!(status.conditions.iter().all(|c| c.message.chars().count() <= 1024));
+        assert!(condition::find(&status.conditions, ROUTES_READY).is_some_and(|c| c.reason == "NotOnLink"));
+    }
+
+    #[test]
+    fn a_node_that_waits_says_so_and_reports_nothing_else() {
+        let now = Time(Timestamp::from_second(7).unwrap());
+        let status = status(&Objects::default(), None, &[], "boot", &now);
+        assert_eq!(status.applied, None);
+        assert_eq!(
+            (status.conditions[0].status.as_str(), status.conditions[0].reason.as_str()),
+            ("Unknown", "WaitingForObjects")
+        );
+    }
+
+    #[test]
+    fn every_state_has_its_condition() {
+        for (state, status, reason) in [
+            (CniState::Installed, "True", "Installed"),
+            (CniState::WithoutPortmap, "True", "WithoutPortmap"),
+            (CniState::NoBlock, "False", "NoBlock"),
+            (CniState::Waiting, "False", "NotProgrammed"),
+            (CniState::PluginNotInstalled("w".into()), "False", "PluginNotInstalled"),
+            (CniState::BlocksNotWritten("w".into()), "False", "BlocksNotWritten"),
+            (CniState::ConflistNotWritten("w".into()), "False", "ConflistNotWritten"),
+            (CniState::Shadowed("00-multus.conf".into()), "False", "Shadowed"),
+            (CniState::LeaseExpired("2026".into()), "False", "LeaseExpired"),
+        ] {
+            let got = condition(&Findings { cni: Some(state), ..Findings::default() }, CNI_READY);
+            assert_eq!((got.status.as_str(), got.reason.as_str()), (status, reason));
+        }
+        let legacy = Findings { legacy: vec!["ip filter".into()], ..Findings::default() };
+        assert_eq!(condition(&legacy, FORWARDING_BLOCKED).status, "Unknown");
+        let blocked = Findings { blockers: vec!["chain x".into()], ..legacy };
+        assert_eq!(condition(&blocked, FORWARDING_BLOCKED).status, "True");
+        let held = Findings { held: (0..9).map(|n| format!("b{n}")).collect(), ..Findings::default() };
+        assert!(condition(&held, WITHDRAWALS_HELD).message.starts_with("9 objects are missing"));
+        for part in [Part::Bridge, Part::Sysctl] {
+            let findings = Findings { troubles: [(part, "no".to_owned())].into(), ..Findings::default() };
+            assert_eq!(condition(&findings, ROUTES_READY).status, "False");
+        }
+    }
+}

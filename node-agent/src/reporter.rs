@@ -1,0 +1,240 @@
+//! Keeps what a report needs from pass to pass (conditions, incidents), and makes the report.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+use plat_cni::boot;
+use plat_crds::block::{Block, Family};
+use plat_crds::node_network::{HeldBlockReport, NodeNetworkStatus, RouteCounts};
+
+use crate::apply::{Done, Outcome, Part};
+use crate::closing::Closing;
+use crate::conf::{self, Lease};
+use crate::desired::{self, Host, Map};
+use crate::fabric::Desired;
+use crate::facts::{Fault, Reason};
+use crate::failstatic::Held;
+use crate::incidents::{Incidents, Repair};
+use crate::kernel::events::Wake;
+use crate::kernel::forward::{self, Forwarding};
+use crate::leases::Usage;
+use crate::node::{OwnBlocks, Settings};
+use crate::objects::Objects;
+use crate::report::{self, CniState, Findings};
+
+/// What a pass tells the rest of the program.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// The NodeNetwork's status, without the time of reporting.
+    pub status: NodeNetworkStatus,
+    /// Number of nodes that hold blocks.
+    pub nodes: usize,
+    /// Whether the node was programmed, from objects or the cache.
+    pub programmed: bool,
+    /// Objects that cannot be followed, by reason.
+    pub faults: BTreeMap<Reason, usize>,
+    /// What was put back, since the agent started.
+    pub repairs: BTreeMap<Repair, i64>,
+    /// Withdrawals that wait.
+    pub held: usize,
+    /// Until when new addresses may be leased, in seconds since the epoch; `None` without a lease.
+    pub lease_until: Option<i64>,
+    /// Name and UID of this node's PodCIDRs: what the API server must confirm now and then.
+    pub own: Vec<(String, String)>,
+    /// Longest time between two such confirmations.
+    pub contact_every: Duration,
+    /// A second complete list is wanted, to confirm withdrawals.
+    pub wants_list: bool,
+    /// A sign of the API server is wanted at once.
+    pub wants_contact: bool,
+    /// When, at the latest, to look again without any news; on `CLOCK_BOOTTIME`.
+    pub next: Option<Duration>,
+}
+
+/// The stages of one pass.
+pub struct Pass<'a> {
+    /// What should be in the kernel.
+    pub desired: &'a Desired,
+    /// What is.
+    pub done: &'a Done,
+    /// This node's blocks.
+    pub own: &'a OwnBlocks,
+    /// What the node's own state added.
+    pub host: &'a Host,
+    /// Leased addresses.
+    pub usage: &'a Usage,
+    /// The forward hook.
+    pub forwarding: Option<&'a Forwarding>,
+    /// Objects that cannot be followed.
+    pub faults: Vec<Fault>,
+    /// What came of the steps.
+    pub outcome: Outcome,
+    /// Withdrawals that wait.
+    pub held: Held,
+    /// Which ranges are closed.
+    pub closing: Closing,
+    /// The CNI side.
+    pub cni: CniState,
+    /// Until when may be leased.
+    pub lease: &'a Lease,
+    /// Files among which the runtime chooses.
+    pub confs: Vec<String>,
+    /// Plugins behind ours.
+    pub chained: Vec<String>,
+}
+
+/// Memory of the reports.
+pub struct Reporter {
+    node: String,
+    boot_id: String,
+    proc_net: PathBuf,
+    conditions: Vec<Condition>,
+    incidents: Incidents,
+}
+
+impl Reporter {
+    /// The reporter of a node.
+    pub fn new(settings: &Settings, boot_id: &str) -> Reporter {
+        Reporter {
+            node: settings.me.node.clone(),
+            boot_id: boot_id.to_owned(),
+            proc_net: settings.proc_net.clone(),
+            conditions: Vec::new(),
+            incidents: Incidents::default(),
+        }
+    }
+
+    /// The report of a node that has no objects yet.
+    pub fn waiting(&mut self, known: &Objects) -> Report {
+        let status = self.status(known, None);
+        Report { status, contact_every: Duration::from_secs(60), ..Report::default() }
+    }
+
+    fn status(&mut self, known: &Objects, findings: Option<&Findings>) -> NodeNetworkStatus {
+        let now = Time(Timestamp::now());
+        let status = report::status(known, findings, &self.conditions, &self.boot_id, &now);
+        self.conditions.clone_from(&status.conditions);
+        status
+    }
+
+    /// The report of a pass.
+    pub fn report(
+        &mut self,
+        known: &Objects,
+        map: Map<'_>,
+        mut pass: Pass<'_>,
+        culprits: impl FnOnce() -> Wake,
+    ) -> Report {
+        if !pass.outcome.repaired.is_empty() {
+            self.record(&pass.outcome, &culprits());
+        }
+        let mut faults = std::mem::take(&mut pass.faults);
+        faults.append(&mut pass.outcome.faults);
+        faults.append(&mut pass.closing.faults);
+        faults.extend(self.own_troubles(map, &pass.outcome));
+
+        let mut by_reason: BTreeMap<Reason, usize> = BTreeMap::new();
+        let unreadable = known.blocks.faults.values().chain(known.ranges.faults.values());
+        for fault in faults.iter().chain(unreadable) {
+            *by_reason.entry(fault.reason).or_default() += 1;
+        }
+        let findings = self.findings(&pass, faults);
+        let status = self.status(known, Some(&findings));
+        let own = known.blocks.facts.values().filter(|block| block.node == self.node);
+        let lease_seconds = desired::lease_seconds(&self.node, map);
+        Report {
+            status,
+            nodes: map.blocks.values().map(|block| block.node.as_str()).collect::<BTreeSet<_>>().len(),
+            programmed: true,
+            faults: by_reason,
+            repairs: Repair::ALL.map(|repair| (repair, self.incidents.count(repair))).into(),
+            held: pass.held.names.len(),
+            lease_until: lease_until(pass.lease),
+            own: own.map(|block| (block.name.clone(), block.uid.clone())).collect(),
+            contact_every: Duration::from_secs(u64::from((lease_seconds / 4).clamp(5, 60))),
+            wants_list: pass.held.wants_list,
+            wants_contact: pass.closing.wants_contact,
+            next: pass.held.next.into_iter().chain(pass.closing.next).min(),
+        }
+    }
+
+    fn record(&mut self, outcome: &Outcome, wake: &Wake) {
+        let nft: Vec<&str> = wake.nft_culprits.iter().map(String::as_str).collect();
+        let ports = wake.route_culprits.iter();
+        let ports: Vec<String> =
+            ports.map(|port| format!("netlink port {port} (usually the process ID)")).collect();
+        let (nft, ports) = (nft.join(", "), ports.join(", "));
+        for (repair, what) in &outcome.repaired {
+            let culprit = match repair {
+                Repair::Nft | Repair::Forward => nft.as_str(),
+                Repair::Route => ports.as_str(),
+                _ => "",
+            };
+            let culprit = (!culprit.is_empty()).then_some(culprit);
+            let first = what.first().map(String::as_str).unwrap_or_default();
+            tracing::warn!(reason = repair.reason(), count = what.len(), first, culprit, "put back");
+            self.incidents.record(*repair, what, culprit, Timestamp::now());
+        }
+    }
+
+    /// What fails of the node as a whole fails its own blocks.
+    fn own_troubles(&self, map: Map<'_>, outcome: &Outcome) -> Vec<Fault> {
+        let fatal = [Part::Table, Part::Bridge, Part::Sysctl];
+        let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)) else {
+            return Vec::new();
+        };
+        let own = map.blocks.values().filter(|block| block.node == self.node);
+        own.map(|block| Fault::block(&block.name, Reason::KernelRefused, trouble.clone())).collect()
+    }
+
+    fn findings(&self, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
+        let blockers = pass.forwarding.map(|found| found.blockers.as_slice()).unwrap_or_default();
+        let families: BTreeSet<Family> = pass.own.keys().map(Block::family).collect();
+        let legacy =
+            forward::legacy_tables(&self.proc_net).into_iter().filter(|family| families.contains(family));
+        Findings {
+            faults,
+            troubles: pass.outcome.troubles.clone(),
+            blockers: blockers.iter().map(|blocker| blocker.to_string()).collect(),
+            legacy: legacy.map(|family| format!("{family} filter")).collect(),
+            held: pass.held.names.clone(),
+            routes: RouteCounts {
+                desired: count(pass.desired.routes.len()),
+                installed: count(pass.done.routes.len()),
+                repaired: self.incidents.count(Repair::Route),
+            },
+            held_blocks: held_blocks(pass.own, pass.usage),
+            mtu: pass.host.mtu,
+            cni: Some(pass.cni.clone()),
+            active_conf: conf::active(&pass.confs).cloned(),
+            chained: pass.chained.clone(),
+            incidents: self.incidents.list(),
+        }
+    }
+}
+
+fn count(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn held_blocks(own: &OwnBlocks, usage: &Usage) -> Vec<HeldBlockReport> {
+    let report = |block: &Block| HeldBlockReport {
+        cidr: block.to_string(),
+        used: usage.used(block),
+        capacity: i64::from(block.capacity()),
+    };
+    own.keys().map(report).collect()
+}
+
+/// From the boot clock to the wall clock.
+fn lease_until(lease: &Lease) -> Option<i64> {
+    if lease.until_boot_ms == 0 {
+        return None;
+    }
+    let until = i64::try_from(lease.until_boot_ms / 1000).ok()?;
+    let now = i64::try_from(boot::boot_ms() / 1000).ok()?;
+    Some(Timestamp::now().as_second() + until - now)
+}

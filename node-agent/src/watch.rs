@@ -1,0 +1,240 @@
+//! The API server's edge: watches PodCIDRs and ClusterCIDRs, and proves now and then that this node's
+//! blocks are still its own.
+//!
+//! Writes nothing but the shared [`Objects`]. A watch says nothing while nothing changes, also when it
+//! hangs; so the lease that the node's blocks are for does not rest on it but on plain GETs of the node's
+//! own PodCIDRs.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::jiff::Timestamp;
+use kube::core::DeserializeGuard;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client, Resource, ResourceExt};
+use plat_cni::boot;
+use plat_crds::pod_cidr::BlockState;
+use plat_crds::{ClusterCIDR, PodCIDR};
+use serde::de::DeserializeOwned;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::facts::{BlockFact, Fact, Fault, Kind, RangeFact, Reason};
+use crate::objects::{Ask, Change, Contact, Objects};
+use crate::reporter::Report;
+
+/// How long one proof of contact may take.
+const CONTACT_TIMEOUT: Duration = Duration::from_secs(4);
+/// How soon a failed proof is tried again.
+const CONTACT_RETRY: Duration = Duration::from_secs(3);
+
+/// Follows the API server until the task is dropped.
+pub async fn run(
+    client: Client,
+    objects: watch::Sender<Objects>,
+    mut asks: mpsc::Receiver<Ask>,
+    reports: watch::Receiver<(Report, Duration)>,
+) {
+    let objects = Arc::new(objects);
+    let (relist_blocks, relist_ranges, contact) = (Notify::new(), Notify::new(), Notify::new());
+    let blocks = follow(
+        Api::<DeserializeGuard<PodCIDR>>::all(client.clone()),
+        Kind::PodCIDR,
+        BlockFact::read,
+        &relist_blocks,
+        |change| objects.send_if_modified(|objects| objects.blocks.apply(change)),
+    );
+    let ranges = follow(
+        Api::<DeserializeGuard<ClusterCIDR>>::all(client.clone()),
+        Kind::ClusterCIDR,
+        RangeFact::read,
+        &relist_ranges,
+        |change| objects.send_if_modified(|objects| objects.ranges.apply(change)),
+    );
+    let answers = async {
+        while let Some(ask) = asks.recv().await {
+            match ask {
+                Ask::Relist => {
+                    relist_blocks.notify_one();
+                    relist_ranges.notify_one();
+                }
+                Ask::Contact => contact.notify_one(),
+            }
+        }
+    };
+    let contacts = keep_contact(Api::all(client), &objects, reports, &contact);
+    futures::future::join4(blocks, ranges, answers, contacts).await;
+}
+
+/// Watches one kind for ever; lists anew when asked to.
+async fn follow<K, F>(
+    api: Api<DeserializeGuard<K>>,
+    kind: Kind,
+    read: fn(&K) -> Result<F, Fault>,
+    relist: &Notify,
+    apply: impl Fn(Change<F>) -> bool,
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+    F: Fact,
+{
+    // Streamed lists come object by object, so the agent never holds a whole list's text; they are
+    // consistent, also from the API server's cache.
+    let mut config = watcher::Config::default().any_semantic().streaming_lists();
+    loop {
+        let stream = watcher::watcher(api.clone(), config.clone()).default_backoff();
+        futures::pin_mut!(stream);
+        let mut listing = Vec::new();
+        loop {
+            let event = tokio::select! {
+                event = stream.next() => event,
+                () = relist.notified() => break,
+            };
+            match event {
+                None => break,
+                Some(Ok(Event::Init)) => listing.clear(),
+                Some(Ok(Event::InitApply(object))) => listing.push(parse(object, kind, read)),
+                Some(Ok(Event::InitDone)) => {
+                    let listed = std::mem::take(&mut listing);
+                    tracing::info!(?kind, objects = listed.len(), "listed");
+                    apply(Change::Listed(listed));
+                }
+                Some(Ok(Event::Apply(object))) => {
+                    apply(Change::Applied(parse(object, kind, read)));
+                }
+                Some(Ok(Event::Delete(object))) => {
+                    tracing::info!(?kind, name = %object.name_any(), "deleted");
+                    apply(Change::Deleted(object.name_any()));
+                }
+                Some(Err(error)) => {
+                    tracing::warn!(?kind, error = %words(&error), "watch; going on with what is known");
+                    if refuses_streams(&error) {
+                        config = watcher::Config::default();
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An error with its sources, which the watcher's own text leaves out.
+fn words(error: &watcher::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// Whether the API server is one that does not stream lists (some of Kubernetes 1.33).
+fn refuses_streams(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
+}
+
+/// One bad object is a fault, never a stalled watch.
+fn parse<K: Resource<DynamicType = ()>, F>(
+    object: DeserializeGuard<K>,
+    kind: Kind,
+    read: fn(&K) -> Result<F, Fault>,
+) -> Result<F, Fault> {
+    match object.0 {
+        Ok(object) => read(&object),
+        Err(invalid) => Err(Fault {
+            kind,
+            name: invalid.metadata.name.unwrap_or_default(),
+            reason: Reason::Unreadable,
+            message: format!(
+                "the object cannot be read by this agent ({}); upgrade the agent or correct the object",
+                invalid.error
+            ),
+        }),
+    }
+}
+
+/// Confirms again and again that this node's blocks are its own, and notes when that was.
+async fn keep_contact(
+    api: Api<DeserializeGuard<PodCIDR>>,
+    objects: &watch::Sender<Objects>,
+    mut reports: watch::Receiver<(Report, Duration)>,
+    asked: &Notify,
+) {
+    let mut confirmed = BTreeSet::new();
+    let mut due = Instant::now();
+    loop {
+        let (own, every) = {
+            let report = &reports.borrow_and_update().0;
+            (report.own.iter().cloned().collect::<BTreeSet<_>>(), report.contact_every)
+        };
+        // New blocks are confirmed at once, known ones when it is time or somebody asks.
+        if own.is_empty() || own == confirmed {
+            tokio::select! {
+                () = asked.notified() => {}
+                () = sleep_until(due) => {}
+                changed = reports.changed() => match changed {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                },
+            }
+        }
+        let at = Contact { boot_ms: boot::boot_ms(), unix: Timestamp::now().as_second() };
+        let answer = confirm(&api, &own).await;
+        due = Instant::now() + if answer.is_ok() { every.max(CONTACT_RETRY) } else { CONTACT_RETRY };
+        match answer {
+            Ok(()) if own.is_empty() => {}
+            Ok(()) => objects.send_modify(|objects| objects.contact = Some(at)),
+            Err(why) => tracing::warn!(why, "the API server does not confirm this node's blocks"),
+        }
+        confirmed = own;
+    }
+}
+
+/// Whether every block still is this node's, by its UID and state.
+async fn confirm(
+    api: &Api<DeserializeGuard<PodCIDR>>,
+    own: &BTreeSet<(String, String)>,
+) -> Result<(), String> {
+    for (name, uid) in own {
+        let answer = timeout(CONTACT_TIMEOUT, api.get(name)).await;
+        let object = answer.map_err(|_| format!("no answer in {} s", CONTACT_TIMEOUT.as_secs()))?;
+        let object = object.map_err(|error| format!("PodCIDR '{name}': {error}"))?;
+        if object.meta().uid.as_deref() != Some(uid) {
+            return Err(format!("PodCIDR '{name}' is another object now"));
+        }
+        if object.0.is_ok_and(|block| block.spec.state == BlockState::Quarantined) {
+            return Err(format!("PodCIDR '{name}' is quarantined"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guarded(json: serde_json::Value) -> DeserializeGuard<PodCIDR> {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn an_object_of_a_newer_version_is_a_fault_that_names_it() {
+        let object = guarded(serde_json::json!({
+            "apiVersion": "plat.network/v1alpha1", "kind": "PodCIDR", "metadata": {"name": "10-244-1-0-24"},
+            "spec": {"cidr": ["10.244.1.0/24"]},
+        }));
+        let fault = parse(object, Kind::PodCIDR, BlockFact::read).unwrap_err();
+        assert_eq!((fault.name.as_str(), fault.reason), ("10-244-1-0-24", Reason::Unreadable));
+    }
+
+    #[test]
+    fn an_object_with_fields_of_a_newer_version_is_read() {
+        let object = guarded(serde_json::json!({
+            "apiVersion": "plat.network/v1alpha1", "kind": "PodCIDR", "metadata": {"name": "10-244-1-0-24"},
+            "spec": {"cidr": "10.244.1.0/24", "clusterCIDR": "r", "nodeName": "n1", "state": "Later",
+                "routing": {"mode": "Later", "later": {"a": 1}}},
+        }));
+        assert!(parse(object, Kind::PodCIDR, BlockFact::read).is_ok());
+    }
+}

@@ -1,0 +1,17 @@
+//! Kernel tests: each runs the whole loop in a network namespace of its own, fed with objects as the watch
+//! would feed it, and is asserted from outside by `ip -j`, `nft -j` and files.
+//!
+//! A test runs itself again under `unshare --net --mount` (see `harness::isolated`), so whatever it makes
+//! ends with its process, also after a failure. Needs root, as making namespaces does.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod cleanup;
+mod converge;
+mod forwarding;
+mod harness;
+mod held;
+mod masquerade;
+mod offline;
+mod repair;
+mod routes;

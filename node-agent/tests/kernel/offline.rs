@@ -1,0 +1,118 @@
+//! The API server is away.
+
+use plat_crds::blocks_file::BlocksFile;
+
+use crate::harness::*;
+
+fn lease_until(node: &TestNode) -> Option<u64> {
+    let text = std::fs::read(node.file("plat/blocks.json")).ok()?;
+    Some(BlocksFile::parse(&text).unwrap().lease_until)
+}
+
+#[test]
+fn without_cache_and_without_objects_nothing_is_touched() {
+    isolated("offline::without_cache_and_without_objects_nothing_is_touched", || {
+        let mut node = TestNode::new();
+        run("ip route add 10.244.9.0/24 via 172.30.0.19 proto 112 metric 1120");
+        std::fs::create_dir_all(&node.settings.conf_dir).unwrap();
+        node.start();
+        node.expect_condition("RoutesReady", "Unknown", "WaitingForObjects");
+        node.settled();
+        assert_eq!(our_routes(), ["10.244.9.0/24 gateway 172.30.0.19 dev eth0 metric 1120"]);
+        assert!(!node.report().programmed);
+        // One kind alone is not enough.
+        node.objects.blocks.apply(plat_agent::objects::Change::Listed(vec![Ok(block(1))]));
+        node.push();
+        node.settled();
+        assert_eq!(our_routes().len(), 1);
+        assert_eq!(run("nft list tables"), "");
+    });
+}
+
+#[test]
+fn an_agent_that_starts_without_the_api_server_programs_from_its_cache_and_grants_no_more_time() {
+    isolated(
+        "offline::an_agent_that_starts_without_the_api_server_programs_from_its_cache_and_grants_no_more_time",
+        || {
+            let mut node = TestNode::with(vec![block(1), block(2)], vec![range("default-v4")]);
+            node.expect_condition("CNIReady", "True", "WithoutPortmap");
+            node.settled();
+            let (before, granted) = (our_routes(), lease_until(&node).unwrap());
+            assert!(granted > 0);
+            node.stop();
+            // A reboot of the network, so to speak; /run stays, as it is the same boot.
+            run("ip route flush proto 112");
+            run("ip link del cni0");
+            run("nft flush ruleset");
+            std::fs::remove_file(node.file("net.d/05-plat.conflist")).unwrap();
+            std::fs::remove_file(node.file("bin/plat")).unwrap();
+            node.start();
+            node.expect_condition("CNIReady", "True", "WithoutPortmap");
+            // The range's unreachable route is not made while nobody can tell whether it does harm.
+            let expected: Vec<&str> =
+                before.iter().map(String::as_str).filter(|r| !r.contains("/16")).collect();
+            expect_routes(&expected);
+            assert!(run("nft list tables").contains("inet plat"));
+            assert!(node.file("net.d/05-plat.conflist").exists() && node.file("bin/plat").exists());
+            assert_eq!(lease_until(&node), Some(granted));
+        },
+    );
+}
+
+#[test]
+fn a_lease_is_moved_on_by_contact_alone_and_ends() {
+    isolated("offline::a_lease_is_moved_on_by_contact_alone_and_ends", || {
+        let mut node = TestNode::new();
+        node.start();
+        node.list(vec![block(1)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "False", "LeaseExpired");
+        assert_eq!(lease_until(&node), Some(0), "no contact yet, no lease");
+        node.contact();
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        let contact = node.objects.contact.unwrap().boot_ms;
+        assert_eq!(lease_until(&node), Some(contact + 840_000));
+        let mut long_ago = node.objects.contact.unwrap();
+        long_ago.boot_ms = 1;
+        node.objects.contact = Some(long_ago);
+        let mut short = range("default-v4");
+        short.quarantine_seconds = 60;
+        node.apply_range(short);
+        if plat_cni::boot::boot_ms() > 60_000 {
+            let message = node.expect_condition("CNIReady", "False", "LeaseExpired");
+            assert!(message.contains("2025-11-24T16:00:00Z"), "{message}");
+        }
+    });
+}
+
+#[test]
+fn a_conflist_that_sorts_before_ours_is_named() {
+    isolated("offline::a_conflist_that_sorts_before_ours_is_named", || {
+        let node = TestNode::with(vec![block(1)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        std::fs::write(node.file("net.d/00-multus.conf"), "{}").unwrap();
+        let message = node.expect_condition("CNIReady", "False", "Shadowed");
+        assert!(message.contains("00-multus.conf"), "{message}");
+        assert_eq!(node.report().status.cni.unwrap().active.as_deref(), Some("00-multus.conf"));
+        std::fs::remove_file(node.file("net.d/00-multus.conf")).unwrap();
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    });
+}
+
+#[test]
+fn the_conflist_comes_last_and_never_without_a_block() {
+    isolated("offline::the_conflist_comes_last_and_never_without_a_block", || {
+        let mut node = TestNode::with(vec![block(2)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "False", "NoBlock");
+        assert!(!node.file("net.d/05-plat.conflist").exists());
+        // Something else has the bridge's name: routes to pods cannot be made.
+        run("ip link add cni0 type veth peer name x");
+        node.apply(block(1));
+        let message = node.expect_condition("RoutesReady", "False", "BridgeNotReady");
+        assert!(message.contains("not a bridge"), "{message}");
+        node.expect_condition("CNIReady", "False", "NotProgrammed");
+        assert!(!node.file("net.d/05-plat.conflist").exists());
+        run("ip link del cni0");
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        assert!(node.file("net.d/05-plat.conflist").exists());
+    });
+}
