@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
 
+use crate::selftest::Selftest;
+
 /// Plat's node agent: keeps this node's routes, masquerade, forwarding and CNI configuration as the
 /// PodCIDRs say.
 #[derive(Clone, Debug, Parser)]
@@ -28,6 +30,9 @@ pub enum Command {
     Cleanup(Cleanup),
     /// Ask the running agent on this node how it is; exit code 0 means well.
     Probe(Probe),
+    /// Prove the network from inside a pod: what `helm test` runs.
+    #[command(subcommand)]
+    Selftest(Selftest),
 }
 
 /// Flags of `run`.

@@ -47,5 +47,6 @@ pub mod publish;
 pub mod reconcile;
 pub mod report;
 pub mod reporter;
+pub mod selftest;
 pub mod telemetry;
 pub mod watch;

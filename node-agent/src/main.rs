@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use plat_agent::args::{Cli, Command};
-use plat_agent::{kernel, program};
+use plat_agent::{kernel, program, selftest};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         Some(Command::Run(run)) => runtime.block_on(program::run(run)),
         Some(Command::Cleanup(cleanup)) => runtime.block_on(program::cleanup(cleanup)),
         Some(Command::Probe(probe)) => runtime.block_on(program::probe(probe)),
+        Some(Command::Selftest(half)) => runtime.block_on(selftest::run(half)),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
