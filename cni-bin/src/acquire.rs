@@ -29,7 +29,7 @@ pub struct Given {
     /// Resolvers that the IPAM part names.
     pub dns: Dns,
     /// The lease as it stands in the store.
-    pub lease: Lease,
+    pub held: Held,
     /// The node's blocks, whose gateways belong onto the bridge.
     pub blocks: Vec<Block>,
     /// MTU in bytes where the configuration does not say.
@@ -42,31 +42,31 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
         IpamKind::Blocks => from_blocks(call, conf, netns.id(), done),
         IpamKind::Ranges => {
             let source = Source { pool: Pool::Ranges, sets: conf.ranges.clone() };
-            let (lease, chosen) = reserve(call, conf, &source, netns.id(), done)?;
+            let (held, chosen) = reserve(call, conf, &source, netns.id(), done)?;
             let net = PodNet::leased(&chosen, Style::Subnet, &conf.bridge, &conf.routes);
-            Ok(Given { dns: conf.ipam_dns.clone(), ..given(net, Style::Subnet, lease) })
+            Ok(Given { dns: conf.ipam_dns.clone(), ..given(net, Style::Subnet, held) })
         }
         IpamKind::Delegated(plugin) => from_delegate(call, conf, &plugin, netns.id(), done),
         IpamKind::None => {
             // Without an address there still is a link, which DEL finds by the lease.
             let lease = blank_lease(call, netns.id(), Pool::Delegated);
-            record(call, &lease, done)?;
-            Ok(given(PodNet::default(), Style::Subnet, lease))
+            let held = record(call, lease, done)?;
+            Ok(given(PodNet::default(), Style::Subnet, held))
         }
     }
 }
 
-fn given(net: PodNet, style: Style, lease: Lease) -> Given {
-    Given { net, style, dns: Dns::default(), lease, blocks: Vec::new(), mtu: None }
+fn given(net: PodNet, style: Style, held: Held) -> Given {
+    Given { net, style, dns: Dns::default(), held, blocks: Vec::new(), mtu: None }
 }
 
 fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Done) -> Result<Given, Error> {
     let file = pool::read_blocks(&call.network.run_dir)?;
     let source = pool::from_blocks(&file, &call.boot, boot_ms())?;
-    let (lease, chosen) = reserve(call, conf, &source, netns, done)?;
+    let (held, chosen) = reserve(call, conf, &source, netns, done)?;
     let net = PodNet::leased(&chosen, Style::Host, &conf.bridge, &conf.routes);
     let dns = conf.ipam_dns.clone();
-    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, Style::Host, lease) })
+    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, Style::Host, held) })
 }
 
 fn from_delegate(
@@ -87,8 +87,8 @@ fn from_delegate(
     };
     let addresses = net.ips.iter().map(leased).collect();
     let lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
-    record(call, &lease, done)?;
-    Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, lease) })
+    let held = record(call, lease, done)?;
+    Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, held) })
 }
 
 /// Chooses addresses and records them, under one lock.
@@ -98,7 +98,7 @@ fn reserve(
     source: &Source,
     netns: NetnsId,
     done: &mut Done,
-) -> Result<(Lease, Vec<Chosen>), Error> {
+) -> Result<(Held, Vec<Chosen>), Error> {
     let mut lease = blank_lease(call, netns, source.pool.clone());
     let pool = lease.pool_id();
     let mut store = call.lock()?;
@@ -114,23 +114,23 @@ fn reserve(
         masquerade: conf.bridge.ip_masq,
     };
     lease.addresses = chosen.iter().map(leased).collect();
-    store.insert(&survey, &lease)?;
+    let slot = store.insert(&survey, &lease)?;
     for (set, picked) in (0..).zip(&chosen).filter(|(_, c)| !c.requested) {
         // A lost cursor costs only the order in which addresses come back; the lease stands.
         let _ = store.set_cursor(pool, set, picked.address);
     }
-    done.leased = true;
-    Ok((lease, chosen))
+    done.leased = Some(slot);
+    Ok((Held { slot, lease }, chosen))
 }
 
 /// Records a lease whose addresses, if any, others chose.
-fn record(call: &mut Call, lease: &Lease, done: &mut Done) -> Result<(), Error> {
+fn record(call: &mut Call, lease: Lease, done: &mut Done) -> Result<Held, Error> {
     let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
-    refuse_second(&survey, lease)?;
-    store.insert(&survey, lease)?;
-    done.leased = true;
-    Ok(())
+    refuse_second(&survey, &lease)?;
+    let slot = store.insert(&survey, &lease)?;
+    done.leased = Some(slot);
+    Ok(Held { slot, lease })
 }
 
 fn refuse_second(survey: &Survey, lease: &Lease) -> Result<(), Error> {
@@ -159,10 +159,10 @@ fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
 /// Writes the pod's link into its lease, and makes sure that the lease still stands: someone may have
 /// removed the store while we worked, and the next one rebuilt it when our link was not there yet to prove
 /// our addresses. Whoever has them now keeps them.
-pub fn confirm(call: &mut Call, lease: &Lease, host: &Link) -> Result<(), Error> {
-    let lease = Lease { veth: HostVeth { name: host.name.clone(), index: host.index }, ..lease.clone() };
+pub fn confirm(call: &mut Call, held: &Held, host: &Link) -> Result<(), Error> {
+    let lease = Lease { veth: HostVeth { name: host.name.clone(), index: host.index }, ..held.lease.clone() };
     let mut store = call.lock()?;
-    let found = store.find(&lease.container_id, &lease.ifname)?;
+    let found = store.find_at(held.slot, &lease.container_id, &lease.ifname)?;
     let stands = found.as_ref().is_some_and(|held| held.lease.since == lease.since);
     if !stands && let Some(other) = store.leases()?.iter().find(|held| contradicts(&lease, &held.lease)) {
         let msg = "the lease store was removed meanwhile, and an address given to another pod";
@@ -187,11 +187,12 @@ fn contradicts(ours: &Lease, other: &Lease) -> bool {
     !same_container && same_pool && shared && ours.pool != Pool::Delegated
 }
 
-/// Ends the container's lease. One that does not exist, or a store that does not, is fine.
-pub fn release(call: &mut Call) -> Result<(), store::Error> {
+/// Ends the container's lease, which was last seen in that slot. One that does not exist, or a store that
+/// does not, is fine.
+pub fn release(call: &mut Call, slot: u32) -> Result<(), store::Error> {
     let container = call.container.clone();
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
-    match store.find(&container.id, &container.ifname)? {
+    match store.find_at(slot, &container.id, &container.ifname)? {
         Some(held) => store.remove(held.slot),
         None => Ok(()),
     }

@@ -22,8 +22,8 @@ use crate::{delegate, link, masq, netlink};
 pub struct Done {
     /// The delegated IPAM plugin was asked.
     pub delegated: Option<String>,
-    /// A lease stands in the store.
-    pub leased: bool,
+    /// A lease stands in the store, in that slot.
+    pub leased: Option<u32>,
     /// The pod's link exists: number and name on the host.
     pub link: Option<(u32, String)>,
     /// These are masqueraded.
@@ -44,10 +44,10 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     fail::point("lease")?;
     let attached = attach::attach(call, &conf, &given, &netns, done)?;
     fail::point("attached")?;
-    masq::add(&given.lease.addresses)?;
-    done.masqueraded.clone_from(&given.lease.addresses);
+    masq::add(&given.held.lease.addresses)?;
+    done.masqueraded.clone_from(&given.held.lease.addresses);
     fail::point("masquerade")?;
-    acquire::confirm(call, &given.lease, &attached.host)?;
+    acquire::confirm(call, &given.held, &attached.host)?;
     attach::await_port(call, &attached.host)?;
     fail::point("confirm")?;
     reply(call, conf, given, &attached).render(call.network.version)
@@ -119,9 +119,8 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
         link_is_gone = false;
         left.push(error.to_string());
     }
-    if done.leased
-        && link_is_gone
-        && let Err(error) = acquire::release(call)
+    if let Some(slot) = done.leased.filter(|_| link_is_gone)
+        && let Err(error) = acquire::release(call, slot)
     {
         left.push(error.to_string());
     }

@@ -87,9 +87,11 @@ impl Network {
             path => PathBuf::from(path),
         };
         let ipam = json.get("ipam").object("ipam")?;
+        let kind = ipam_kind(ipam)?;
+        // Another IPAM plugin's key of that name is about its own files.
         let data_dir = match ipam.get("dataDir").text("ipam.dataDir")? {
-            "" => run_dir.clone(),
-            path => PathBuf::from(path),
+            path if !path.is_empty() && kind == IpamKind::Ranges => PathBuf::from(path),
+            _ => run_dir.clone(),
         };
         let seconds = |key: &str, default| -> Result<Duration, Error> {
             Ok(json.get(key).u32(key)?.map_or(default, |s| Duration::from_secs(u64::from(s))))
@@ -99,7 +101,7 @@ impl Network {
             name,
             leases: data_dir.join(names::LEASES_FILE),
             run_dir,
-            ipam: ipam_kind(ipam)?,
+            ipam: kind,
             lock_timeout: seconds("lockTimeoutSeconds", LOCK_TIMEOUT)?,
             gc_grace: seconds("gcGraceSeconds", GC_GRACE)?,
             full_is_failure: json.get("failStatusWhenFull").bool("failStatusWhenFull")?,

@@ -4,13 +4,12 @@
 //! returned only if something of ours remains and another try could help. It never contains "not found" or
 //! "no such file or directory": containerd takes those for success.
 
-use plat_crds::lease::Lease;
-
 use crate::acquire;
 use crate::add::delegate_of;
 use crate::call::Call;
 use crate::error::Error;
 use crate::fail;
+use crate::store::Held;
 use crate::{delegate, teardown};
 
 /// Disconnects a container.
@@ -32,13 +31,14 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     let container = call.container.clone();
     // A store that cannot be used now does not keep the link from going; its lease waits for another try.
     let looked_up = find_lease(call);
-    let lease = looked_up.as_ref().ok().and_then(Option::as_ref).cloned();
+    let lease = looked_up.as_ref().ok().and_then(Option::as_ref).map(|held| held.lease.clone());
     fail::point("del-start")?;
     teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref())?;
     fail::point("del-link")?;
     // Only now: an address must not be handed out while a link still has it.
-    looked_up?;
-    acquire::release(call)?;
+    if let Some(held) = looked_up? {
+        acquire::release(call, held.slot)?;
+    }
     fail::point("del-lease")?;
     if let Some(plugin) = delegate_of(call) {
         delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)?;
@@ -46,10 +46,10 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     Ok(())
 }
 
-fn find_lease(call: &mut Call) -> Result<Option<Lease>, Error> {
+fn find_lease(call: &mut Call) -> Result<Option<Held>, Error> {
     let container = call.container.clone();
     let Some(mut store) = call.lock_existing_store()? else { return Ok(None) };
-    Ok(store.find(&container.id, &container.ifname)?.map(|held| held.lease))
+    Ok(store.find(&container.id, &container.ifname)?)
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@
 //! of one entry. A process that is killed holds no lock any more and leaves either the old or the new
 //! state, or a record that does not fit its entry, which the next one repairs from the kernel.
 
+use std::cell::{Cell, OnceCell};
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -243,32 +243,13 @@ pub struct Held {
 /// What one reading of all entries tells.
 #[derive(Debug, Default)]
 pub struct Survey {
-    /// Tags of all addresses that are held.
-    taken: HashSet<u64, BuildHasherDefault<TagHasher>>,
+    taken: Tags,
     /// Slot of the lease of the key that was looked for.
     found: Option<u32>,
     /// The first free slot.
     free: Option<u32>,
     /// Number of leases.
     pub count: u32,
-}
-
-/// Tags are hashes already.
-#[derive(Default)]
-struct TagHasher(u64);
-
-impl Hasher for TagHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        self.0 = plat_crds::lease::checksum(bytes);
-    }
-
-    fn write_u64(&mut self, tag: u64) {
-        self.0 = tag;
-    }
 }
 
 impl Survey {
@@ -279,7 +260,27 @@ impl Survey {
 
     /// Whether a lease of that pool, or one of unknown origin, holds the address.
     pub fn is_taken(&self, pool: PoolId, address: &IpAddr) -> bool {
-        self.taken.contains(&pool.tag(*address)) || self.taken.contains(&PoolId::UNKNOWN.tag(*address))
+        self.taken.contains(pool.tag(*address)) || self.taken.contains(PoolId::UNKNOWN.tag(*address))
+    }
+}
+
+/// The tags of all addresses that are held. Next-fit usually asks for the first one or two, for which
+/// building a table of all would cost more than it saves; so that is done only for one who asks more.
+#[derive(Debug, Default)]
+struct Tags {
+    list: Vec<u64>,
+    asked: Cell<u32>,
+    table: OnceCell<HashSet<u64>>,
+}
+
+impl Tags {
+    fn contains(&self, tag: u64) -> bool {
+        const FEW: u32 = 8;
+        self.asked.set(self.asked.get().saturating_add(1));
+        if self.asked.get() <= FEW {
+            return self.list.contains(&tag);
+        }
+        self.table.get_or_init(|| self.list.iter().copied().collect()).contains(&tag)
     }
 }
 
@@ -300,7 +301,7 @@ impl Entries<'_> {
             }
             Entry::Used(used) => {
                 survey.count += 1;
-                survey.taken.extend(used.tags.iter().filter(|tag| **tag != 0));
+                survey.taken.list.extend(used.tags.iter().filter(|tag| **tag != 0));
                 if used.key == key {
                     survey.found.get_or_insert(slot);
                 }
@@ -316,9 +317,9 @@ impl Entries<'_> {
         while first < self.slots {
             let count = CHUNK.min(self.slots - first);
             let bytes = buffer.get_mut(..count as usize * ENTRY_SIZE).unwrap_or_default();
+            let read = read_at(self.file, bytes, entry_offset(first))?;
             // What is cut off reads as damaged.
-            bytes.fill(0xff);
-            read_at(self.file, bytes, entry_offset(first))?;
+            bytes.get_mut(read..).unwrap_or_default().fill(0xff);
             for (slot, entry) in (first..).zip(bytes.chunks_exact(ENTRY_SIZE)) {
                 each(slot, Entry::decode(entry));
             }
@@ -328,21 +329,18 @@ impl Entries<'_> {
     }
 }
 
-/// Reads what there is; bytes behind the end of the file are left as they are.
-fn read_at(file: &File, bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        match file.read_at(rest, offset) {
-            Ok(0) => return Ok(()),
-            Ok(count) => {
-                rest = rest.get_mut(count..).unwrap_or_default();
-                offset += count as u64;
-            }
+/// Reads what there is, and says how much that was.
+fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    loop {
+        let rest = bytes.get_mut(done..).unwrap_or_default();
+        match file.read_at(rest, offset + done as u64) {
+            Ok(0) => return Ok(done),
+            Ok(count) => done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(())
 }
 
 impl Locked<'_> {
@@ -395,6 +393,18 @@ impl Locked<'_> {
 
     fn entries(&self) -> Entries<'_> {
         Entries { file: &self.file, slots: self.header.slots }
+    }
+
+    /// The lease of a key, looked for first where it was written. Saves reading all entries.
+    pub fn find_at(&mut self, slot: u32, container_id: &str, ifname: &str) -> Result<Option<Held>, Error> {
+        if slot < self.header.slots
+            && let Some(lease) = self.read_lease(slot)?
+            && lease.container_id == container_id
+            && lease.ifname == ifname
+        {
+            return Ok(Some(Held { slot, lease }));
+        }
+        self.find(container_id, ifname)
     }
 
     /// The lease of a key.
@@ -522,8 +532,9 @@ impl Locked<'_> {
         Ok(())
     }
 
+    /// Bytes behind the end of the file are left as they are.
     fn read(&self, bytes: &mut [u8], offset: u64) -> Result<(), Error> {
-        read_at(&self.file, bytes, offset).map_err(|e| self.io("read", e))
+        read_at(&self.file, bytes, offset).map(|_| ()).map_err(|e| self.io("read", e))
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {

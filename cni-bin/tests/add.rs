@@ -554,3 +554,13 @@ fn a_store_that_was_removed_meanwhile_gets_the_lease_again_if_nobody_has_the_add
     assert_eq!(lab::leased(), [address(&result)]);
     assert_eq!(lab::leases()[0]["network"], "hand", "complete, not rebuilt");
 }
+
+#[test]
+fn leases_of_inline_ranges_can_have_a_folder_of_their_own() {
+    lab::enter();
+    let conf = with(hand_conf(), json!({"ipam": {"subnet": "10.22.0.0/24", "dataDir": "/run/mine"}}));
+    add("c", &conf);
+    assert!(lab::exists("/run/mine/leases") && !lab::exists("/run/plat"));
+    Plat::call("DEL", "c", &conf).run().silent();
+    assert_eq!(lab::host_links(), Vec::<String>::new());
+}

@@ -44,8 +44,7 @@
 //! · 24 `u64` checksum. Its place is its hash modulo 126. A lost cursor costs only the order in which
 //! freed addresses come back.
 //!
-//! **Checksum and hash** ([`checksum`]): over 8-byte words, each step invertible, so that a change within
-//! one word always shows.
+//! **Checksum and hash**: [`checksum`].
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -87,19 +86,30 @@ pub fn record_offset(slot: u32) -> u64 {
     entry_offset(MAX_SLOTS) + u64::from(slot) * RECORD_SIZE as u64
 }
 
-/// A 64-bit hash over little-endian 8-byte words, the last one filled up with zeros, started with the
-/// length. Each step is a bijection of the state, so texts of one length that differ in one word differ.
+/// A 64-bit hash over little-endian 8-byte words, the last one filled up with zeros.
+///
+/// Each word, told apart by its place, goes through a bijection, and the sum through another: so a change
+/// within one word always shows, and the processor can work on several words at a time.
 pub fn checksum(bytes: &[u8]) -> u64 {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64 ^ bytes.len() as u64;
-    for chunk in bytes.chunks(8) {
+    const PLACE: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut sum = (bytes.len() as u64).wrapping_mul(PLACE);
+    let mut place = 0u64;
+    let mut add = |word: u64| {
+        place = place.wrapping_add(PLACE);
+        let mixed = (word ^ place).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        sum = sum.wrapping_add(mixed ^ (mixed >> 32));
+    };
+    let (words, rest) = bytes.as_chunks::<8>();
+    words.iter().for_each(|word| add(u64::from_le_bytes(*word)));
+    if !rest.is_empty() {
         let mut word = [0; 8];
-        for (to, from) in word.iter_mut().zip(chunk) {
-            *to = *from;
-        }
-        state = (state ^ u64::from_le_bytes(word)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-        state ^= state >> 32;
+        word.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+        add(u64::from_le_bytes(word));
     }
-    state
+    // Every bit of the sum reaches every bit of the hash: tables use the lowest ones.
+    sum = (sum ^ (sum >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    sum = (sum ^ (sum >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    sum ^ (sum >> 33)
 }
 
 /// A hash of several texts; never 0, which means "none" in an entry.
@@ -623,6 +633,16 @@ mod tests {
         assert_eq!(more.encode(), Err(EncodeError::TooManyAddresses(5)));
         let longer = Lease { other: vec![(99, vec![0; 600])], ..long };
         assert!(matches!(longer.encode(), Err(EncodeError::TooLong(_))));
+    }
+
+    #[test]
+    fn tags_of_neighbouring_addresses_spread_over_the_lowest_bits() {
+        let pool = PoolId::new(&Pool::Blocks, "");
+        let buckets: std::collections::HashSet<u64> = (0..4096u32)
+            .map(|n| pool.tag(std::net::Ipv4Addr::from(0x0af4_0000 + n).into()) & 0xfff)
+            .collect();
+        // Thrown at random, 4,096 balls hit 63 % of as many buckets.
+        assert!(buckets.len() > 2400, "{}", buckets.len());
     }
 
     #[test]

@@ -1,0 +1,227 @@
+//! Delegated IPAM: the reference's host-local and static, and plugins that misbehave. Check 88 of the
+//! conformance checklist in `docs/cni.md`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod lab;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use lab::{Answer, Plat, add, hand_conf, netns, sh, with};
+use serde_json::{Value, json};
+
+fn plugins() -> String {
+    lab::tools().join("cni").to_str().unwrap().to_owned()
+}
+
+fn host_local() -> Value {
+    with(
+        hand_conf(),
+        json!({"ipMasq": true, "ipam": {"type": "host-local", "dataDir": "/run/hl", "routes": [{"dst": "198.51.100.0/24"}],
+            "ranges": [[{"subnet": "10.44.0.0/24"}], [{"subnet": "fd44::/64"}]]}}),
+    )
+}
+
+fn call(verb: &str, id: &str, conf: &Value) -> Plat {
+    Plat::call(verb, id, conf).set("CNI_PATH", &format!("/nowhere:{}", plugins()))
+}
+
+fn files() -> Vec<String> {
+    let dir = fs::read_dir("/run/hl/hand")
+        .map(|d| d.map(|e| e.unwrap().file_name().into_string().unwrap()).collect());
+    let mut names: Vec<String> = dir.unwrap_or_default();
+    names.retain(|n| n.starts_with("10.") || n.starts_with("fd"));
+    names.sort();
+    names
+}
+
+#[test]
+fn c88_host_local_hands_out_what_the_pod_gets_in_every_version() {
+    lab::enter();
+    for (number, version) in ["0.2.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"].iter().enumerate() {
+        let conf = with(host_local(), json!({"cniVersion": version}));
+        let id = format!("c{number}");
+        netns(&id);
+        let result = call("ADD", &id, &conf).result();
+        assert_eq!(result["cniVersion"], *version);
+        let text = sh(&format!("ip -n {id} -o addr show eth0"));
+        assert!(text.contains("10.44.0.") && text.contains("fd44::"), "{text}");
+        assert!(sh(&format!("ip -n {id} route")).contains("198.51.100.0/24 via 10.44.0.1"));
+        assert!(lab::ping(&id, "10.44.0.1") && lab::ping(&id, "fd44::1"));
+        assert_eq!((files().len(), lab::leased().len(), lab::masqueraded().len()), (2, 2, 2));
+        if number >= 2 {
+            call("CHECK", &id, &with(conf.clone(), json!({"prevResult": result}))).run().silent();
+        }
+        call("DEL", &id, &conf).run().silent();
+        assert_eq!(files(), Vec::<String>::new());
+        lab::assert_nothing_left();
+    }
+}
+
+#[test]
+fn c88_check_status_and_gc_reach_the_delegate() {
+    lab::enter();
+    netns("c");
+    let conf = host_local();
+    let result = call("ADD", "c", &conf).result();
+    sh(
+        "rm /run/hl/hand/10.44.0.2 /run/hl/hand/fd44::2 2>/dev/null || rm /run/hl/hand/10.44.0.2 /run/hl/hand/fd44*",
+    );
+    let error = call("CHECK", "c", &with(conf.clone(), json!({"prevResult": result}))).run();
+    assert!(!error.success && error.stdout.contains("host-local"), "{error:?}");
+    call("STATUS", "", &conf).run().silent();
+    let sweep = json!({"cni.dev/valid-attachments": [], "gcGraceSeconds": 0});
+    call("GC", "", &with(conf, sweep)).run().silent();
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn c88_a_failed_add_gives_the_delegates_address_back() {
+    lab::enter();
+    netns("c");
+    for point in ["lease", "link", "attached", "confirm", "reply"] {
+        let _ = call("ADD", "c", &host_local()).set("PLAT_FAIL", &format!("{point}:error")).run().error(100);
+        assert_eq!(files(), Vec::<String>::new(), "{point}");
+        lab::assert_nothing_left();
+    }
+}
+
+#[test]
+fn static_addresses_work_too() {
+    lab::enter();
+    netns("c");
+    let conf = with(
+        hand_conf(),
+        json!({"ipam": {"type": "static", "addresses": [{"address": "10.55.0.7/24"}], "dns": {"nameservers": ["10.0.0.10"]}}}),
+    );
+    let result = call("ADD", "c", &conf).result();
+    assert_eq!(result["ips"][0]["address"], "10.55.0.7/24");
+    assert_eq!(result["ips"][0]["gateway"], "10.55.0.1", "isGateway: the first of the subnet");
+    assert_eq!(result["dns"]["nameservers"], json!(["10.0.0.10"]));
+    assert!(lab::ping("c", "10.55.0.1"));
+    call("DEL", "c", &conf).run().silent();
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn the_delegates_own_error_is_passed_on_with_its_name() {
+    lab::enter();
+    netns("c");
+    let broken = with(
+        hand_conf(),
+        json!({"ipam": {"type": "host-local", "subnet": "nonsense", "dataDir": "/run/hl"}}),
+    );
+    let answer = call("ADD", "c", &broken).run();
+    assert!(!answer.success && answer.stdout.contains("host-local ADD"), "{answer:?}");
+    let missing = with(hand_conf(), json!({"ipam": {"type": "ghost"}}));
+    assert!(call("ADD", "c", &missing).run().error(7).contains("ghost"));
+    lab::assert_nothing_left();
+}
+
+/// Writes a plugin of its own.
+fn plugin(script: &str) -> Value {
+    fs::create_dir_all("/run/bin").unwrap();
+    fs::write("/run/bin/odd", format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions("/run/bin/odd", fs::Permissions::from_mode(0o755)).unwrap();
+    with(hand_conf(), json!({"ipam": {"type": "odd"}}))
+}
+
+fn odd(verb: &str, conf: &Value) -> Answer {
+    Plat::call(verb, "c", conf).set("CNI_PATH", "/run/bin").set("PATH", "/bin:/usr/bin").run()
+}
+
+#[test]
+fn a_delegate_that_answers_nonsense_is_an_error_and_costs_nothing() {
+    lab::enter();
+    netns("c");
+    for (script, words) in [
+        ("echo nonsense", "its result is no use"),
+        ("true", "its result is no use"),
+        ("echo '{\"cniVersion\":\"1.0.0\"}'", "no address"),
+        ("echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"x\"}]}'", "not a CIDR"),
+        ("echo oh no >&2; exit 3", "oh no"),
+        ("kill -9 $$", "failed"),
+    ] {
+        let answer = odd("ADD", &plugin(script));
+        assert!(answer.error(106).contains(words), "{script}: {answer:?}");
+        lab::assert_nothing_left();
+    }
+    // One that does not read its input, and one that says a lot, are fine.
+    let chatty = "cat >/dev/null; head -c 300000 /dev/zero | tr '\\0' x >&2; echo '{\"cniVersion\":\"0.3.1\",\"ips\":[{\"version\":\"4\",\"address\":\"10.66.0.2/24\",\"interface\":9}]}'";
+    assert_eq!(odd("ADD", &plugin(chatty)).json()["ips"][0]["interface"], 2);
+    let _ = odd("DEL", &plugin("exit 0"));
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn the_delegate_gets_our_environment_and_input_and_its_verb() {
+    lab::enter();
+    netns("c");
+    let conf = plugin(
+        "env >/run/env; cat >/run/stdin; echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"10.66.0.2/24\"}]}'",
+    );
+    Plat::call("ADD", "c", &conf)
+        .set("CNI_PATH", "/run/bin")
+        .set("CNI_ARGS", "A=b")
+        .set("PATH", "/bin:/usr/bin")
+        .result();
+    let environment = fs::read_to_string("/run/env").unwrap();
+    for line in ["CNI_COMMAND=ADD", "CNI_CONTAINERID=c", "CNI_ARGS=A=b", "CNI_NETNS=/run/netns/c"] {
+        assert!(environment.contains(line), "{environment}");
+    }
+    assert_eq!(fs::read_to_string("/run/stdin").unwrap(), conf.to_string());
+    odd("DEL", &conf);
+    assert!(fs::read_to_string("/run/env").unwrap().contains("CNI_COMMAND=DEL"));
+}
+
+#[test]
+fn a_delegate_dies_with_us() {
+    lab::enter();
+    netns("c");
+    let conf = plugin("echo $$ >/run/pid; exec sleep 600");
+    let mut call =
+        Plat::call("ADD", "c", &conf).set("CNI_PATH", "/run/bin").set("PATH", "/bin:/usr/bin").start();
+    lab::eventually("the delegate runs", || fs::read_to_string("/run/pid").is_ok_and(|p| p.ends_with('\n')));
+    let pid = fs::read_to_string("/run/pid").unwrap().trim().to_owned();
+    call.kill().unwrap();
+    call.wait().unwrap();
+    let gone = || {
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        state.is_empty() || state.contains(") Z ")
+    };
+    lab::eventually("the delegate is gone", gone);
+}
+
+#[test]
+fn chained_portmap_finds_what_it_needs_in_the_result() {
+    lab::enter();
+    let conf = hand_conf();
+    let result = add("c", &conf);
+    let portmap = json!({"cniVersion": "1.0.0", "name": "hand", "type": "portmap", "prevResult": with(result, json!({"cniVersion": "1.0.0"})),
+        "capabilities": {"portMappings": true}, "runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}});
+    let run = |verb: &str| {
+        let call = Plat::call(verb, "c", &portmap);
+        let mut child = call.command();
+        let path = std::env::var("PATH").unwrap();
+        let mut portmap_child = std::process::Command::new(format!("{}/portmap", plugins()));
+        portmap_child
+            .env_clear()
+            .env("PATH", path)
+            .envs(child.get_envs().filter_map(|(k, v)| Some((k.to_owned(), v?.to_owned()))));
+        child = portmap_child;
+        let mut child = child
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), portmap.to_string().as_bytes()).unwrap();
+        Answer::of(child.wait_with_output().unwrap())
+    };
+    assert_eq!(run("ADD").json()["ips"][0]["address"], "10.22.0.2/24");
+    assert!(sh("nft list ruleset").contains("8080"));
+    run("DEL").silent();
+    Plat::call("DEL", "c", &conf).run().silent();
+    lab::assert_nothing_left();
+}
