@@ -163,7 +163,11 @@ pub fn confirm(call: &mut Call, held: &Held, host: &Link) -> Result<(), Error> {
     let lease = Lease { veth: HostVeth { name: host.name.clone(), index: host.index }, ..held.lease.clone() };
     let mut store = call.lock()?;
     let found = store.find_at(held.slot, &lease.container_id, &lease.ifname)?;
-    let stands = found.as_ref().is_some_and(|held| held.lease.since == lease.since);
+    let as_written = |found: &Held| {
+        let found = &found.lease;
+        (found.since, &found.pool, &found.addresses) == (lease.since, &lease.pool, &lease.addresses)
+    };
+    let stands = found.as_ref().is_some_and(as_written);
     if !stands && let Some(other) = store.leases()?.iter().find(|held| contradicts(&lease, &held.lease)) {
         let msg = "the lease store was removed meanwhile, and an address given to another pod";
         let why = format!("container {} has it now; try again", other.lease.container_id);

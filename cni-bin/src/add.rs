@@ -124,7 +124,7 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
     {
         left.push(error.to_string());
     }
-    if let Some(plugin) = done.delegated
+    if let Some(plugin) = done.delegated.filter(|_| link_is_gone)
         && let Err(error) = delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)
     {
         left.push(error.to_string());

@@ -15,7 +15,7 @@ use crate::call::Call;
 use crate::error::{Code, Error};
 use crate::json::Json;
 use crate::spec::SpecVersion;
-use crate::{delegate, teardown};
+use crate::{delegate, fail, teardown};
 
 /// Container ID and interface.
 type Key = (String, String);
@@ -55,6 +55,7 @@ pub fn gc(call: &mut Call) -> Result<(), Error> {
 }
 
 fn collect(call: &mut Call, lease: &Lease) -> Result<(), Error> {
+    fail::point(&format!("gc-{}", lease.container_id))?;
     teardown::teardown(call.host(), &lease.container_id, &lease.ifname, Some(lease))?;
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
     match store.find(&lease.container_id, &lease.ifname)? {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use plat_crds::lease::checksum;
+
 /// An Ethernet address; shown in lower case with colons.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Mac(pub [u8; 6]);
@@ -33,26 +35,25 @@ impl Mac {
     /// `MACAddressPolicy=persistent` changes those that are left to the kernel, after we have reported
     /// them.
     ///
-    /// IPv4 addresses are unique on a node, so are these. IPv6 addresses are folded to four bytes: those
-    /// of one /96 stay distinct.
+    /// IPv4 addresses are unique on a node, so these are too: `0a`, the end, the address. An IPv6 address
+    /// does not fit: `0e` and 40 bits of its hash, which no two of a node's pods will share.
     pub fn for_address(address: IpAddr, end: End) -> Mac {
-        let second = match (end, address) {
-            (End::Pod, IpAddr::V4(_)) => 0x70,
-            (End::Pod, IpAddr::V6(_)) => 0x71,
-            (End::Host, IpAddr::V4(_)) => 0x72,
-            (End::Host, IpAddr::V6(_)) => 0x73,
-            (End::Bridge, IpAddr::V4(_)) => 0x74,
-            (End::Bridge, IpAddr::V6(_)) => 0x75,
+        let number = match end {
+            End::Pod => 0x70,
+            End::Host => 0x71,
+            End::Bridge => 0x72,
         };
-        let [a, b, c, d] = match address {
-            IpAddr::V4(v4) => v4.octets(),
-            IpAddr::V6(v6) => {
-                let words = u128::from(v6);
-                let fold = (words ^ (words >> 32) ^ (words >> 64) ^ (words >> 96)) & u128::from(u32::MAX);
-                u32::try_from(fold).unwrap_or_default().to_be_bytes()
+        match address {
+            IpAddr::V4(v4) => {
+                let [a, b, c, d] = v4.octets();
+                Mac([0x0a, number, a, b, c, d])
             }
-        };
-        Mac([0x0a, second, a, b, c, d])
+            IpAddr::V6(v6) => {
+                let seed = [v6.octets().as_slice(), &[number]].concat();
+                let [a, b, c, d, e, ..] = checksum(&seed).to_be_bytes();
+                Mac([0x0e, a, b, c, d, e])
+            }
+        }
     }
 }
 
@@ -115,5 +116,16 @@ mod tests {
             assert!(macs[0] != macs[1] && macs[1] != macs[2] && macs[0] != macs[2]);
             assert!(macs.iter().all(|m| m.0[0] & 3 == 2), "local bit set, multicast bit clear");
         }
+        let pod = Mac::for_address([10, 244, 3, 7].into(), End::Pod);
+        assert_eq!(pod.to_string(), "0a:70:0a:f4:03:07");
+    }
+
+    #[test]
+    fn pods_of_several_ipv6_blocks_do_not_share_one() {
+        let address = |block: u16, host: u16| IpAddr::from([0xfd00, 0x10, 0x244, block, 0, 0, 0, host]);
+        let macs: std::collections::HashSet<Mac> = (0..8)
+            .flat_map(|block| (2..2000).map(move |host| Mac::for_address(address(block, host), End::Pod)))
+            .collect();
+        assert_eq!(macs.len(), 8 * 1998);
     }
 }

@@ -230,10 +230,10 @@ mod tests {
     fn reply() -> Reply {
         Reply {
             interfaces: vec![
-                Interface { name: "cni0".into(), mac: "0a:74:0a:09:00:01".into(), ..Interface::default() },
+                Interface { name: "cni0".into(), mac: "0a:72:0a:09:00:01".into(), ..Interface::default() },
                 Interface {
                     name: "plat1".into(),
-                    mac: "0a:72:0a:09:00:07".into(),
+                    mac: "0a:71:0a:09:00:07".into(),
                     mtu: Some(1400),
                     ..Interface::default()
                 },
@@ -271,7 +271,7 @@ mod tests {
         );
         assert_eq!(
             reply().render(SpecVersion::V0_4_0).unwrap(),
-            r#"{"cniVersion":"0.4.0","dns":{},"interfaces":[{"mac":"0a:74:0a:09:00:01","name":"cni0"},{"mac":"0a:72:0a:09:00:07","name":"plat1"},{"mac":"0a:70:0a:09:00:07","name":"eth0","sandbox":"/run/netns/x"}],"ips":[{"address":"10.9.0.7/24","gateway":"10.9.0.1","interface":2,"version":"4"},{"address":"fd00::7/64","interface":2,"version":"6"}],"routes":[{"dst":"0.0.0.0/0","gw":"10.9.0.1"},{"dst":"::/0"}]}"#
+            r#"{"cniVersion":"0.4.0","dns":{},"interfaces":[{"mac":"0a:72:0a:09:00:01","name":"cni0"},{"mac":"0a:71:0a:09:00:07","name":"plat1"},{"mac":"0a:70:0a:09:00:07","name":"eth0","sandbox":"/run/netns/x"}],"ips":[{"address":"10.9.0.7/24","gateway":"10.9.0.1","interface":2,"version":"4"},{"address":"fd00::7/64","interface":2,"version":"6"}],"routes":[{"dst":"0.0.0.0/0","gw":"10.9.0.1"},{"dst":"::/0"}]}"#
         );
         let new = reply().render(SpecVersion::V1_0_0).unwrap();
         assert!(!new.contains("version\":\"4") && !new.contains("mtu") && !new.contains("dns"), "{new}");

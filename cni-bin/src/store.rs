@@ -135,7 +135,7 @@ impl Store {
         kernel: &'a mut dyn Kernel,
     ) -> Result<Option<Locked<'a>>, Error> {
         let Some(file) = self.open_locked(wait, missing)? else { return Ok(None) };
-        let header = Header { boot_id: boot.bytes, slots: 0 };
+        let header = Header { boot_id: boot.bytes, slots: 0, leases: 0 };
         let mut locked = Locked { file, path: self.path.clone(), header, kernel, repaired: None };
         locked.read_header()?;
         Ok(Some(locked))
@@ -148,7 +148,7 @@ impl Store {
         let mut bytes = [0; HEADER_SIZE];
         file.read_exact_at(&mut bytes, 0).ok()?;
         let header = Header::decode(&bytes).ok().filter(|header| header.boot_id == boot.bytes)?;
-        let entries = Entries { file: &file, slots: header.slots };
+        let entries = Entries { file: &file, header };
         entries.survey(0).ok().flatten()
     }
 
@@ -287,11 +287,11 @@ impl Tags {
 /// The index of a store's file.
 struct Entries<'a> {
     file: &'a File,
-    slots: u32,
+    header: Header,
 }
 
 impl Entries<'_> {
-    /// One reading of all entries; `None` if one is damaged.
+    /// One reading of all entries; `None` if one is damaged or missing.
     fn survey(&self, key: u64) -> io::Result<Option<Survey>> {
         let mut survey = Survey::default();
         let mut whole = true;
@@ -308,14 +308,16 @@ impl Entries<'_> {
             }
             Entry::Damaged => whole = false,
         })?;
-        Ok(whole.then_some(survey))
+        // An entry that was overwritten with zeros looks like a free one.
+        Ok(Some(survey).filter(|survey| whole && survey.count == self.header.leases))
     }
 
     fn scan(&self, mut each: impl FnMut(u32, Entry)) -> io::Result<()> {
-        let mut buffer = vec![0; CHUNK.min(self.slots) as usize * ENTRY_SIZE];
+        let slots = self.header.slots;
+        let mut buffer = vec![0; CHUNK.min(slots) as usize * ENTRY_SIZE];
         let mut first = 0;
-        while first < self.slots {
-            let count = CHUNK.min(self.slots - first);
+        while first < slots {
+            let count = CHUNK.min(slots - first);
             let bytes = buffer.get_mut(..count as usize * ENTRY_SIZE).unwrap_or_default();
             let read = read_at(self.file, bytes, entry_offset(first))?;
             // What is cut off reads as damaged.
@@ -332,15 +334,16 @@ impl Entries<'_> {
 /// Reads what there is, and says how much that was.
 fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
-    loop {
+    while done < bytes.len() {
         let rest = bytes.get_mut(done..).unwrap_or_default();
         match file.read_at(rest, offset + done as u64) {
-            Ok(0) => return Ok(done),
+            Ok(0) => break,
             Ok(count) => done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
+    Ok(done)
 }
 
 impl Locked<'_> {
@@ -392,7 +395,7 @@ impl Locked<'_> {
     }
 
     fn entries(&self) -> Entries<'_> {
-        Entries { file: &self.file, slots: self.header.slots }
+        Entries { file: &self.file, header: self.header }
     }
 
     /// The lease of a key, looked for first where it was written. Saves reading all entries.
@@ -439,6 +442,7 @@ impl Locked<'_> {
             Entry::Damaged => whole = false,
         });
         scanned.map_err(|e| self.io("read", e))?;
+        whole &= used.len() == self.header.leases as usize;
         for (slot, entry) in used {
             match self.read_record(slot, &entry)? {
                 Some(lease) => leases.push(Held { slot, lease }),
@@ -470,12 +474,15 @@ impl Locked<'_> {
             return Err(Error::Full(self.path.clone()));
         }
         self.put(slot, lease)?;
-        if slot >= self.header.slots {
-            let header = Header { slots: slot + 1, ..self.header };
-            self.write(&header.encode(), 0)?;
-            self.header = header;
-        }
+        let slots = self.header.slots.max(slot + 1);
+        self.write_header(Header { slots, leases: self.header.leases.saturating_add(1), ..self.header })?;
         Ok(slot)
+    }
+
+    fn write_header(&mut self, header: Header) -> Result<(), Error> {
+        self.write(&header.encode(), 0)?;
+        self.header = header;
+        Ok(())
     }
 
     /// Writes a changed lease into its slot.
@@ -491,7 +498,8 @@ impl Locked<'_> {
 
     /// Ends a lease.
     pub fn remove(&mut self, slot: u32) -> Result<(), Error> {
-        self.write(&[0; ENTRY_SIZE], entry_offset(slot))
+        self.write(&[0; ENTRY_SIZE], entry_offset(slot))?;
+        self.write_header(Header { leases: self.header.leases.saturating_sub(1), ..self.header })
     }
 
     /// The address that was handed out last from a range set.
@@ -522,12 +530,11 @@ impl Locked<'_> {
         let leases = merge(readable, proven);
         // Without a header the file is rebuilt again, should this be the last thing that we do.
         self.file.set_len(0).map_err(|e| self.io("empty", e))?;
-        self.header.slots = 0;
         for (slot, lease) in (0..MAX_SLOTS).zip(&leases) {
             self.put(slot, lease)?;
-            self.header.slots = slot + 1;
         }
-        self.write(&self.header.encode(), 0)?;
+        let count = u32::try_from(leases.len()).unwrap_or(u32::MAX).min(MAX_SLOTS);
+        self.write_header(Header { slots: count, leases: count, ..self.header })?;
         self.repaired = Some(reason);
         Ok(())
     }

@@ -221,3 +221,19 @@ fn a_young_lease_is_not_collected() {
     gc(&hand_conf(), json!({"cni.dev/valid-attachments": []})).silent();
     assert_eq!(lab::leases().len(), 1, "its ADD may be younger than the list");
 }
+
+#[test]
+fn c86_what_cannot_be_removed_does_not_keep_the_rest() {
+    lab::enter();
+    let conf = impatient(hand_conf());
+    for id in ["a", "b", "c"] {
+        add(id, &conf);
+    }
+    let all = with(conf, json!({"cni.dev/valid-attachments": []}));
+    let answer = Plat::bare("GC").input(&all).set("PLAT_FAIL", "gc-b:error").run();
+    let error = answer.error(107);
+    assert!(error.contains("1 of 3") && error.contains("eth0 of b"), "{error}");
+    assert_eq!(lab::leased(), ["10.22.0.3"]);
+    Plat::bare("GC").input(&all).run().silent();
+    lab::assert_nothing_left();
+}

@@ -61,6 +61,17 @@ fn damages() -> Vec<Damage> {
                     .unwrap();
             }),
         ),
+        (
+            "an entry zeroed whole",
+            Box::new(|| {
+                File::options()
+                    .write(true)
+                    .open(FILE)
+                    .unwrap()
+                    .write_all_at(&[0; 64], entry_offset(1))
+                    .unwrap();
+            }),
+        ),
         ("records flipped", Box::new(|| (0..5).for_each(|slot| flip(record_offset(slot) + 5)))),
         (
             "cut in the index",

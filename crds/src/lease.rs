@@ -17,8 +17,8 @@
 //! record `n`.
 //!
 //! **Header**: 0 magic `PLATLEAS` · 8 `u32` version · 12 `u16` entry size · 14 `u16` record size · 16 boot
-//! id (16 bytes) · 32 `u32` number of slots that were ever in use · 36 zero · 56 `u64` checksum of the
-//! bytes before. Magic, version and checksum stay in place in every later version, so that an older
+//! id (16 bytes) · 32 `u32` number of slots that were ever in use · 36 `u32` number of leases, which shows
+//! an entry that was overwritten with zeros · 40 zero · 56 `u64` checksum of the bytes before. Magic, version and checksum stay in place in every later version, so that an older
 //! program can tell a newer file from a damaged one.
 //!
 //! **Entry**: 0 `u64` hash of the key (container ID and interface) · 8 four `u64` address tags, 0 for none
@@ -263,6 +263,9 @@ pub struct Header {
     pub boot_id: [u8; 16],
     /// Number of slots that were ever in use.
     pub slots: u32,
+    /// Number of leases. Written after the entry that changes it, so it may be one behind where a process
+    /// was killed; the store is then rebuilt, as after any damage.
+    pub leases: u32,
 }
 
 /// Why a header cannot be used.
@@ -286,6 +289,7 @@ impl Header {
         bytes.extend_from_slice(&(RECORD_SIZE as u16).to_le_bytes());
         bytes.extend_from_slice(&self.boot_id);
         bytes.extend_from_slice(&self.slots.to_le_bytes());
+        bytes.extend_from_slice(&self.leases.to_le_bytes());
         sealed(bytes)
     }
 
@@ -303,7 +307,8 @@ impl Header {
         if version != VERSION || bytes.get(12..16) != Some(&sizes) || slots > MAX_SLOTS {
             return Err(HeaderError::Unreadable);
         }
-        Ok(Header { boot_id: field(bytes, 16).ok_or(HeaderError::Unreadable)?, slots })
+        let boot_id = field(bytes, 16).ok_or(HeaderError::Unreadable)?;
+        Ok(Header { boot_id, slots, leases: number(36)? })
     }
 }
 
@@ -594,7 +599,7 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(Lease::decode(&used(&entry), &bad), None, "record bit {bit}");
         }
-        let header = Header { boot_id: [7; 16], slots: 3 }.encode();
+        let header = Header { boot_id: [7; 16], slots: 3, leases: 2 }.encode();
         for bit in 0..HEADER_SIZE * 8 {
             let mut bad = header;
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -604,7 +609,7 @@ mod tests {
 
     #[test]
     fn a_newer_store_is_told_from_a_damaged_one() {
-        let header = Header { boot_id: [7; 16], slots: 3 };
+        let header = Header { boot_id: [7; 16], slots: 3, leases: 2 };
         assert_eq!(Header::decode(&header.encode()), Ok(header));
         let mut newer = header.encode()[..56].to_vec();
         newer[8] = 9;
