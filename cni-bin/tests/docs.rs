@@ -1,0 +1,52 @@
+//! What `docs/cni.md` shows is what happens.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod lab;
+
+use std::fs;
+use std::process::Command;
+
+fn document() -> String {
+    fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cni.md")).unwrap()
+}
+
+#[test]
+fn the_example_by_hand_can_be_copied_and_run() {
+    lab::enter();
+    let document = document();
+    let example = document.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    fs::create_dir("/run/bin").unwrap();
+    fs::create_dir("/run/work").unwrap();
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_plat"), "/run/bin/plat").unwrap();
+    let path = format!("/run/bin:{}", std::env::var("PATH").unwrap());
+    let output = Command::new("sh")
+        .args(["-ec", example])
+        .env("PATH", path)
+        .current_dir("/run/work")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    for words in ["supportedVersions", "\"address\":\"10.22.0.2/24\"", "ADDRESS", "10.22.0.2  demo1"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn every_key_that_is_read_or_refused_is_documented() {
+    let document = document();
+    let sources = ["config.rs", "config/refused.rs", "config/ranges.rs"];
+    for source in sources {
+        let text = fs::read_to_string(format!("{}/src/{source}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for call in [".get(\"", "seconds(\"", "flag(\"", "bound(\"", "number(\""] {
+            for key in code.split(call).skip(1).filter_map(|rest| rest.split('"').next()) {
+                // Keys inside `dns`, `runtimeConfig.dns` and `cniVersion`'s relatives are the specification's.
+                let of_specification = ["servers", "searches", "cni"].contains(&key);
+                assert!(of_specification || document.contains(key), "{source}: {key} is not in docs/cni.md");
+            }
+        }
+    }
+}
