@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
+use kube::api::ListParams;
 use kube::core::DeserializeGuard;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
@@ -31,6 +32,8 @@ use crate::reporter::Report;
 const CONTACT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How soon a failed proof is tried again.
 const CONTACT_RETRY: Duration = Duration::from_secs(3);
+/// How soon after a failed watch it is asked whether etcd went back.
+const DOUBT_AFTER: Duration = Duration::from_secs(1);
 
 /// Follows the API server until the task is dropped.
 pub async fn run(
@@ -71,6 +74,11 @@ pub async fn run(
 }
 
 /// Watches one kind for ever; lists anew when asked to.
+///
+/// A watch that fails goes on from the version that it had reached, or every agent would list everything
+/// each time that an API server restarts. If etcd was put back to a backup meanwhile, that version lies in
+/// its future, and the API server accepts the watch but says nothing until it is reached. So after a failure
+/// the current version is asked for, until there is an answer, and if it went back everything is listed.
 async fn follow<K, F>(
     api: Api<DeserializeGuard<K>>,
     kind: Kind,
@@ -88,11 +96,28 @@ async fn follow<K, F>(
         let stream = watcher::watcher(api.clone(), config.clone()).default_backoff();
         futures::pin_mut!(stream);
         let mut listing = Vec::new();
+        let mut newest = 0;
+        let mut doubt = None;
         loop {
             let event = tokio::select! {
                 event = stream.next() => event,
                 () = relist.notified() => break,
+                () = sleep_until(doubt.unwrap_or_else(Instant::now)), if doubt.is_some() => {
+                    match current_version(&api).await {
+                        Some(current) if current < newest => {
+                            tracing::warn!(?kind, current, newest, "etcd went back in time; listing anew");
+                            break;
+                        }
+                        Some(_) => doubt = None,
+                        None => doubt = Some(Instant::now() + CONTACT_RETRY),
+                    }
+                    continue;
+                }
             };
+            if let Some(Ok(Event::InitApply(object) | Event::Apply(object) | Event::Delete(object))) = &event
+            {
+                newest = newest.max(version(object.meta().resource_version.as_deref()).unwrap_or(0));
+            }
             match event {
                 None => break,
                 Some(Ok(Event::Init)) => listing.clear(),
@@ -115,10 +140,27 @@ async fn follow<K, F>(
                         config = watcher::Config::default();
                         break;
                     }
+                    doubt = doubt.or(Some(Instant::now() + DOUBT_AFTER));
                 }
             }
         }
     }
+}
+
+/// The version that the kind is at; `None` if the API server does not say.
+async fn current_version<K>(api: &Api<DeserializeGuard<K>>) -> Option<u64>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+{
+    let one = ListParams::default().limit(1);
+    let list = timeout(CONTACT_TIMEOUT, api.list(&one)).await.ok()?.ok()?;
+    version(list.metadata.resource_version.as_deref())
+}
+
+/// A resourceVersion as a number, which within one kind grows with every change (since Kubernetes 1.35 by
+/// contract, before in fact). One that is no number tells nothing.
+fn version(text: Option<&str>) -> Option<u64> {
+    text?.parse().ok()
 }
 
 /// An error with its sources, which the watcher's own text leaves out.
