@@ -32,7 +32,7 @@ build() {
     has "$package" "$program" || { echo "images: $package has no program $program yet: left out" >&2; return 1; }
   done
   RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
-    cargo build --locked --quiet --profile "$profile" --target "$triple" -p "$package" "${@/#/--bin=}"
+    cargo build --locked --quiet --profile "$profile" --target "$triple" -p "$package" "${@/#/--bin=}" || exit 1
   for program in "$@"; do
     cmp -s "$built/$program" "$out/bin/$program" || install -m 755 "$built/$program" "$out/bin/$program"
   done

@@ -184,7 +184,7 @@ fn diagnosis(name: &str, run: &Path) -> String {
         command.arg("--kubeconfig").arg(run.join("admin.kubeconfig")).arg("--request-timeout=5s").args(args);
         let said = output(&mut command).unwrap_or_else(|e| format!("{e:#}"));
         let lines: Vec<_> = said.lines().collect();
-        let last = &lines[lines.len().saturating_sub(60)..];
+        let last = &lines[lines.len().saturating_sub(150)..];
         let _ = writeln!(text, "--- kubectl {}\n{}", args.join(" "), last.join("\n"));
     }
     text

@@ -108,10 +108,10 @@ pub fn pod_addresses(cluster: &Cluster, node: u8) -> Result<Vec<(String, IpAddr)
         .collect())
 }
 
-/// The routes of ours on a node, as `ip route` prints them.
+/// The routes of ours on a node, as `ip route` prints them, without whether their link has a carrier.
 pub fn routes(cluster: &Cluster, node: u8) -> Result<Vec<String>> {
     let said = cluster.on_node(node, "ip route show proto 112")?;
-    Ok(said.lines().map(|line| line.trim_end().to_owned()).collect())
+    Ok(said.lines().map(|line| line.replace(" linkdown", "").trim_end().to_owned()).collect())
 }
 
 /// Whether a node has a route of ours to `block` via node `via`.
