@@ -102,10 +102,20 @@ impl Deref for ControlPlane {
 
 /// Creates a Node as a kubelet would leave it: Ready, with these InternalIPs.
 pub async fn create_node(client: &Client, name: &str, addresses: &[&str]) -> Result<Node> {
+    create_node_with(client, name, addresses, None).await
+}
+
+/// The same with a podCIDR, as another allocator would leave it.
+pub async fn create_node_with(
+    client: &Client,
+    name: &str,
+    addresses: &[&str],
+    pod_cidr: Option<&str>,
+) -> Result<Node> {
     let api: Api<Node> = Api::all(client.clone());
-    let node: Node = serde_json::from_value(
-        json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}}),
-    )?;
+    let spec = pod_cidr.map_or_else(|| json!({}), |cidr| json!({"podCIDR": cidr, "podCIDRs": [cidr]}));
+    let metadata = json!({"name": name, "labels": {"kubernetes.io/hostname": name}});
+    let node: Node = serde_json::from_value(json!({"metadata": metadata, "spec": spec}))?;
     api.create(&PostParams::default(), &node).await?;
     let addresses: Vec<_> = addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
     let ready =

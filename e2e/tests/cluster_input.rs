@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use plat_e2e::cluster::{Cluster, Pod, PodSpec, find_condition};
-use plat_e2e::light::create_node;
+use plat_e2e::light::create_node_with;
 use plat_e2e::plat::{block_of, blocks_of, doubles, events, wait_converged};
 use plat_e2e::testbed::feed;
 use plat_e2e::traffic::{Traffic, assert_none_lost};
@@ -84,16 +84,9 @@ fn nodes_that_cannot_be_served_are_named_and_the_others_go_on() {
             ("foreign", &["172.30.0.51"], Some("192.168.5.0/24"), "ForeignPodCIDR"),
             ("taken", &["172.30.0.52"], Some(taken.as_str()), "PodCIDRTaken"),
         ] {
-            cluster.block_on(async |client| create_node(&client, name, addresses).await).unwrap();
-            if let Some(cidr) = pod_cidr {
-                let spec = json!({"spec": {"podCIDR": cidr, "podCIDRs": [cidr]}}).to_string();
-                let patched = cluster.kubectl(&["patch", "node", name, "--type=merge", "-p", &spec]);
-                // The operator may have been faster: then the field is set already, and cannot be set again.
-                if patched.is_err() {
-                    println!("the operator had served {name} before its podCIDR was set");
-                    continue;
-                }
-            }
+            cluster
+                .block_on(async |client| create_node_with(&client, name, addresses, pod_cidr).await)
+                .unwrap();
             wait_until(&format!("an Event names {name}"), DEADLINE, || {
                 let events = events(cluster, reason).map_err(|e| e.to_string())?;
                 holds(events.iter().any(|e| e.contains(name)), format!("{events:?}"))
@@ -161,28 +154,40 @@ fn a_corrupt_lease_file_costs_no_address_and_no_pod() {
 #[test]
 fn a_run_folder_that_cannot_be_written_is_named_and_heals() {
     let cluster = cluster();
+    let add = "CNI_COMMAND=ADD CNI_CONTAINERID=unwritten CNI_NETNS=/run/netns/unwritten CNI_IFNAME=eth0 CNI_PATH=/opt/cni/bin";
     let status = "CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin";
     let conf =
         json!({"cniVersion": "1.1.0", "name": "plat", "type": "plat", "ipam": {"type": "plat"}}).to_string();
+    cluster.on_node(2, "ip netns add unwritten").unwrap();
+    let links = cluster.on_node(2, "ip -br link | awk '{print $1}'").unwrap();
     while_others_go_on("a run folder that cannot be written", || {
         for (what, cover) in [
             ("read-only", "mount --bind /run/plat /run/plat && mount -o remount,bind,ro /run/plat"),
             (
                 "full",
-                "cp -r /run/plat /tmp/kept && mount -t tmpfs -o size=16k tmpfs /run/plat && cp /tmp/kept/blocks.json /run/plat/ && \
-                { dd if=/dev/zero of=/run/plat/fill bs=1k count=64 2>/dev/null; true; }",
+                "cp -r /run/plat /tmp/kept && mount -t tmpfs -o size=16k tmpfs /run/plat && \
+                 cp /tmp/kept/blocks.json /run/plat/ && { dd if=/dev/zero of=/run/plat/fill bs=1k count=64 2>/dev/null; true; }",
             ),
         ] {
             cluster.on_node(2, cover).unwrap();
-            let error = cni(2, status, &conf).expect_err(what);
-            assert_eq!(error["code"], 50, "{what}: {error}");
+            let error = cni(2, add, &conf).expect_err(what);
             assert!(error.to_string().contains("/run/plat"), "{what}: {error}");
+            if what == "read-only" {
+                let error = cni(2, status, &conf).expect_err(what);
+                assert_eq!(error["code"], 50, "{what}: {error}");
+            }
             cluster.on_node(2, "umount /run/plat; rm -rf /tmp/kept").unwrap();
             cni(2, status, &conf).unwrap();
+            assert_eq!(
+                cluster.on_node(2, "ip -br link | awk '{print $1}'").unwrap(),
+                links,
+                "{what}: no half pod is left"
+            );
         }
         cluster.run_pods(&[PodSpec { name: "healed", node: 2, host_network: false }], DEADLINE).unwrap();
         cluster.delete_pods(&["healed"]).unwrap();
     });
     assert_eq!(blocks_of(cluster, 2).unwrap().len(), 1);
+    cluster.on_node(2, "ip netns del unwritten").unwrap();
     wait_converged(cluster, 2, DEADLINE);
 }
