@@ -23,7 +23,12 @@ fn traces(cluster: &Cluster, node: u8) -> BTreeMap<&'static str, String> {
         ("addresses", "ip -o addr show scope global | awk '{print $2, $4}'"),
         ("routes", "ip route show table all; ip -6 route show table all | grep -v fe80"),
         ("rules", "ip rule; ip -6 rule"),
-        ("nft", "nft list tables | grep -v kube-proxy; nft list ruleset | grep -c plat || true"),
+        // kube-proxy's own tables change with every Service.
+        (
+            "nft",
+            "for t in $(nft list tables | grep -v kube-proxy | awk '{print $2 \"/\" $3}'); do nft list table ${t%/*} ${t#*/}; done | \
+            sed -E 's/ packets [0-9]+ bytes [0-9]+//' | sort",
+        ),
         ("files", "find /etc/cni /opt/cni /run/plat 2>/dev/null | sort"),
         (
             "sysctls",
@@ -83,6 +88,27 @@ fn from_install_on_one_node_to_uninstall_without_a_trace() {
         ])
         .unwrap();
     cluster.helm(&["uninstall", "plat", "-n", "plat-system", "--wait", "--timeout", "60s"]).unwrap();
+    wait_until("nothing of the release is left but the kinds and their objects", DEADLINE, || {
+        let kinds = cluster.kubectl(&["api-resources", "--verbs=list", "-o", "name"])?;
+        let kinds: Vec<_> = kinds
+            .lines()
+            .filter(|k| {
+                !k.contains("plat.network") && !k.starts_with("events") && !k.ends_with("metrics.k8s.io")
+            })
+            .collect();
+        let left = cluster.kubectl(&[
+            "get",
+            &kinds.join(","),
+            "-A",
+            "-o",
+            "name",
+            "-l",
+            "app.kubernetes.io/instance=plat",
+        ])?;
+        let left: Vec<_> = left.lines().filter(|l| !l.ends_with(".plat.network")).collect();
+        anyhow::ensure!(left.is_empty(), "{left:?}");
+        Ok::<_, anyhow::Error>(())
+    });
     wait_until("n1 is as it was", DEADLINE, || {
         let now = traces(&cluster, 1);
         let differs: Vec<_> = before

@@ -201,7 +201,8 @@ fn the_kinds_are_deleted_and_come_back_with_the_same_blocks() {
     let before: Vec<_> = (1..=3).map(|node| block_of(cluster, node).unwrap()).collect();
     let routes_before = routes(cluster, 1).unwrap();
     let traffic = traffic();
-    cluster.kubectl(&["delete", "crd", "podcidrs.plat.network", "--timeout=20s"]).unwrap();
+    let kinds = ["podcidrs.plat.network", "nodenetworks.plat.network"];
+    cluster.kubectl(&[&["delete", "crd", "--timeout=20s"], &kinds[..]].concat()).unwrap();
     run_new_pod("without-kind", 1);
     assert_eq!(routes(cluster, 1).unwrap(), routes_before, "no route is withdrawn");
     let crds = std::fs::read_to_string(repository().join("charts/plat/crd/crds.yaml")).unwrap();
