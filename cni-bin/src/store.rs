@@ -20,8 +20,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use plat_crds::lease::{
-    CURSOR_SIZE, ENTRY_SIZE, EncodeError, Entry, HEADER_SIZE, Header, HeaderError, Lease, MAX_SLOTS, PoolId,
-    RECORD_SIZE, UsedEntry, cursor_offset, decode_cursor, encode_cursor, entry_offset, key_hash,
+    CURSOR_SIZE, CURSORS, ENTRY_SIZE, EncodeError, Entry, HEADER_SIZE, Header, HeaderError, Lease, MAX_SLOTS,
+    PoolId, RECORD_SIZE, UsedEntry, cursor_offset, decode_cursor, encode_cursor, entry_offset, key_hash,
     record_offset,
 };
 use rustix::fs::FlockOperation;
@@ -356,17 +356,14 @@ impl Locked<'_> {
     fn read_header(&mut self) -> Result<(), Error> {
         let mut bytes = [0; HEADER_SIZE];
         let length = self.file.metadata().map_err(|e| self.io("look at", e))?.len();
-        if length > 0 {
-            // A short file leaves zeros behind, which are no header.
-            let read = self.file.read_at(&mut bytes, 0).map_err(|e| self.io("read", e))?;
-            bytes.iter_mut().skip(read).for_each(|b| *b = 0);
-        }
+        // A short file leaves zeros behind, which are no header.
+        self.read(&mut bytes, 0)?;
         match Header::decode(&bytes) {
             Err(source @ HeaderError::Newer(_)) => Err(Error::Newer { path: self.path.clone(), source }),
-            Err(HeaderError::Unreadable) if length == 0 => self.rebuild("it is new", Vec::new()),
-            Err(HeaderError::Unreadable) => self.rebuild("its header cannot be read", Vec::new()),
+            Err(HeaderError::Unreadable) if length == 0 => self.rebuild("it is new", Vec::new(), &[]),
+            Err(HeaderError::Unreadable) => self.rebuild("its header cannot be read", Vec::new(), &[]),
             Ok(header) if header.boot_id != self.header.boot_id => {
-                self.rebuild("it is of another boot", Vec::new())
+                self.rebuild("it is of another boot", Vec::new(), &[])
             }
             Ok(header) => {
                 self.header = header;
@@ -381,13 +378,16 @@ impl Locked<'_> {
     /// Reads all entries. Damage is repaired first.
     pub fn survey(&mut self, container_id: &str, ifname: &str) -> Result<Survey, Error> {
         let key = key_hash(container_id, ifname);
-        match self.try_survey(key)? {
-            Some(survey) => Ok(survey),
-            None => {
-                self.repair("an entry is damaged")?;
-                Ok(self.try_survey(key)?.unwrap_or_default())
-            }
+        if let Some(survey) = self.try_survey(key)? {
+            return Ok(survey);
         }
+        self.repair("an entry is damaged or missing")?;
+        self.try_survey(key)?.ok_or_else(|| self.hopeless())
+    }
+
+    /// What was just written does not read as it was written: better no answer than a wrong one.
+    fn hopeless(&self) -> Error {
+        self.io("read", io::Error::other("it is damaged again right after its repair"))
     }
 
     fn try_survey(&self, key: u64) -> Result<Option<Survey>, Error> {
@@ -417,8 +417,8 @@ impl Locked<'_> {
         if let Some(lease) = self.read_lease(slot)? {
             return Ok(Some(Held { slot, lease }));
         }
-        self.repair("a record cannot be read")?;
-        let all = self.read_all()?.0;
+        // Reads all, and so repairs what cannot be read.
+        let all = self.leases()?;
         Ok(all.into_iter().find(|h| h.lease.container_id == container_id && h.lease.ifname == ifname))
     }
 
@@ -428,8 +428,11 @@ impl Locked<'_> {
         if whole {
             return Ok(leases);
         }
-        self.repair("an entry or record is damaged")?;
-        Ok(self.read_all()?.0)
+        self.repair("an entry or record is damaged or missing")?;
+        match self.read_all()? {
+            (leases, true) => Ok(leases),
+            (_, false) => Err(self.hopeless()),
+        }
     }
 
     /// All leases that can be read, and whether all can.
@@ -475,8 +478,15 @@ impl Locked<'_> {
         }
         self.put(slot, lease)?;
         let slots = self.header.slots.max(slot + 1);
-        self.write_header(Header { slots, leases: self.header.leases.saturating_add(1), ..self.header })?;
-        Ok(slot)
+        let header = Header { slots, leases: self.header.leases.saturating_add(1), ..self.header };
+        match self.write_header(header) {
+            Ok(()) => Ok(slot),
+            Err(error) => {
+                // An entry without its count would be found, and kept, by the next repair.
+                let _ = self.write(&[0; ENTRY_SIZE], entry_offset(slot));
+                Err(error)
+            }
+        }
     }
 
     fn write_header(&mut self, header: Header) -> Result<(), Error> {
@@ -519,21 +529,27 @@ impl Locked<'_> {
     /// Rebuilds with what can still be read of the store. Its header is good.
     fn repair(&mut self, reason: &'static str) -> Result<(), Error> {
         let readable = self.read_all()?.0.into_iter().map(|held| held.lease).collect();
-        self.rebuild(reason, readable)
+        let mut cursors = vec![0; CURSORS as usize * CURSOR_SIZE];
+        self.read(&mut cursors, HEADER_SIZE as u64)?;
+        self.rebuild(reason, readable, &cursors)
     }
 
     /// Writes the store anew: what was still readable, and every lease that the kernel proves besides. A
     /// record that cannot be read so keeps its address exactly as long as a link holds it.
-    fn rebuild(&mut self, reason: &'static str, readable: Vec<Lease>) -> Result<(), Error> {
+    fn rebuild(&mut self, reason: &'static str, readable: Vec<Lease>, cursors: &[u8]) -> Result<(), Error> {
         let proven = self.kernel.held();
         let proven = proven.map_err(|source| Error::Rebuild { path: self.path.clone(), source })?;
         let leases = merge(readable, proven);
+        let count = u32::try_from(leases.len()).unwrap_or(u32::MAX);
+        if count > MAX_SLOTS {
+            return Err(Error::Full(self.path.clone()));
+        }
         // Without a header the file is rebuilt again, should this be the last thing that we do.
         self.file.set_len(0).map_err(|e| self.io("empty", e))?;
-        for (slot, lease) in (0..MAX_SLOTS).zip(&leases) {
+        self.write(cursors, HEADER_SIZE as u64)?;
+        for (slot, lease) in (0..count).zip(&leases) {
             self.put(slot, lease)?;
         }
-        let count = u32::try_from(leases.len()).unwrap_or(u32::MAX).min(MAX_SLOTS);
         self.write_header(Header { slots: count, leases: count, ..self.header })?;
         self.repaired = Some(reason);
         Ok(())

@@ -179,7 +179,7 @@ fn the_delegate_gets_our_environment_and_input_and_its_verb() {
 fn a_delegate_dies_with_us() {
     lab::enter();
     netns("c");
-    let conf = plugin("echo $$ >/run/pid; exec sleep 600");
+    let conf = plugin("echo $$ >/run/pid; exec sleep 30");
     let mut call =
         Plat::call("ADD", "c", &conf).set("CNI_PATH", "/run/bin").set("PATH", "/bin:/usr/bin").start();
     lab::eventually("the delegate runs", || fs::read_to_string("/run/pid").is_ok_and(|p| p.ends_with('\n')));

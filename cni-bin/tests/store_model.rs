@@ -251,7 +251,7 @@ fn a_kernel_that_does_not_answer_stops_everything_rather_than_losing_leases() {
 }
 
 #[test]
-fn slots_are_used_again_and_cursors_survive_a_closed_file() {
+fn slots_are_used_again_and_cursors_survive_a_repair() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases");
     let mut kernel = Fake(vec![]);
@@ -266,5 +266,12 @@ fn slots_are_used_again_and_cursors_survive_a_closed_file() {
     store.set_cursor(pool, 0, IpAddr::from([10, 244, 3, 7])).unwrap();
     drop(store);
     assert_eq!(open(&path, &mut kernel).cursor(pool, 0).unwrap(), Some(IpAddr::from([10, 244, 3, 7])));
+    // A repair keeps them.
+    damage(&path, &Step::Flip(1, 1));
+    let mut store = open(&path, &mut kernel);
+    store.survey("", "").unwrap();
+    assert_eq!(store.repaired(), Some("an entry is damaged or missing"));
+    assert_eq!(store.cursor(pool, 0).unwrap(), Some(IpAddr::from([10, 244, 3, 7])));
+    drop(store);
     assert!(fs::metadata(&path).unwrap().len() <= record_offset(1), "one slot was ever in use");
 }
