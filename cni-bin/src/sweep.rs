@@ -93,10 +93,15 @@ impl Sweeper {
     /// Looks at all leases and links, and ends the leases that are dead. `wait` bounds the wait for the
     /// store's lock. A missing store has no leases, and stays missing.
     pub fn sweep(&mut self, wait: Duration) -> Result<Report, Error> {
+        self.sweep_at(boot_ms(), wait)
+    }
+
+    /// The same at a given time, in milliseconds of `CLOCK_BOOTTIME`.
+    pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, Error> {
         let (leases, rebuilt) = self.read(wait)?;
         // Links are listed after the leases: a lease that is seen has had its link made, or will have.
         let links = link::links(self.kernel.route(), Some("veth"))?;
-        let (dead, seen) = dead(&leases, &links, &self.seen, boot_ms());
+        let (dead, seen) = dead(&leases, &links, &self.seen, now_ms);
         self.seen = seen;
         let ended = self.end(dead, wait)?;
         let standing = leases.into_iter().filter(|l| !ended.iter().any(|e| key(e) == key(l))).collect();

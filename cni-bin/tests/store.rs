@@ -202,6 +202,28 @@ fn the_sweep_only_suspects_a_lease_whose_link_is_gone_at_first() {
 }
 
 #[test]
+fn the_sweep_ends_a_lease_whose_link_stays_gone_and_its_address_can_be_had_again() {
+    lab::enter();
+    let conf = with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/30"}}));
+    add("dead", &conf);
+    sh("ip netns del dead");
+    lab::eventually("the link goes with its namespace", || lab::host_links().is_empty());
+    netns("next");
+    let _ = Plat::call("ADD", "next", &conf).run().error(101);
+    let (mut sweeper, wait) = (sweeper(), Duration::from_secs(5));
+    assert_eq!(sweeper.sweep_at(1_000_000, wait).unwrap().suspected, 1);
+    assert_eq!(sweeper.sweep_at(1_089_999, wait).unwrap().ended, []);
+    let report = sweeper.sweep_at(1_090_000, wait).unwrap();
+    assert_eq!((report.ended.len(), report.leases.len(), report.suspected), (1, 0, 0));
+    assert_eq!(report.ended[0].container_id, "dead");
+    lab::assert_nothing_left();
+    assert_eq!(address(&Plat::call("ADD", "next", &conf).result()), "10.22.0.2");
+    // The DEL that comes late after all finds nothing of its own, and takes nothing of the other's.
+    Plat::call("DEL", "dead", &conf).run().silent();
+    assert_eq!(lab::leased(), ["10.22.0.2"]);
+}
+
+#[test]
 fn the_sweep_of_a_missing_store_finds_nothing_and_makes_nothing() {
     lab::enter();
     let report = sweeper().sweep(Duration::from_secs(5)).unwrap();
