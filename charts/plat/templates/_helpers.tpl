@@ -91,6 +91,7 @@ system:serviceaccount:{{ $.Release.Namespace }}:{{ include "plat.fullname" $ }}-
 
 {{/* What the pods of the test have in common. */}}
 {{- define "plat.test.pod" }}
+dnsPolicy: Default
 terminationGracePeriodSeconds: 0
 nodeSelector: {kubernetes.io/os: linux}
 tolerations: [{key: node-role.kubernetes.io/control-plane, operator: Exists}]
