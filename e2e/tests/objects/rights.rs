@@ -131,11 +131,12 @@ fn the_operator_has_the_rights_of_its_work_and_no_others() {
         "nodes: get list watch patch",
         "podcidrs.plat.network: get list watch create patch delete",
         "podcidrs/status.plat.network: patch",
+        "servicecidrs.networking.k8s.io: list",
     ];
     let lease =
         ["leases.coordination.k8s.io plat-operator: get update", "leases.coordination.k8s.io: create"];
-    let events = ["events.events.k8s.io: create patch"];
-    for (namespace, here) in [("plat-system", &lease[..]), ("default", &events), ("kube-system", &[])] {
+    let cluster = ["endpointslices.discovery.k8s.io kubernetes: get", "events.events.k8s.io: create patch"];
+    for (namespace, here) in [("plat-system", &lease[..]), ("default", &cluster), ("kube-system", &[])] {
         let wanted: BTreeSet<String> = everywhere.iter().chain(here).map(ToString::to_string).collect();
         assert_eq!(rights(OPERATOR, namespace), wanted, "in {namespace}");
     }
