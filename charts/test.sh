@@ -102,6 +102,17 @@ sources=$(cat operator/src/telemetry.rs node-agent/src/telemetry.rs)
 for metric in $(grep -ohE 'plat_(operator|agent|ipam|build)_[a-z_]+' "$work/metrics.yaml" docs/operations.md | sort -u); do
   [[ $sources == *"\"$(sed -E 's/_(total|info)$//; s/_seconds$//' <<<"$metric")\""* ]] && pass "metric $metric exists" || fail "metric $metric exists"
 done
+# So is every reason, both ways.
+words() { grep -ohE "$1" "${@:2}" | grep -oE '[A-Z][A-Za-z]+' | sort -u; }
+undocumented="" unknown=""
+for word in $(words '&str = "[A-Z][A-Za-z]+"' operator/src/reason.rs crds/src/condition.rs); do
+  grep -q "\`$word\`" docs/operations.md || undocumented+=" $word"
+done
+for word in $(words '`[A-Z][a-z]+[A-Za-z]*`' docs/operations.md); do
+  grep -rqE "\"$word\"|^ +$word," operator/src node-agent/src crds/src || unknown+=" $word"
+done
+[[ -z $undocumented ]] && pass "every condition and reason is documented" || fail "every condition and reason is documented" "not in docs/operations.md:$undocumented"
+[[ -z $unknown ]] && pass "every documented reason exists" || fail "every documented reason exists" "in no program:$unknown"
 help() { cargo run -q -p "$1" -- "${@:2}" --help; }
 flags() { # CLAIM KIND TEXT: the flags that objects of that kind give are in the text
   local flag missing=""
