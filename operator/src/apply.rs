@@ -41,6 +41,8 @@ pub enum Outcome {
     Taken(Name),
     /// Decided on something that has changed: plan again.
     Stale(String),
+    /// Decided on something that is not there.
+    Missing,
     /// The API server said no.
     Refused(String),
     /// Nobody knows.
@@ -59,6 +61,7 @@ impl Outcome {
             Outcome::AlreadySo => "already_so",
             Outcome::Taken(_) => "taken",
             Outcome::Stale(_) => "stale",
+            Outcome::Missing => "missing",
             Outcome::Refused(_) => "refused",
             Outcome::Unknown(_) => "unknown",
             Outcome::NotLeader => "not_leader",
@@ -116,9 +119,8 @@ type Answer = Result<(Outcome, Option<Learnt>), CallError>;
 
 fn failure(error: CallError) -> Outcome {
     match error {
-        CallError::AlreadyExists | CallError::NotFound | CallError::Conflict(_) => {
-            Outcome::Stale(error.to_string())
-        }
+        CallError::AlreadyExists | CallError::Conflict(_) => Outcome::Stale(error.to_string()),
+        CallError::NotFound => Outcome::Missing,
         CallError::Refused(text) => Outcome::Refused(text),
         CallError::Unknown(text) => Outcome::Unknown(text),
         CallError::NotLeader => Outcome::NotLeader,

@@ -15,7 +15,7 @@ use crate::snapshot::{DefaultRange, Settings};
 ///
 /// Runs until it is told to stop. Several may run: one leads, the others stand by.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "plat-operator", version, args_conflicts_with_subcommands = true)]
+#[command(name = "plat-operator", version, args_conflicts_with_subcommands = true, args_override_self = true)]
 pub struct Cli {
     /// What to do instead of running.
     #[command(subcommand)]
@@ -278,6 +278,11 @@ mod tests {
     fn booleans_can_be_given_as_the_chart_gives_them() {
         assert!(run(&[]).node_spec_mirror && !run(&["--node-spec-mirror=false"]).node_spec_mirror);
         assert!(!run(&[]).cleanup && run(&["--cleanup"]).cleanup && !run(&["--cleanup=false"]).cleanup);
+    }
+
+    #[test]
+    fn of_a_flag_given_twice_the_last_wins_so_that_a_charts_extra_arguments_can() {
+        assert_eq!(run(&["--log-level=info", "--log-level=debug"]).log_level, "debug");
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub struct Pass {
     pub wake_after: Option<Duration>,
     /// Why the live LISTs failed, if they did.
     pub list_error: Option<String>,
+    /// etcd was put back to an earlier time: nothing was done, and every watch must begin anew.
+    pub went_back: bool,
 }
 
 impl Leader {
@@ -81,6 +83,14 @@ impl Leader {
         let (mut plan, mut chosen) = self.decide(world, Source::Cache, tenure(), clock());
         if plan.wants_live || self.memory.distrust || self.is_overdue(clock()) {
             match server.list().await {
+                Ok(live) if live.ranges.went_back(&world.ranges) || live.blocks.went_back(&world.blocks) => {
+                    // Everything that was watched or answered is of another history. What vanishes when the
+                    // watches begin anew is remembered like any block that vanishes.
+                    self.memory.learned_ranges.forget();
+                    self.memory.learned_blocks.forget();
+                    self.memory.distrust = true;
+                    return Pass { went_back: true, ..Pass::default() };
+                }
                 Ok(live) => {
                     self.memory.learned_ranges.settle(&live.ranges, &world.ranges, clock());
                     self.memory.learned_blocks.settle(&live.blocks, &world.blocks, clock());
@@ -155,11 +165,12 @@ impl Leader {
             (Outcome::Done | Outcome::AlreadySo, _) => self.memory.succeeded(&target),
             (Outcome::Unknown(_), Step::CreateBlock(new)) => {
                 self.memory.create_unknown(new, clock);
-                self.memory.failed(target, clock);
+                self.memory.failed(target, false, clock);
             }
             (Outcome::Taken(_), _) => self.memory.distrust = true,
+            (Outcome::Missing, _) => self.memory.failed(target, true, clock),
             (Outcome::Stale(_) | Outcome::Refused(_) | Outcome::Unknown(_), _) => {
-                self.memory.failed(target, clock)
+                self.memory.failed(target, false, clock);
             }
             (Outcome::NotLeader | Outcome::Skipped, _) => {}
         }

@@ -16,6 +16,7 @@ use kube::Api;
 use kube::api::PostParams;
 use tracing::{debug, info, warn};
 
+use crate::kube_server::chain;
 use crate::snapshot::Start;
 
 /// Durations of the election; client-go's defaults.
@@ -270,7 +271,7 @@ impl Elector {
     async fn timed<T>(&self, call: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
         let limit = self.timing.renew_deadline / 2;
         match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Ok(answer) => answer.map_err(|error| chain(&error)),
             Err(_) => Err(format!("no answer within {limit:?}")),
         }
     }

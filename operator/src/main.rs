@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 }
 
 fn start(args: RunArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log_level)
+    let filter = EnvFilter::try_new(directives(&args.log_level))
         .map_err(|error| anyhow::anyhow!("--log-level '{}': {error}", args.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
     match args.log_format {
@@ -52,4 +52,13 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
         error!(error = format!("{error:#}"), "ending");
     }
     outcome
+}
+
+/// A plain level leaves the client library out: it calls every refused connection an error, and what failed
+/// is said by us, with what it means.
+fn directives(level: &str) -> String {
+    match level {
+        "error" | "warn" | "info" => format!("{level},kube_client=off,kube_runtime=off"),
+        other => other.to_owned(),
+    }
 }

@@ -28,6 +28,8 @@ use crate::step::{Kind, NewBlock};
 const PENDING_FOR: Duration = Duration::from_secs(120);
 /// How long an answer may be ahead of the watch before the truth is listed.
 const LEARNED_FOR: Duration = Duration::from_secs(10);
+/// After so many failures in a row of writes to one object, what is known of it is read back.
+const DOUBTFUL_AFTER: u32 = 3;
 /// How long a failed write, and a written status, are remembered.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// PodCIDR statuses per second, over the whole cluster.
@@ -172,10 +174,13 @@ impl Memory {
         self.retries.get(target).is_none_or(|retry| retry.not_before <= clock.steady)
     }
 
-    /// A write failed: the next try waits, longer each time.
-    pub fn failed(&mut self, target: (Kind, Name), clock: Clock) {
+    /// A write failed: the next try waits, longer each time. An object that is missing, or that does not
+    /// become as the watch shows it, makes the watch doubtful.
+    pub fn failed(&mut self, target: (Kind, Name), missing: bool, clock: Clock) {
         let failures = self.retries.get(&target).map_or(0, |retry| retry.failures).saturating_add(1);
         let wait = Duration::from_millis(100 << failures.min(7)).min(Duration::from_secs(10));
+        let listed = matches!(target.0, Kind::PodCIDR | Kind::ClusterCIDR);
+        self.distrust |= listed && (missing || failures >= DOUBTFUL_AFTER);
         self.retries.insert(target, Retry { failures, not_before: clock.steady + wait });
     }
 
@@ -190,6 +195,14 @@ impl Memory {
         let pending = self.pending.values().map(|pending| pending.until);
         let vanished = self.vanished.values().map(|vanished| vanished.until);
         retries.chain(pending).chain(vanished).filter(|at| *at > clock.steady).min()
+    }
+}
+
+impl<F: Fact> Listed<F> {
+    /// Whether the LIST is of an earlier time than something that a watch had shown before it was asked for.
+    /// As a LIST is a quorum read, that can only be because etcd was put back to a backup.
+    pub fn went_back(&self, watched: &Facts<F>) -> bool {
+        watched.values().any(|fact| is_newer(fact.resource_version(), &self.resource_version))
     }
 }
 
@@ -269,6 +282,11 @@ impl<F: Fact> Learned<F> {
         }
     }
 
+    /// Forgets all answers: they are of a history that etcd has left.
+    pub fn forget(&mut self) {
+        self.entries.clear();
+    }
+
     /// Whether the watch has not shown an answer for so long that a LIST must settle it.
     pub fn is_overdue(&self, clock: Clock) -> bool {
         self.entries.values().any(|answer| answer.at + LEARNED_FOR <= clock.steady)
@@ -319,7 +337,7 @@ mod tests {
         let mut learned = Learned::default();
         let old = versioned("10.244.1.0/24", "5");
         learned.gone(&old.name, &old.uid, clock(0));
-        assert_eq!(versions(&learned.over(&facts(&[old.clone()]))), []);
+        assert_eq!(versions(&learned.over(&facts(std::slice::from_ref(&old)))), []);
         let again = BlockFact { uid: "another".into(), ..versioned("10.244.1.0/24", "9") };
         assert_eq!(versions(&learned.over(&facts(&[again]))).len(), 1, "another object of that name");
     }
@@ -380,7 +398,7 @@ mod tests {
         for (second, fact, since) in
             [(5, &resting, Some(5)), (9, &resting, Some(5)), (10, &active, None), (20, &resting, Some(20))]
         {
-            memory.observe(&facts(&[fact.clone()]), |_| 900, clock(second));
+            memory.observe(&facts(std::slice::from_ref(fact)), |_| 900, clock(second));
             assert_eq!(memory.quarantined.get(&resting.uid).map(Duration::as_secs), since, "{second}");
         }
     }
@@ -409,12 +427,31 @@ mod tests {
     }
 
     #[test]
+    fn a_list_from_before_what_was_watched_means_that_etcd_was_put_back() {
+        let listed = |version: &str| Listed { facts: BTreeMap::new(), resource_version: version.to_owned() };
+        let watched = facts(&[versioned("10.244.1.0/24", "7"), versioned("10.244.2.0/24", "9")]);
+        assert!(listed("8").went_back(&watched));
+        assert!(!listed("9").went_back(&watched) && !listed("12").went_back(&watched));
+    }
+
+    #[test]
+    fn an_object_that_is_missing_or_fails_again_and_again_is_read_back() {
+        let fail = |kind, missing, times| {
+            let mut memory = Memory::new(false);
+            (0..times).for_each(|_| memory.failed((kind, "x".into()), missing, clock(0)));
+            memory.distrust
+        };
+        assert!(fail(Kind::PodCIDR, true, 1) && fail(Kind::ClusterCIDR, false, 3));
+        assert!(!fail(Kind::PodCIDR, false, 2) && !fail(Kind::Node, true, 9));
+    }
+
+    #[test]
     fn a_failing_write_is_tried_again_later_and_later() {
         let (mut memory, target) = (Memory::new(false), (Kind::Node, Name::from("n1")));
         assert!(memory.is_ripe(&target, clock(0)));
         let mut waits = Vec::new();
         for _ in 0..9 {
-            memory.failed(target.clone(), clock(0));
+            memory.failed(target.clone(), false, clock(0));
             waits.push(memory.retries[&target].not_before.as_millis());
         }
         assert_eq!(waits, [200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000]);

@@ -168,3 +168,134 @@ fn normal(object: ObjectKey, reason: &str, action: &'static str, text: String) -
 fn warning(object: ObjectKey, reason: &str, action: &'static str, text: String) -> Note {
     Note { object, warning: true, reason: reason.to_owned(), action, text }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{NOW, at, block, held_block};
+    use crate::step::{BlockChange, Version};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use plat_crds::condition::Verdict;
+    use plat_crds::pod_cidr::BlockState;
+    use plat_crds::{ClusterCIDRStatus, PodCIDRStatus};
+
+    fn version(name: &str) -> Version {
+        Version { name: name.into(), uid: "uid".into(), resource_version: "1".into() }
+    }
+
+    fn texts(step: Step, outcome: Outcome, learnt: Option<Learnt>) -> Vec<String> {
+        let notes = of_step(&Done { step, outcome, learnt });
+        notes
+            .iter()
+            .map(|n| format!("{} {} {}: {}", n.object.kind.as_str(), n.object.name, n.reason, n.text))
+            .collect()
+    }
+
+    fn create(origin: Origin) -> Step {
+        Step::CreateBlock(NewBlock {
+            block: block("10.244.1.0/24"),
+            range: "default-v4".into(),
+            node: "n1".into(),
+            node_uid: "u".into(),
+            addresses: vec![],
+            labels: vec![],
+            origin,
+        })
+    }
+
+    #[test]
+    fn each_change_of_hands_is_told_of_the_node_and_of_the_block() {
+        let learnt = || Some(Learnt::Block(Box::new(held_block("10.244.1.0/24", "default-v4", "n1"))));
+        assert_eq!(
+            texts(create(Origin::Carved), Outcome::Done, learnt()),
+            [
+                "Node n1 BlockAllocated: node n1 gets block 10.244.1.0/24 of ClusterCIDR default-v4",
+                "PodCIDR 10-244-1-0-24 BlockAllocated: node n1 gets block 10.244.1.0/24 of ClusterCIDR default-v4",
+            ]
+        );
+        for (origin, reason) in [(Origin::Adopted, "BlockAdopted"), (Origin::Recreated, "BlockRecreated")] {
+            assert!(
+                texts(create(origin), Outcome::AlreadySo, learnt()).iter().all(|text| text.contains(reason))
+            );
+        }
+        let change = BlockChange {
+            state: Some(BlockState::Quarantined),
+            release_after: Some(Some(at(NOW))),
+            ..BlockChange::default()
+        };
+        for (why, reason) in [
+            (Why::NodeGone, "BlockQuarantined: node n1 is gone: block b rests until 2027-01-15T08:00:00Z"),
+            (Why::Readopt, "BlockReadopted: node n1 is back and keeps block b"),
+            (Why::Drain, "BlockDraining: node n1 has an older block of this family: no new leases from b"),
+        ] {
+            let (node, node_uid, change) = ("n1".into(), "u".into(), change.clone());
+            let told = texts(
+                Step::ChangeBlock { object: version("b"), node, node_uid, change, why },
+                Outcome::Done,
+                None,
+            );
+            assert_eq!(told, [format!("Node n1 {reason}"), format!("PodCIDR b {reason}")]);
+        }
+    }
+
+    #[test]
+    fn what_did_not_happen_is_not_told() {
+        for outcome in [Outcome::Taken("n2".into()), Outcome::Unknown("?".into()), Outcome::Stale("?".into())]
+        {
+            assert_eq!(texts(create(Origin::Carved), outcome, None), [] as [&str; 0]);
+        }
+        let released = Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true };
+        assert_eq!(texts(released.clone(), Outcome::AlreadySo, None), [] as [&str; 0]);
+        assert_eq!(
+            texts(released, Outcome::Done, None),
+            ["PodCIDR b BlockReleased: block b of former node n1 is free"]
+        );
+    }
+
+    #[test]
+    fn a_condition_is_told_when_it_becomes_true_and_not_again() {
+        let status = |type_: &'static str, holds| {
+            let mut status = ClusterCIDRStatus::default();
+            let verdict = Verdict::new(type_, Some(holds), "Reason", "words");
+            condition::set(&mut status.conditions, &verdict, None, &Time(at(NOW)));
+            Box::new(status)
+        };
+        let told =
+            |old, new| texts(Step::RangeStatus { object: version("r"), old, new }, Outcome::Done, None);
+        for (type_, reason) in
+            [(READY, "RangeReady"), (OVERLAPPING, "RangeOverlapping"), (EXHAUSTED, "RangeExhausted")]
+        {
+            let expected = [format!("ClusterCIDR r {reason}: words")];
+            assert_eq!(told(Box::default(), status(type_, true)), expected);
+            assert_eq!(told(status(type_, false), status(type_, true)), expected);
+            assert_eq!(told(status(type_, true), status(type_, true)), [] as [&str; 0]);
+            assert_eq!(told(status(type_, true), status(type_, false)), [] as [&str; 0]);
+        }
+        let mut conflict = PodCIDRStatus::default();
+        let verdict = Verdict::new(NODE_SPEC_CONFLICT, Some(true), "Differs", "words");
+        condition::set(&mut conflict.conditions, &verdict, None, &Time(at(NOW)));
+        let step = Step::BlockStatus {
+            object: version("b"),
+            node: "n1".into(),
+            old: Box::default(),
+            new: Box::new(conflict),
+        };
+        assert_eq!(texts(step, Outcome::Done, None), ["PodCIDR b NodeSpecConflict: words"]);
+    }
+
+    #[test]
+    fn an_incident_is_told_with_its_count() {
+        let incident = |count| Incident {
+            time: Time(at(NOW)),
+            reason: "RouteRestored".into(),
+            message: "m".into(),
+            count,
+        };
+        let note = of_incident(&"n1".into(), &"u".into(), &incident(3));
+        assert_eq!(
+            (note.warning, note.reason.as_str(), note.text.as_str()),
+            (true, "RouteRestored", "m (3 times since the agent started)")
+        );
+        assert_eq!(of_incident(&"n1".into(), &"u".into(), &incident(1)).text, "m");
+    }
+}

@@ -1,7 +1,7 @@
 //! Watches, and what they have shown so far. Objects become facts as they arrive; nothing else is kept.
 //!
-//! A watch that fails goes on where it was, or lists anew; what it has shown stays until then. An object that
-//! cannot be read becomes a fact with a problem and stops nothing.
+//! A watch that fails begins anew; what it has shown stays until its new LIST is complete. An object that cannot
+//! be read becomes a fact with a problem and stops nothing.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +39,7 @@ const SAY_AGAIN: u32 = 12;
 pub struct Observed {
     state: Mutex<State>,
     changed: Notify,
+    restart: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -160,6 +161,17 @@ impl Observed {
         }
     }
 
+    /// Begins every watch anew with a LIST. Until all are complete there is no [`Observed::world`].
+    pub fn restart(&self) {
+        let mut state = self.lock();
+        state.nodes.complete = false;
+        state.ranges.complete = false;
+        state.blocks.complete = false;
+        state.reports.complete = false;
+        drop(state);
+        self.restart.notify_waiters();
+    }
+
     /// Sets what is known of the cluster's own addresses.
     pub fn set_foreign(&self, foreign: Foreign) {
         let mut state = self.lock();
@@ -204,20 +216,20 @@ pub async fn watch_all(
     on_error: impl Fn(&'static str),
 ) {
     let on_error = &on_error;
-    let nodes = watch::<NodeView>(&client, on_error, |event| {
+    let nodes = watch::<NodeView>(&client, observed, on_error, |event| {
         observed.note(|state| {
             state.nodes.apply(event, |object| Some(NodeFact::read(object)), |_, _| Urgency::Now)
         });
     });
-    let ranges = watch::<ClusterCIDR>(&client, on_error, |event| {
+    let ranges = watch::<ClusterCIDR>(&client, observed, on_error, |event| {
         observed
             .note(|state| state.ranges.apply(event, |object| Some(RangeFact::read(object)), range_urgency));
     });
-    let blocks = watch::<PodCIDR>(&client, on_error, |event| {
+    let blocks = watch::<PodCIDR>(&client, observed, on_error, |event| {
         observed.note(|state| state.blocks.apply(event, BlockFact::read, block_urgency));
     });
     let mut seen = Seen { since, by_node: BTreeMap::new() };
-    let reports = watch::<NodeNetwork>(&client, on_error, move |event| {
+    let reports = watch::<NodeNetwork>(&client, observed, on_error, move |event| {
         seen.pass_on(&event, &incidents);
         observed.note(|state| {
             state.reports.apply(event, |object| Some(ReportFact::read(object)), report_urgency)
@@ -249,8 +261,12 @@ impl Seen {
     }
 }
 
+/// Watches one kind. After a failure it lists anew rather than going on from where it was: etcd may have been
+/// put back to a backup meanwhile, and then a watch from a later version than etcd's own would silently miss
+/// what is gone. One leader can afford the LIST.
 async fn watch<K>(
     client: &Client,
+    observed: &Observed,
     on_error: &impl Fn(&'static str),
     mut take: impl FnMut(Event<DeserializeGuard<K>>),
 ) where
@@ -258,36 +274,44 @@ async fn watch<K>(
 {
     let kind = kind_of::<K>();
     let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
-    let mut events = std::pin::pin!(watcher(api, watcher::Config::default()));
     let mut failures = 0;
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(event) => {
-                if failures > 0 && matches!(event, Event::InitDone | Event::Apply(_) | Event::Delete(_)) {
-                    info!(kind, "watching again");
-                    failures = 0;
+    loop {
+        let mut events = std::pin::pin!(watcher(api.clone(), watcher::Config::default()));
+        let error = loop {
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = observed.restart.notified() => break None,
+            };
+            match event {
+                Some(Ok(event)) => {
+                    if failures > 0 && matches!(event, Event::InitDone) {
+                        info!(kind, "watching again");
+                        failures = 0;
+                    }
+                    take(event);
                 }
-                take(event);
+                Some(Err(error)) => break Some(error),
+                None => break None,
             }
-            Err(error) => {
-                on_error(kind);
-                let missing = is_missing(&error);
-                if failures % SAY_AGAIN == 0 && missing {
-                    warn!(kind, "the API server does not know this kind (yet): waiting for its CRD");
-                } else if failures % SAY_AGAIN == 0 {
-                    warn!(
-                        kind,
-                        error = chain(&error),
-                        "cannot watch; going on with what is known and trying again"
-                    );
-                }
-                let longest = if missing { MAX_WAIT_FOR_CRD } else { MAX_WAIT };
-                let wait = (MIN_WAIT * 2u32.saturating_pow(failures)).min(longest);
-                failures = failures.saturating_add(1).min(10_000);
-                tokio::time::sleep(wait).await;
-            }
+        };
+        if let Some(error) = error {
+            on_error(kind);
+            tokio::time::sleep(complain(kind, &error, failures)).await;
+            failures = failures.saturating_add(1);
         }
     }
+}
+
+/// Says what is wrong, but not each time; answers how long to wait.
+fn complain(kind: &str, error: &watcher::Error, failures: u32) -> Duration {
+    let missing = is_missing(error);
+    if failures.is_multiple_of(SAY_AGAIN) && missing {
+        warn!(kind, "the API server does not know this kind (yet): waiting for its CRD");
+    } else if failures.is_multiple_of(SAY_AGAIN) {
+        warn!(kind, error = chain(error), "cannot watch; going on with what is known and trying again");
+    }
+    let longest = if missing { MAX_WAIT_FOR_CRD } else { MAX_WAIT };
+    (MIN_WAIT * 2u32.saturating_pow(failures)).min(longest)
 }
 
 fn is_missing(error: &watcher::Error) -> bool {

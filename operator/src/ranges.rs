@@ -3,8 +3,8 @@
 //! Equal blocks cannot be handed out twice, as their names are equal. Blocks of *unequal* size could overlap
 //! only if they came from two ranges, and that is guarded three times:
 //! 1. the finalizer: a range never comes back in another size over living blocks;
-//! 2. here: of two overlapping ranges only the older is ever `Ready` (then the first by name), which is
-//!    judged on live LISTs of both kinds; and it must have been so for one Lease duration, unless no other
+//! 2. here: of two overlapping ranges only the older is ever `Ready` (then one that is so already, then the
+//!    first by name), which is judged on live LISTs of both kinds; and it must have been so for one Lease duration, unless no other
 //!    process can have a request under way (see [`stands`]);
 //! 3. the agents: of two overlapping blocks they program the older and report `Overlapping`.
 //!
@@ -96,7 +96,8 @@ struct Overlap {
 
 /// The first thing that the range shares addresses with.
 fn overlap(range: &RangeFact, block: &Block, snapshot: &Snapshot) -> Option<Overlap> {
-    let rank = |r: &RangeFact| (r.created, r.name.clone());
+    // Times of creation are whole seconds. Of two ranges of one second, one that serves nodes already goes on.
+    let rank = |r: &RangeFact| (r.created, !condition::is_true(&r.status.conditions, READY), r.name.clone());
     let older = snapshot
         .ranges
         .values()

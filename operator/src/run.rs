@@ -185,6 +185,11 @@ async fn passes(
         let pass = leader.pass(&world, &tenure, clock, server, on_progress).await;
         admin.metrics.pass(&pass, &world, started.elapsed());
         log(&pass, started.elapsed());
+        if pass.went_back {
+            warn!("etcd was put back to an earlier time; watching everything anew");
+            observed.restart();
+            continue;
+        }
         if pass.list_error.is_none() {
             admin.health.passed();
         }
@@ -268,6 +273,9 @@ fn log(pass: &Pass, took: Duration) {
                 debug!(step, object = &*name, outcome = done.outcome.name(), "step")
             }
             Outcome::Stale(why) => debug!(step, object = &*name, why, "decided on old facts; planning again"),
+            Outcome::Missing => {
+                debug!(step, object = &*name, "the object is gone; reading back");
+            }
             Outcome::Taken(holder) => info!(
                 step,
                 object = &*name,

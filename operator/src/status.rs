@@ -323,8 +323,19 @@ fn was_converged(block: &BlockFact) -> bool {
         .is_some_and(|c| c.status == "True" && c.observed_generation == Some(block.generation))
 }
 
+/// The number of the sum that a node carries, counting what it could not apply as carried: one object that
+/// fails, and is named for it, must not make all others look as if they had not arrived.
 fn number(report: Option<&ReportFact>, snapshot: &Snapshot) -> Option<u64> {
-    report.and_then(|report| report.applied).and_then(|sum| snapshot.memory.ledger.number_of(sum))
+    let report = report?;
+    let mut sum = report.applied?;
+    for failed in &report.failed {
+        let block = snapshot.blocks.get(failed.name.as_str()).map(|b| (&b.uid, b.generation));
+        let range = || snapshot.ranges.get(failed.name.as_str()).map(|r| (&r.uid, r.generation));
+        if let Some((uid, generation)) = block.or_else(range) {
+            sum.add(uid, generation);
+        }
+    }
+    snapshot.memory.ledger.number_of(sum)
 }
 
 /// Whether a condition appears, or changes its status or reason. Words alone do not count.
@@ -462,6 +473,19 @@ mod tests {
         let broken = joined.report(ReportFact { failed: [failed].into(), ..reported("n2", &[], sum) });
         let status = status_of(&broken, "10-244-1-0-24");
         assert_eq!(verdict(&status, CONVERGED), ("False".to_owned(), reason::FAILED_ON_NODE.to_owned()));
+    }
+
+    #[test]
+    fn one_object_that_fails_on_a_node_does_not_hide_that_the_others_arrived() {
+        let (scene, _) = seen(two_nodes());
+        let mut sum = Digest::of(scene.world.blocks.values().map(|b| (&**b.uid(), b.generation)));
+        sum.remove("uid-10.244.2.0/24", 1);
+        sum.add("uid-default-v4", 1);
+        let failed = FailedObject { name: "10-244-2-0-24".into(), reason: "R".into(), message: "m".into() };
+        let report = |node: &str| ReportFact { failed: [failed.clone()].into(), ..reported(node, &[], sum) };
+        let scene = scene.report(report("n1")).report(report("n2"));
+        assert_eq!(verdict(&status_of(&scene, "10-244-1-0-24"), CONVERGED).1, reason::CARRIED);
+        assert_eq!(verdict(&status_of(&scene, "10-244-2-0-24"), CONVERGED).1, reason::FAILED_ON_NODE);
     }
 
     #[test]

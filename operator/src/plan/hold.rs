@@ -8,7 +8,6 @@
 //! A second block of one family (two leaders once raced) goes Active → Draining → (last lease ended)
 //! Quarantined → deleted.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
@@ -24,7 +23,7 @@ use crate::step::{BlockChange, Step, Version, Why};
 /// A label value has at most so many bytes.
 const MAX_LABEL_VALUE: usize = 63;
 
-impl<'a> Planner<'a> {
+impl Planner<'_> {
     pub(super) fn hold_blocks(&mut self) {
         let snapshot = self.snapshot;
         for block in snapshot.blocks.values().filter(|b| b.problem.is_none() && !b.deleting) {
@@ -149,7 +148,7 @@ impl<'a> Planner<'a> {
     /// more stay as they are: nobody reads them, and they may be a user's.
     fn label_changes(&self, block: &BlockFact, node: &NodeFact) -> Vec<(String, Option<String>)> {
         let wanted = self.labels(&block.range, node);
-        let keys = self.selected_keys();
+        let keys = self.selected_keys.iter().copied();
         let lost =
             keys.into_iter().filter(|key| node.labels.get(key).is_none() && block.labels.get(key).is_some());
         let lost = lost.map(|key| (key.to_owned(), None));
@@ -164,18 +163,12 @@ impl<'a> Planner<'a> {
             (names::LABEL_CLUSTER_CIDR.to_owned(), label_value(range)),
             (names::LABEL_NODE.to_owned(), label_value(&node.name)),
         ];
-        for key in self.selected_keys() {
+        for key in &self.selected_keys {
             if let Some(value) = node.labels.get(key) {
-                labels.push((key.to_owned(), value.to_owned()));
+                labels.push(((*key).to_owned(), value.to_owned()));
             }
         }
         labels
-    }
-
-    fn selected_keys(&self) -> BTreeSet<&'a str> {
-        let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
-        let keys = self.snapshot.ranges.values().flat_map(|range| range.selector.keys());
-        keys.filter(|key| !ours.contains(key)).collect()
     }
 }
 

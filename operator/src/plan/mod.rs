@@ -17,11 +17,11 @@ mod ranges;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use plat_crds::cluster_cidr::Allocation;
-use plat_crds::{Block, Family};
+use plat_crds::{Block, Family, names};
 
 use crate::claims::Claims;
 use crate::facts::{BlockFact, Name, NodeFact, RangeFact};
@@ -81,6 +81,8 @@ struct Planner<'a> {
     ranges: BTreeMap<Name, Candidate<'a>>,
     /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
     blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
+    /// Label keys that selectors name, but for our own.
+    selected_keys: BTreeSet<&'a str>,
     plan: Plan,
 }
 
@@ -128,7 +130,10 @@ impl<'a> Planner<'a> {
         for blocks in blocks_of.values_mut() {
             blocks.sort_by_key(|block| (block.is_quarantined(), block.created, block.block));
         }
-        Planner { snapshot, claims, ranges, blocks_of, plan: Plan::default() }
+        let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
+        let keys = snapshot.ranges.values().flat_map(|range| range.selector.keys());
+        let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
+        Planner { snapshot, claims, ranges, blocks_of, selected_keys, plan: Plan::default() }
     }
 
     fn name_unreadable_objects(&mut self) {

@@ -12,16 +12,17 @@ use crate::facts::{BlockFact, Held, NodeFact, PodCidrText, ReportFact};
 use crate::reason;
 use crate::step::Step;
 
+/// NodeNetworks created in one pass: where thousands of nodes join at once, their blocks go first. Each of them
+/// shows up in the watch and so brings about the next pass.
+const REPORTS_PER_PASS: usize = 200;
+
 impl<'a> Planner<'a> {
     pub(super) fn serve_nodes(&mut self) {
         let snapshot = self.snapshot;
-        for node in snapshot.nodes.values() {
-            if !snapshot.reports.contains_key(&node.name) {
-                self.plan.steps.push(Step::CreateReport { node: node.name.clone() });
-            }
-            if node.problem.is_some() {
-                continue;
-            }
+        let missing = snapshot.nodes.keys().filter(|name| !snapshot.reports.contains_key(*name));
+        let creates = missing.take(REPORTS_PER_PASS).map(|node| Step::CreateReport { node: node.clone() });
+        self.plan.steps.extend(creates);
+        for node in snapshot.nodes.values().filter(|node| node.problem.is_none()) {
             self.name_node_faults(node);
             let blocks = self.all_blocks_of(node);
             if let Some(blocks) = blocks {

@@ -103,8 +103,11 @@ fn the_older_range_wins_then_the_name_and_nothing_is_carved_from_the_other() {
     assert!(refused.ready.message.contains("default-v4 (10.244.0.0/16)"), "{}", refused.ready.message);
     assert!(plan.ranges["default-v4"].judgement.is_good());
 
-    let twins = scene().range(range("b", "10.244.0.0/16")).range(range("a", "10.244.0.0/20")).plan();
+    let new = |name: &str, cidr: &str| RangeFact { status: Default::default(), ..range(name, cidr) };
+    let twins = scene().range(new("b", "10.244.0.0/16")).range(new("a", "10.244.0.0/20")).plan();
     assert!(twins.ranges["a"].judgement.is_good() && !twins.ranges["b"].judgement.is_good());
+    let in_use = scene().range(range("b", "10.244.0.0/16")).range(new("a", "10.244.0.0/20")).plan();
+    assert!(in_use.ranges["b"].judgement.is_good() && !in_use.ranges["a"].judgement.is_good());
 }
 
 #[test]
