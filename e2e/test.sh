@@ -42,6 +42,7 @@ step cni          cargo test -p plat-cni --test '*'
 step agent        cargo test -p plat-agent --test '*'
 step chart        charts/test.sh
 step images       e2e/images/build.sh
+step testbed      cargo test -p plat-e2e --test testbed -- --test-threads=1
 step objects      cargo test -p plat-e2e --test objects
 step operator     cargo test -p plat-operator --test '*'
 step cluster      cargo test -p plat-e2e --test 'cluster_*' -- --test-threads=1
