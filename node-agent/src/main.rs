@@ -8,11 +8,11 @@ use plat_agent::{kernel, program, selftest};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // One thread for what waits, and one for passes: an agent shall not weigh on its node.
+    // One thread: an agent shall not weigh on its node.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_name(kernel::events::THREAD_NAME)
-        .max_blocking_threads(4)
+        .max_blocking_threads(2)
         .build();
     let outcome = runtime.map_err(anyhow::Error::from).and_then(|runtime| match cli.command {
         None => runtime.block_on(program::run(cli.run)),

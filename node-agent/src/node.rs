@@ -1,7 +1,7 @@
 //! One node: what is believed, what is in place, and one pass from the first to the second.
 //!
 //! [`Node::pass`] is the loop's body, read like a table of contents: observe → desired → diff → apply →
-//! files → report. It is synchronous and runs on a thread where it may block for milliseconds.
+//! files → report. It is synchronous, and takes milliseconds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -21,6 +21,9 @@ use crate::reporter::Report;
 use crate::telemetry::{self, Metrics, Served};
 use crate::{cleanup as clean, publish, watch as watching};
 
+/// How long a connection to the API server may take: a lost packet or two.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// `plat-agent run`.
 pub async fn run(run: Run) -> anyhow::Result<()> {
     telemetry::init_logging(&run.log)?;
@@ -28,8 +31,9 @@ pub async fn run(run: Run) -> anyhow::Result<()> {
         !run.node_name.is_empty(),
         "which node is this? give --node-name, or NODE_NAME by the downward API"
     );
-    let config =
-        Config::infer().await.context("find the API server: neither a service account nor a kubeconfig")?;
+    let config = Config::infer().await;
+    let mut config = config.context("find the API server: neither a service account nor a kubeconfig")?;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
     let settings = settings(&run, &config);
     let client = Client::try_from(config).context("make a client of the API server")?;
 

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::reporter::Report;
+use crate::watch::words;
 
 /// What all agents together may write.
 const WRITES_PER_SECOND: u32 = 50;
@@ -112,7 +113,7 @@ async fn write(api: &Api<NodeNetwork>, node: &str, status: &NodeNetworkStatus) -
     match timeout(TIMEOUT, api.patch_status(node, &params, &Patch::Apply(&patch))).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(kube::Error::Api(answer))) if answer.code == 404 => Err(Refusal::Missing),
-        Ok(Err(error)) => Err(Refusal::Failed(error.to_string())),
+        Ok(Err(error)) => Err(Refusal::Failed(words(&error))),
         Err(_) => Err(Refusal::Failed(format!("no answer in {} s", TIMEOUT.as_secs()))),
     }
 }

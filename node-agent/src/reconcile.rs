@@ -73,9 +73,6 @@ pub enum Ended {
     /// The kernel's messages or the files' could not be followed any more.
     #[error("follow netlink and inotify: {0}")]
     Events(#[from] std::io::Error),
-    /// A pass ended without an answer.
-    #[error("a pass broke off: {0}")]
-    Pass(#[from] tokio::task::JoinError),
 }
 
 /// What the loop is joined to.
@@ -94,8 +91,8 @@ pub struct Links {
 
 /// Runs the loop until it is stopped or cannot go on.
 pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
-    let mut node = Box::new(Node::open(settings)?);
-    let events = Arc::new(Events::open(node.watched())?);
+    let mut node = Node::open(settings)?;
+    let events = Events::open(node.watched())?;
     let mut asked = Asked::default();
     let mut wake = Wake::default();
     let mut tick = Instant::now();
@@ -109,16 +106,13 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         if links.objects.has_changed().unwrap_or(false) {
             node.learn(&links.objects.borrow_and_update());
         }
-        let (mut who, source) = (std::mem::take(&mut wake), events.clone());
-        let (back, result) = tokio::task::spawn_blocking(move || {
-            let result = node.pass(full, || {
-                who.merge(source.peek());
-                who
-            });
-            (node, result)
-        })
-        .await?;
-        node = back;
+        // On this thread: the runtime has no other work than waiting, and memory that several threads take
+        // is held several times (glibc's arenas).
+        let mut who = std::mem::take(&mut wake);
+        let result = node.pass(full, || {
+            who.merge(events.peek());
+            who
+        });
         events.rewatch();
         links.pulse.beat();
         let until = match result {

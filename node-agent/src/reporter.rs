@@ -116,6 +116,7 @@ impl Reporter {
     fn status(&mut self, known: &Objects, findings: Option<&Findings>) -> NodeNetworkStatus {
         let now = Time(Timestamp::now());
         let status = report::status(known, findings, &self.conditions, &self.boot_id, &now);
+        tell_flips(&self.conditions, &status.conditions);
         self.conditions.clone_from(&status.conditions);
         status
     }
@@ -143,7 +144,7 @@ impl Reporter {
         }
         let findings = self.findings(&pass, faults);
         let status = self.status(known, Some(&findings));
-        let own = known.blocks.facts.values().filter(|block| block.node == self.node);
+        let own = known.blocks.facts.values().filter(|block| block.node == self.node && !block.released());
         let lease_seconds = desired::lease_seconds(&self.node, map);
         Report {
             status,
@@ -216,17 +217,30 @@ impl Reporter {
     }
 }
 
+/// Logs each condition whose status or reason changed, for those who look at the node and not at the API.
+fn tell_flips(before: &[Condition], now: &[Condition]) {
+    for condition in now {
+        let was = before.iter().find(|c| c.type_ == condition.type_);
+        if was.is_none_or(|was| (&was.status, &was.reason) != (&condition.status, &condition.reason)) {
+            let Condition { type_, status, reason, message, .. } = condition;
+            tracing::info!(condition = %type_, %status, %reason, "{message}");
+        }
+    }
+}
+
 fn count(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
+/// The node's blocks, and whatever else still has leases: the operator hands none of them to another node.
 fn held_blocks(own: &OwnBlocks, usage: &Usage) -> Vec<HeldBlockReport> {
-    let report = |block: &Block| HeldBlockReport {
+    let held: BTreeSet<Block> = own.keys().copied().chain(usage.blocks()).collect();
+    let report = |block: Block| HeldBlockReport {
         cidr: block.to_string(),
-        used: usage.used(block),
+        used: usage.used(&block),
         capacity: i64::from(block.capacity()),
     };
-    own.keys().map(report).collect()
+    held.into_iter().map(report).collect()
 }
 
 /// From the boot clock to the wall clock.

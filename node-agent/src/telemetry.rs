@@ -38,7 +38,10 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Starts logging. A filter that cannot be read is an error that names the flag.
 pub fn init_logging(log: &Log) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&log.log_level)
+    // A plain level leaves out what the client says of each failed connection: the agent says it better.
+    let plain = !log.log_level.contains(['=', ',']);
+    let quiet = if plain { ",kube_client::client::builder=off" } else { "" };
+    let filter = EnvFilter::try_new(format!("{}{quiet}", log.log_level))
         .map_err(|error| anyhow::anyhow!("--log-level '{}': {error}", log.log_level))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match log.log_format {

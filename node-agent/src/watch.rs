@@ -14,7 +14,6 @@ use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::ListParams;
 use kube::core::DeserializeGuard;
-use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use plat_cni::boot;
@@ -30,6 +29,9 @@ use crate::reporter::Report;
 
 /// How long one proof of contact may take.
 const CONTACT_TIMEOUT: Duration = Duration::from_secs(4);
+/// How soon a failed watch is tried again, at first and at most: a returning API server shall be noticed
+/// soon, and not be run over by thousands of agents.
+const WATCH_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// How soon a failed proof is tried again.
 const CONTACT_RETRY: Duration = Duration::from_secs(3);
 /// How soon after a failed watch it is asked whether etcd went back.
@@ -44,18 +46,19 @@ pub async fn run(
 ) {
     let objects = Arc::new(objects);
     let (relist_blocks, relist_ranges, contact) = (Notify::new(), Notify::new(), Notify::new());
+    let reached = Notify::new();
     let blocks = follow(
         Api::<DeserializeGuard<PodCIDR>>::all(client.clone()),
         Kind::PodCIDR,
         BlockFact::read,
-        &relist_blocks,
+        (&relist_blocks, &reached),
         |change| objects.send_if_modified(|objects| objects.blocks.apply(change)),
     );
     let ranges = follow(
         Api::<DeserializeGuard<ClusterCIDR>>::all(client.clone()),
         Kind::ClusterCIDR,
         RangeFact::read,
-        &relist_ranges,
+        (&relist_ranges, &reached),
         |change| objects.send_if_modified(|objects| objects.ranges.apply(change)),
     );
     let answers = async {
@@ -69,11 +72,12 @@ pub async fn run(
             }
         }
     };
-    let contacts = keep_contact(Api::all(client), &objects, reports, &contact);
+    let contacts = keep_contact(Api::all(client), &objects, reports, &contact, &reached);
     futures::future::join4(blocks, ranges, answers, contacts).await;
 }
 
-/// Watches one kind for ever; lists anew when asked to.
+/// Watches one kind for ever; lists anew when asked to. A failed watch is tried again after a while, or
+/// once somebody `reached` the API server.
 ///
 /// A watch that fails goes on from the version that it had reached, or every agent would list everything
 /// each time that an API server restarts. If etcd was put back to a backup meanwhile, that version lies in
@@ -83,7 +87,7 @@ async fn follow<K, F>(
     api: Api<DeserializeGuard<K>>,
     kind: Kind,
     read: fn(&K) -> Result<F, Fault>,
-    relist: &Notify,
+    (relist, reached): (&Notify, &Notify),
     apply: impl Fn(Change<F>) -> bool,
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -92,8 +96,9 @@ async fn follow<K, F>(
     // Streamed lists come object by object, so the agent never holds a whole list's text; they are
     // consistent, also from the API server's cache.
     let mut config = watcher::Config::default().any_semantic().streaming_lists();
+    let mut delay = WATCH_RETRY.0;
     loop {
-        let stream = watcher::watcher(api.clone(), config.clone()).default_backoff();
+        let stream = watcher::watcher(api.clone(), config.clone());
         futures::pin_mut!(stream);
         let mut listing = Vec::new();
         let mut newest = 0;
@@ -118,6 +123,9 @@ async fn follow<K, F>(
             {
                 newest = newest.max(version(object.meta().resource_version.as_deref()).unwrap_or(0));
             }
+            if matches!(event, Some(Ok(Event::InitDone | Event::Apply(_) | Event::Delete(_)))) {
+                delay = WATCH_RETRY.0;
+            }
             match event {
                 None => break,
                 Some(Ok(Event::Init)) => listing.clear(),
@@ -140,6 +148,11 @@ async fn follow<K, F>(
                         config = watcher::Config::default();
                         break;
                     }
+                    tokio::select! {
+                        () = tokio::time::sleep(delay) => {}
+                        () = reached.notified() => {}
+                    }
+                    delay = (delay * 2).min(WATCH_RETRY.1);
                     doubt = doubt.or(Some(Instant::now() + DOUBT_AFTER));
                 }
             }
@@ -163,12 +176,18 @@ fn version(text: Option<&str>) -> Option<u64> {
     text?.parse().ok()
 }
 
-/// An error with its sources, which the watcher's own text leaves out.
-fn words(error: &watcher::Error) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
+/// An error with its sources, as far as they add anything to its text.
+pub fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = error.source();
     }
+    text
 }
 
 /// Whether the API server is one that does not stream lists (some of Kubernetes 1.33).
@@ -202,6 +221,7 @@ async fn keep_contact(
     objects: &watch::Sender<Objects>,
     mut reports: watch::Receiver<(Report, Duration)>,
     asked: &Notify,
+    reached: &Notify,
 ) {
     let mut confirmed = BTreeSet::new();
     let mut due = Instant::now();
@@ -224,6 +244,9 @@ async fn keep_contact(
         let at = Contact { boot_ms: boot::boot_ms(), unix: Timestamp::now().as_second() };
         let answer = confirm(&api, &own).await;
         due = Instant::now() + if answer.is_ok() { every.max(CONTACT_RETRY) } else { CONTACT_RETRY };
+        if answer.is_ok() && !own.is_empty() {
+            reached.notify_waiters();
+        }
         match answer {
             Ok(()) if own.is_empty() => {}
             Ok(()) => objects.send_modify(|objects| objects.contact = Some(at)),
@@ -241,7 +264,7 @@ async fn confirm(
     for (name, uid) in own {
         let answer = timeout(CONTACT_TIMEOUT, api.get(name)).await;
         let object = answer.map_err(|_| format!("no answer in {} s", CONTACT_TIMEOUT.as_secs()))?;
-        let object = object.map_err(|error| format!("PodCIDR '{name}': {error}"))?;
+        let object = object.map_err(|error| format!("PodCIDR '{name}': {}", words(&error)))?;
         if object.meta().uid.as_deref() != Some(uid) {
             return Err(format!("PodCIDR '{name}' is another object now"));
         }

@@ -135,11 +135,12 @@ fn any_sequence_of_objects_and_damage_ends_where_the_objects_say() {
                 }
                 expect_routes(&said(&node).iter().map(String::as_str).collect::<Vec<_>>());
                 eventually("the rest", || {
-                    let bridge = run("ip -o addr show dev cni0");
+                    let shown = |line| String::from_utf8(try_run(line).stdout).unwrap();
+                    let bridge = shown("ip -o addr show dev cni0");
                     let whole = sysctl("ipv4/ip_forward") == "1"
                         && bridge.contains("10.244.1.1/32")
                         && bridge.contains("fd00:10:244:1::1/128")
-                        && run("nft list table inet plat").contains("masquerade");
+                        && shown("nft list table inet plat").contains("masquerade");
                     if whole { Ok(()) } else { Err(bridge) }
                 });
                 Ok(())

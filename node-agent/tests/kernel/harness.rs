@@ -225,6 +225,11 @@ impl TestNode {
         run("ip addr add fd00:30::b/64 dev eth0 nodad");
         run("ip link set eth0 up");
         run("ip link set wire0 up");
+        // The kernel tells of a carrier up to a second later; until then the link is not as it will be.
+        eventually("carrier", || {
+            let links = run("ip -o link show up");
+            if links.matches("state UP").count() == 2 { Ok(()) } else { Err(links) }
+        });
         run("ip route add default via 172.30.0.1");
         run("ip route add default via fd00:30::1");
         let root = tempfile::tempdir_in("/run").unwrap();

@@ -14,4 +14,5 @@ mod held;
 mod masquerade;
 mod offline;
 mod repair;
+mod rights;
 mod routes;
