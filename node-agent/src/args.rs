@@ -88,8 +88,18 @@ pub struct Place {
     #[arg(long, env = "PLAT_SYSCTL_DIR", default_value = "/proc/sys/net")]
     pub sysctl_dir: PathBuf,
     /// Bridge that pods hang on.
-    #[arg(long, env = "PLAT_BRIDGE", default_value = BRIDGE)]
+    #[arg(long, env = "PLAT_BRIDGE", default_value = BRIDGE, value_parser = interface_name)]
     pub bridge: String,
+}
+
+/// What the kernel takes as the name of a link (`dev_valid_name`).
+fn interface_name(text: &str) -> Result<String, String> {
+    let fits = (1..=15).contains(&text.len()) && text != "." && text != "..";
+    if fits && !text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
+        Ok(text.to_owned())
+    } else {
+        Err("an interface name has 1 to 15 bytes, without '/', ':' and blanks".to_owned())
+    }
 }
 
 /// Flags of `cleanup`.
@@ -172,6 +182,14 @@ mod tests {
             };
             assert_eq!((run.node_name.as_str(), run.hold_seconds, run.admit_forward), ("n1", 5, false));
         }
+    }
+
+    #[test]
+    fn a_bridge_has_a_name_that_the_kernel_takes() {
+        for bad in ["", "sixteen-bytes-xx", "a/b", "..", "a b", "a:b"] {
+            assert!(interface_name(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(interface_name("cni0").as_deref(), Ok("cni0"));
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Beliefs {
     absent: BTreeSet<String>,
     /// A complete list of each kind, or the cache, was loaded: before that nothing may be touched.
     complete: bool,
+    /// Objects were learnt since the last decision.
+    fresh: bool,
     unsaved: bool,
 }
 
@@ -38,6 +40,7 @@ impl Beliefs {
             ranges: Belief::default(),
             absent: BTreeSet::new(),
             complete: false,
+            fresh: false,
             unsaved: false,
         };
         match Cache::load(run) {
@@ -59,11 +62,16 @@ impl Beliefs {
     pub fn learn(&mut self, objects: &Objects) {
         self.known.clone_from(objects);
         self.complete |= objects.blocks.lists > 0 && objects.ranges.lists > 0;
+        self.fresh = true;
         self.unsaved = true;
     }
 
     /// Decides which absences to believe at `now`.
     pub fn update(&mut self, now: Duration) -> Held {
+        let in_doubt = self.blocks.is_in_doubt() || self.ranges.is_in_doubt();
+        if !std::mem::take(&mut self.fresh) && !in_doubt {
+            return Held::default();
+        }
         let own_ranges: BTreeSet<String> = self.own().map(|block| block.range.clone()).collect();
         let node = self.node.as_str();
         let before = self.absent.len();

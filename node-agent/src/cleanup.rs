@@ -17,6 +17,9 @@ use crate::folder::Folder;
 use crate::kernel::sysctl::Sysctls;
 use crate::kernel::{forward, route};
 
+/// The probes' socket, at its default place.
+const SOCKET_FILE: &str = "agent.sock";
+
 /// What was found and done.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -68,6 +71,7 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
             outcome.note(file, run.remove(file));
         }
     }
+    outcome.note(SOCKET_FILE, run.remove(SOCKET_FILE));
     // Only an empty folder goes; a mount point stays, as it must.
     let _ = std::fs::remove_dir(&place.run_dir);
     Ok(outcome)

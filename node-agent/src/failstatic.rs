@@ -65,6 +65,11 @@ impl<F: Fact> Belief<F> {
         self.missing.keys()
     }
 
+    /// Whether an absence waits, so that time alone may change what is believed.
+    pub fn is_in_doubt(&self) -> bool {
+        !self.missing.is_empty()
+    }
+
     /// Takes in the newest set at `now` (any monotonic clock). `essential` says whether this node itself
     /// lives by an object, `released` whether an absent object's effect was withdrawn properly before.
     pub fn update(

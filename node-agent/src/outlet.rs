@@ -102,7 +102,8 @@ impl Outlet {
                 error => error.to_string(),
             }));
         }
-        if own.is_empty() && self.blocks_done.is_none() {
+        // Without a block there is no file to make; but one that an earlier life left must not go on granting.
+        if own.is_empty() && !self.files.run.path().join(BLOCKS_FILE).exists() {
             return Ok(CniState::NoBlock);
         }
         if let Err(error) = self.write_blocks(own, lease, mtu, outcome) {

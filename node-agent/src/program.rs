@@ -119,10 +119,10 @@ pub async fn cleanup(cleanup: Cleanup) -> anyhow::Result<()> {
     telemetry::init_logging(&cleanup.log)?;
     let served = Served { pulse: Arc::new(Pulse::default()), metrics: Arc::new(Metrics::default()) };
     let stop = stop_on_signal()?;
+    let outcome = clean::run(&cleanup.place)?;
     if cleanup.stay {
         tokio::spawn(serve_socket(served.clone(), cleanup.socket.clone()));
     }
-    let outcome = clean::run(&cleanup.place)?;
     for done in &outcome.done {
         tracing::info!("removed {done}");
     }

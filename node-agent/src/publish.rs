@@ -83,7 +83,8 @@ pub async fn run(client: Client, node: String, mut reports: watch::Receiver<(Rep
             }
             Err(Refusal::Missing) => {
                 tracing::debug!(node, "NodeNetwork does not exist yet; the operator makes it");
-                sleep(RETRY.0 * 2).await;
+                sleep(delay).await;
+                delay = (delay * 2).min(RETRY.1);
             }
             Err(Refusal::Failed(error)) => {
                 tracing::warn!(error, "the report was not written; trying again");

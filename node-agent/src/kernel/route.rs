@@ -405,6 +405,8 @@ fn get(socket: &mut Socket, to: IpAddr, flags: u32, each: impl FnMut(Received<'_
         Err(error) => match error.errno() {
             // No route, or one that says unreachable, prohibit or blackhole.
             Some(Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::ACCESS | Errno::INVAL) => Ok(false),
+            // No such family in this kernel.
+            Some(Errno::AFNOSUPPORT | Errno::OPNOTSUPP) => Ok(false),
             _ => Err(error),
         },
     }

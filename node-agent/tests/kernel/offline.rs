@@ -116,3 +116,40 @@ fn the_conflist_comes_last_and_never_without_a_block() {
         assert!(node.file("net.d/05-plat.conflist").exists());
     });
 }
+
+#[test]
+fn a_blocks_file_of_an_earlier_life_grants_nothing_to_a_node_without_a_block() {
+    isolated("offline::a_blocks_file_of_an_earlier_life_grants_nothing_to_a_node_without_a_block", || {
+        let mut node = TestNode::with(vec![block(1)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.stop();
+        std::fs::remove_file(node.file("plat/map.json")).unwrap();
+        node.start();
+        node.list(vec![block(2)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "False", "NoBlock");
+        let text = std::fs::read(node.file("plat/blocks.json")).unwrap();
+        assert_eq!(BlocksFile::parse(&text).unwrap().blocks, []);
+        assert!(node.file("net.d/05-plat.conflist").exists(), "STATUS tells the runtime; the conflist stays");
+        // What the bridge carried of ours would answer for the block's next holder.
+        eventually("gateway", || {
+            let addresses = run("ip -o addr show dev cni0");
+            if addresses.contains("10.244.1.1") { Err(addresses) } else { Ok(()) }
+        });
+    });
+}
+
+#[test]
+fn a_node_whose_ipv6_is_switched_off_has_ipv4() {
+    isolated("offline::a_node_whose_ipv6_is_switched_off_has_ipv4", || {
+        let mut node = TestNode::new();
+        set_sysctl("ipv6/conf/all/disable_ipv6", "1");
+        set_sysctl("ipv6/conf/default/disable_ipv6", "1");
+        node.start();
+        node.contact();
+        node.list(vec![block(1), block(2)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.settled();
+        assert_eq!(our_routes().len(), 4);
+        assert!(node.report().status.incidents.is_empty());
+    });
+}
