@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
@@ -18,6 +18,8 @@ use plat_crds::names::LEASES_FILE;
 
 /// How long to wait for the store's lock. Counting can wait for the next tick, pods cannot wait for it.
 const LOCK_WAIT: Duration = Duration::from_millis(200);
+/// Shortest time between two counts because of changes: many pods may start at once.
+const COUNT_EVERY: Duration = Duration::from_secs(2);
 
 /// Leased addresses, as last read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,6 +64,25 @@ pub struct Leases {
     boot: BootId,
     kernel: HostKernel,
     sweeper: Sweeper,
+    counted: Option<Counted>,
+}
+
+/// The last count: when it was, and of which state of the store.
+#[derive(Clone, Copy)]
+struct Counted {
+    at: Duration,
+    written: Option<SystemTime>,
+}
+
+/// Whether the leases should be counted again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Count {
+    /// Nothing was written since the last count.
+    Right,
+    /// Something was, and it is time.
+    Due,
+    /// Something was, but the last count was a moment ago: at this time.
+    DueAt(Duration),
 }
 
 impl Leases {
@@ -70,15 +91,31 @@ impl Leases {
         let kernel = || Socket::open(Protocol::Route).map(HostKernel::new);
         let store = Store::at(&run.join(LEASES_FILE));
         let sweeper = Sweeper::new(store.clone(), boot.clone(), kernel()?);
-        Ok(Leases { store, boot, kernel: kernel()?, sweeper })
+        Ok(Leases { store, boot, kernel: kernel()?, sweeper, counted: None })
+    }
+
+    /// Whether to [`Leases::sweep`] again at `now`, because pods came or went.
+    pub fn count(&self, now: Duration) -> Count {
+        match self.counted {
+            Some(counted) if counted.written == self.written() => Count::Right,
+            Some(counted) if now < counted.at + COUNT_EVERY => Count::DueAt(counted.at + COUNT_EVERY),
+            _ => Count::Due,
+        }
+    }
+
+    fn written(&self) -> Option<SystemTime> {
+        std::fs::metadata(self.store.path()).and_then(|file| file.modified()).ok()
     }
 
     /// Ends dead leases and counts the others. A store that is missing is made from what the kernel holds:
     /// somebody removed it, or no pod ever was.
-    pub fn sweep(&mut self) -> Result<Usage, sweep::Error> {
+    pub fn sweep(&mut self, now: Duration) -> Result<Usage, sweep::Error> {
         if !self.store.path().exists() {
             self.store.lock(&self.boot, LOCK_WAIT, Missing::Create, &mut self.kernel)?;
         }
+        // Taken before the count, so that a write during it is not missed; and also if the count fails, so
+        // that the next try waits.
+        self.counted = Some(Counted { at: now, written: self.written() });
         let report = self.sweeper.sweep(LOCK_WAIT)?;
         if let Some(why) = report.rebuilt {
             tracing::warn!(why, leases = report.leases.len(), "the lease store was rebuilt from the kernel");
@@ -132,5 +169,23 @@ mod tests {
         assert_eq!(usage.used(&"10.244.1.0/24".parse().unwrap()), 2);
         let blocks = ["10.244.1.0/24", "10.244.9.0/24"].map(|b| b.parse().unwrap());
         assert_eq!(usage.blocks(), blocks.into());
+    }
+
+    #[test]
+    fn leases_are_counted_again_when_the_store_was_written_but_not_all_the_time() {
+        let run = tempfile::tempdir().unwrap();
+        let mut leases = Leases::open(run.path(), BootId::read().unwrap()).unwrap();
+        let at = Duration::from_secs;
+        assert_eq!(leases.count(at(100)), Count::Due, "never counted");
+        leases.sweep(at(100)).unwrap();
+        assert_eq!(leases.count(at(101)), Count::Right);
+        let later = SystemTime::now() + at(1);
+        std::fs::File::open(leases.store.path()).unwrap().set_modified(later).unwrap();
+        assert_eq!(leases.count(at(101)), Count::DueAt(at(102)));
+        assert_eq!(leases.count(at(102)), Count::Due);
+        std::fs::remove_file(leases.store.path()).unwrap();
+        assert_eq!(leases.count(at(102)), Count::Due, "somebody removed it");
+        leases.sweep(at(102)).unwrap();
+        assert!(leases.store.path().exists());
     }
 }

@@ -23,7 +23,7 @@ use crate::folder;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
 use crate::kernel::{host, route, sysctl};
-use crate::leases::{Leases, Usage};
+use crate::leases::{Count, Leases, Usage};
 use crate::objects::Objects;
 use crate::outlet::Outlet;
 use crate::reporter::{Pass, Report, Reporter};
@@ -114,12 +114,13 @@ impl Node {
         let mut outcome = Outcome::default();
 
         machine.restore_table(&mut outcome)?;
-        let held = beliefs.update(Duration::from_millis(boot::boot_ms()));
+        let now = Duration::from_millis(boot::boot_ms());
+        let held = beliefs.update(now);
         if !beliefs.are_complete() {
             return Ok(reporter.waiting(beliefs.known()));
         }
         if full {
-            machine.sweep_leases();
+            machine.sweep_leases(now);
         }
         let (map, known) = (beliefs.map(), beliefs.known());
         let (host, closing) = machine.look(map, known)?;
@@ -133,6 +134,7 @@ impl Node {
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let cni = outlet.write(&own, &lease, host.mtu, &machine.done, &mut outcome)?;
         machine.keep_record()?;
+        let count_at = machine.recount_leases(now);
 
         let pass = Pass {
             desired: &desired,
@@ -150,7 +152,8 @@ impl Node {
             confs: outlet.confs(),
             chained: outlet.chained(),
         };
-        let report = reporter.report(known, map, pass, culprits);
+        let mut report = reporter.report(known, map, pass, culprits);
+        report.next = [report.next, count_at].into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)
@@ -195,8 +198,21 @@ impl Machine {
         Ok(())
     }
 
-    fn sweep_leases(&mut self) {
-        match self.leases.sweep() {
+    /// Counts the leases again if pods came or went; last in a pass, as everything else is more urgent.
+    /// Returns when to look again, if it was too early.
+    fn recount_leases(&mut self, now: Duration) -> Option<Duration> {
+        match self.leases.count(now) {
+            Count::Right => None,
+            Count::DueAt(due) => Some(due),
+            Count::Due => {
+                self.sweep_leases(now);
+                None
+            }
+        }
+    }
+
+    fn sweep_leases(&mut self, now: Duration) {
+        match self.leases.sweep(now) {
             Ok(usage) => self.usage = usage,
             // The last counts go on; the next tick tries again.
             Err(error) => tracing::warn!(%error, "leases were not swept"),
