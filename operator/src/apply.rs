@@ -277,3 +277,156 @@ fn range_of(answer: Value) -> Option<Learnt> {
     let object = serde_json::from_value::<DeserializeGuard<ClusterCIDR>>(answer).ok()?;
     Some(Learnt::Range(Box::new(RangeFact::read(&object))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::block;
+    use crate::server::Live;
+    use crate::step::{BlockChange, Origin};
+    use std::cell::RefCell;
+
+    /// Answers with what it is told, and writes down what it is asked.
+    #[derive(Default)]
+    struct Script {
+        nodes: Vec<&'static str>,
+        block: Option<Value>,
+        create: Option<CallError>,
+        fail: Option<CallError>,
+        asked: RefCell<Vec<String>>,
+    }
+
+    impl Script {
+        fn ask<T>(&self, question: String, answer: T) -> Result<T, CallError> {
+            self.asked.borrow_mut().push(question);
+            self.fail.clone().map_or(Ok(answer), Err)
+        }
+    }
+
+    impl Server for Script {
+        async fn get(&self, kind: Kind, name: &str) -> Result<Value, CallError> {
+            self.ask(format!("get {name}"), ())?;
+            match kind {
+                Kind::Node if self.nodes.contains(&name) => Ok(json!({})),
+                Kind::PodCIDR => self.block.clone().ok_or(CallError::NotFound),
+                _ => Err(CallError::NotFound),
+            }
+        }
+
+        async fn list(&self) -> Result<Live, CallError> {
+            Err(CallError::NotFound)
+        }
+
+        async fn create(&self, _: Kind, object: Value) -> Result<Value, CallError> {
+            self.ask(format!("create {}", object["metadata"]["name"]), ())?;
+            self.create.clone().map_or(Ok(object), Err)
+        }
+
+        async fn patch(&self, _: Kind, name: &str, _: Patch) -> Result<Value, CallError> {
+            self.ask(format!("patch {name}"), Value::Null)
+        }
+
+        async fn delete(&self, _: Kind, name: &str, only: Preconditions<'_>) -> Result<(), CallError> {
+            self.ask(format!("delete {name} {} {:?}", only.uid, only.resource_version), ())
+        }
+    }
+
+    async fn outcome(step: Step, server: &Script) -> Outcome {
+        apply(vec![step], server, |_| {}).await.remove(0).outcome
+    }
+
+    fn version() -> Version {
+        Version { name: "b".into(), uid: "u".into(), resource_version: "7".into() }
+    }
+
+    fn create() -> Step {
+        Step::CreateBlock(NewBlock {
+            block: block("10.244.1.0/24"),
+            range: "r".into(),
+            node: "n1".into(),
+            node_uid: "u1".into(),
+            addresses: vec![],
+            labels: vec![],
+            origin: Origin::Carved,
+        })
+    }
+
+    fn existing(node: &str) -> Value {
+        json!({"metadata": {"name": "10-244-1-0-24", "uid": "u"}, "spec": {"cidr": "10.244.1.0/24", "clusterCIDR": "r", "nodeName": node}})
+    }
+
+    #[tokio::test]
+    async fn a_name_that_exists_is_read_back_and_is_ours_or_anothers() {
+        let exists = |block| Script { create: Some(CallError::AlreadyExists), block, ..Script::default() };
+        assert_eq!(outcome(create(), &exists(Some(existing("n1")))).await, Outcome::AlreadySo);
+        assert_eq!(outcome(create(), &exists(Some(existing("n2")))).await, Outcome::Taken("n2".into()));
+        assert_eq!(outcome(create(), &exists(None)).await, Outcome::Missing, "it went meanwhile: plan again");
+        let learnt = apply(vec![create()], &exists(Some(existing("n2"))), |_| {}).await.remove(0).learnt;
+        assert!(
+            matches!(learnt, Some(Learnt::Block(fact)) if &*fact.node == "n2"),
+            "so that nobody tries it again"
+        );
+    }
+
+    #[tokio::test]
+    async fn nothing_is_let_go_of_while_the_node_exists() {
+        let change = BlockChange { release_after: Some(None), ..BlockChange::default() };
+        let gone = |why| {
+            let (node, node_uid, change) = ("n1".into(), "u1".into(), change.clone());
+            Step::ChangeBlock { object: version(), node, node_uid, change, why }
+        };
+        let delete = |confirm_gone| Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone };
+        let alive = Script { nodes: vec!["n1"], ..Script::default() };
+        for step in [gone(Why::NodeGone), delete(true)] {
+            assert!(matches!(outcome(step, &alive).await, Outcome::Stale(_)));
+        }
+        assert_eq!(*alive.asked.borrow(), ["get n1", "get n1"], "nothing was written");
+        for (step, write) in [(gone(Why::NodeGone), "patch b"), (delete(true), r#"delete b u Some("7")"#)] {
+            let server = Script::default();
+            assert_eq!(outcome(step, &server).await, Outcome::Done);
+            assert_eq!(*server.asked.borrow(), ["get n1", write]);
+        }
+        for step in [gone(Why::Unused), delete(false)] {
+            assert_eq!(
+                outcome(step, &alive).await,
+                Outcome::Done,
+                "a drained second block needs no dead node"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_does_not_come_is_no_proof_that_the_node_is_gone() {
+        let away = Script { fail: Some(CallError::Unknown("timeout".into())), ..Script::default() };
+        let delete = Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone: true };
+        assert_eq!(outcome(delete, &away).await, Outcome::Unknown("timeout".into()));
+        assert_eq!(*away.asked.borrow(), ["get n1"]);
+    }
+
+    #[tokio::test]
+    async fn what_is_so_already_is_a_success() {
+        let gone = Script { fail: Some(CallError::NotFound), ..Script::default() };
+        let report = Step::DeleteReport { node: "n1".into(), uid: "u".into() };
+        assert_eq!(outcome(report, &gone).await, Outcome::AlreadySo);
+        let there = Script { create: Some(CallError::AlreadyExists), ..Script::default() };
+        assert_eq!(outcome(Step::CreateReport { node: "n1".into() }, &there).await, Outcome::AlreadySo);
+        let same = Step::BlockStatus {
+            object: version(),
+            node: "n1".into(),
+            old: Box::default(),
+            new: Box::default(),
+        };
+        let server = Script::default();
+        assert_eq!(outcome(same, &server).await, Outcome::AlreadySo);
+        assert!(server.asked.borrow().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_api_server_that_is_away_is_not_asked_for_every_step() {
+        let away = Script { fail: Some(CallError::Unknown("timeout".into())), ..Script::default() };
+        let steps = (0..1000).map(|i| Step::CreateReport { node: format!("n{i}").as_str().into() }).collect();
+        let done = apply(steps, &away, |_| {}).await;
+        let skipped = done.iter().filter(|done| done.outcome == Outcome::Skipped).count();
+        assert!(skipped > 900, "{skipped} of {}", done.len());
+    }
+}

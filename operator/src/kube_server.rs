@@ -176,40 +176,67 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Addresses in use that are neither pods' nor nodes': the cluster's Service ranges and the API server's own.
-/// Each is optional: without the right to read it, overlap with it goes unnoticed here, and is said once.
-pub async fn foreign(client: &Client, api_host: Option<IpAddr>, known: &Foreign) -> Foreign {
-    let mut foreign = Foreign { services: Vec::new(), api_server: api_host.into_iter().collect() };
-    match tokio::time::timeout(
-        CALL_TIMEOUT,
-        Api::<ServiceCIDR>::all(client.clone()).list(&ListParams::default()),
-    )
-    .await
-    {
-        Ok(Ok(list)) => {
-            let cidrs = list.items.into_iter().filter_map(|object| object.spec?.cidrs).flatten();
-            foreign.services = cidrs.filter_map(|cidr| Some(Block::containing(cidr.parse().ok()?))).collect();
-        }
-        Ok(Err(error)) if known.services.is_empty() => {
-            warn!(%error, "cannot list ServiceCIDRs: a ClusterCIDR that overlaps the Service range is not noticed");
-        }
-        _ => foreign.services.clone_from(&known.services),
+/// Looks up addresses in use that are neither pods' nor nodes': the cluster's Service ranges and the API
+/// server's own. Each is optional: without the right to read it, overlap with it goes unnoticed, which is said
+/// once.
+pub struct ForeignLookup {
+    client: Client,
+    api_host: Option<IpAddr>,
+    said: bool,
+}
+
+impl ForeignLookup {
+    /// A lookup; `api_host` is the address by which this process reaches the API server.
+    pub fn new(client: Client, api_host: Option<IpAddr>) -> ForeignLookup {
+        ForeignLookup { client, api_host, said: false }
     }
-    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
-    match tokio::time::timeout(CALL_TIMEOUT, slices.get_opt("kubernetes")).await {
-        Ok(Ok(slice)) => {
-            let addresses =
-                slice.into_iter().flat_map(|slice| slice.endpoints).flat_map(|endpoint| endpoint.addresses);
-            foreign.api_server.extend(addresses.filter_map(|address| address.parse::<IpAddr>().ok()));
-        }
-        Ok(Err(error)) => {
-            debug!(%error, "cannot read the API server's endpoints");
-            foreign.api_server.extend(&known.api_server);
-        }
-        Err(_) => foreign.api_server.extend(&known.api_server),
+
+    /// What is so now; where that cannot be read, what was known before.
+    pub async fn run(&mut self, known: &Foreign) -> Foreign {
+        let services = match self.services().await {
+            Ok(services) => services,
+            Err(error) => {
+                if !std::mem::replace(&mut self.said, true) {
+                    warn!(
+                        error,
+                        "cannot list ServiceCIDRs: a ClusterCIDR that overlaps the Service range is not noticed"
+                    );
+                }
+                known.services.clone()
+            }
+        };
+        let mut api_server: Vec<IpAddr> = self.endpoints().await.unwrap_or_else(|error| {
+            debug!(error, "cannot read the API server's endpoints");
+            known.api_server.clone()
+        });
+        api_server.extend(self.api_host);
+        api_server.sort();
+        api_server.dedup();
+        Foreign { services, api_server }
     }
-    foreign.services.sort();
-    foreign.api_server.sort();
-    foreign.api_server.dedup();
-    foreign
+
+    async fn services(&self) -> Result<Vec<Block>, String> {
+        let api: Api<ServiceCIDR> = Api::all(self.client.clone());
+        let list = in_time(api.list(&ListParams::default())).await?;
+        let cidrs = list.items.into_iter().filter_map(|object| object.spec?.cidrs).flatten();
+        let mut services: Vec<_> =
+            cidrs.filter_map(|cidr| Some(Block::containing(cidr.parse().ok()?))).collect();
+        services.sort();
+        Ok(services)
+    }
+
+    async fn endpoints(&self) -> Result<Vec<IpAddr>, String> {
+        let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), "default");
+        let slice = in_time(api.get_opt("kubernetes")).await?;
+        let addresses =
+            slice.into_iter().flat_map(|slice| slice.endpoints).flat_map(|endpoint| endpoint.addresses);
+        Ok(addresses.filter_map(|address| address.parse().ok()).collect())
+    }
+}
+
+async fn in_time<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+    match tokio::time::timeout(CALL_TIMEOUT, call).await {
+        Ok(answer) => answer.map_err(|error| chain(&error)),
+        Err(_) => Err(format!("no answer within {CALL_TIMEOUT:?}")),
+    }
 }

@@ -70,6 +70,11 @@ impl Leader {
         Leader { settings, memory, faults: BTreeSet::new() }
     }
 
+    /// See [`Tenure::is_sole_actor`].
+    pub fn is_sole_actor(&self, tenure: Tenure) -> bool {
+        tenure.is_sole_actor(self.settings.lease_duration, self.memory.fresh_cluster)
+    }
+
     /// Runs one pass. `clock` is read after each wait; `on_progress` is called after each step.
     pub async fn pass<S: Server>(
         &mut self,

@@ -120,9 +120,8 @@ pub struct Elector {
     timing: Timing,
 }
 
-/// The Lease as this process last wrote it.
+/// A Lease that this process holds.
 pub struct Held {
-    record: Record,
     acquired: Timestamp,
     /// When the last successful write was sent.
     renewed: Instant,
@@ -199,20 +198,29 @@ impl Elector {
     /// Gives the Lease up, so that a successor need not wait. Only after the last write was answered.
     pub async fn release(&self, leadership: &Leadership) {
         leadership.end();
-        let Ok(Some(record)) = self.read().await else { return };
-        if record.holder != self.identity {
-            return;
-        }
-        let spec = LeaseSpec {
-            holder_identity: Some(String::new()),
-            lease_duration_seconds: Some(1),
-            ..self.spec(&record, Timestamp::now())
-        };
-        match self.put(Some(&record.resource_version), spec).await {
-            Ok(_) => info!("released the leader Lease"),
-            Err(error) => {
-                warn!(%error, "could not release the leader Lease; a successor waits until it runs out")
+        // A renewal that was under way may come between reading and writing: then once more.
+        let mut outcome = Ok(());
+        for _ in 0..2 {
+            let record = match self.read().await {
+                Ok(Some(record)) if record.holder == self.identity => record,
+                Ok(_) => return,
+                Err(error) => {
+                    outcome = Err(error);
+                    continue;
+                }
+            };
+            let spec = LeaseSpec {
+                holder_identity: Some(String::new()),
+                lease_duration_seconds: Some(1),
+                ..self.spec(&record, Timestamp::now())
+            };
+            match self.put(Some(&record.resource_version), spec).await {
+                Ok(_) => return info!("released the leader Lease"),
+                Err(error) => outcome = Err(error),
             }
+        }
+        if let Err(error) = outcome {
+            warn!(error, "could not release the leader Lease; a successor waits until it runs out");
         }
     }
 
@@ -238,8 +246,8 @@ impl Elector {
     async fn write(&self, old: Option<&Record>, acquired: Timestamp, start: Start) -> Result<Held, String> {
         let sent = Instant::now();
         let spec = self.spec(old.unwrap_or(&Record::none()), acquired);
-        let lease = self.put(old.map(|old| old.resource_version.as_str()), spec).await?;
-        Ok(Held { record: record(&lease), acquired, renewed: sent, start })
+        self.put(old.map(|old| old.resource_version.as_str()), spec).await?;
+        Ok(Held { acquired, renewed: sent, start })
     }
 
     fn spec(&self, old: &Record, acquired: Timestamp) -> LeaseSpec {
@@ -274,13 +282,6 @@ impl Elector {
             Ok(answer) => answer.map_err(|error| chain(&error)),
             Err(_) => Err(format!("no answer within {limit:?}")),
         }
-    }
-}
-
-impl Held {
-    /// The Lease as it was last written.
-    pub fn record(&self) -> &Record {
-        &self.record
     }
 }
 

@@ -11,13 +11,26 @@ use tracing::error;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let done = match cli.command {
+    let Cli { command, run } = Cli::parse();
+    match command {
         Some(Command::Probe { question, socket }) => {
-            http::probe(&socket, question.path()).map(|text| println!("{text}"))
+            ended(http::probe(&socket, question.path()).map(|text| println!("{text}")))
         }
-        None => start(cli.run),
-    };
+        None => match start_log(&run) {
+            Err(error) => ended(Err(error)),
+            // From here on the log says it.
+            Ok(()) => match start(run) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    error!(error = format!("{error:#}"), "ending");
+                    ExitCode::FAILURE
+                }
+            },
+        },
+    }
+}
+
+fn ended(done: anyhow::Result<()>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -27,7 +40,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(args: RunArgs) -> anyhow::Result<()> {
+fn start_log(args: &RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(directives(&args.log_level))
         .map_err(|error| anyhow::anyhow!("--log-level '{}': {error}", args.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
@@ -35,10 +48,14 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
         LogFormat::Text => log.with_ansi(false).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
+    Ok(())
+}
+
+fn start(args: RunArgs) -> anyhow::Result<()> {
     // One thread: the work is waiting for the API server, and every thread would keep memory of its own.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let stop = CancellationToken::new();
-    let outcome = runtime.block_on(async {
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let told = stop.clone();
@@ -46,12 +63,8 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             told.cancel();
         });
-        run::run(args, stop.clone()).await
-    });
-    if let Err(error) = &outcome {
-        error!(error = format!("{error:#}"), "ending");
-    }
-    outcome
+        run::run(args, stop).await
+    })
 }
 
 /// A plain level leaves the client library out: it calls every refused connection an error, and what failed

@@ -183,6 +183,11 @@ impl Observed {
         }
     }
 
+    /// The uid of a node, if it is known.
+    pub fn node_uid(&self, name: &str) -> Option<Name> {
+        self.lock().nodes.facts.get(name).map(|node| node.uid.clone())
+    }
+
     /// What is known of the cluster's own addresses.
     pub fn foreign(&self) -> Arc<Foreign> {
         self.lock().foreign.clone()
@@ -246,6 +251,9 @@ struct Seen {
 
 impl Seen {
     fn pass_on(&mut self, event: &Event<DeserializeGuard<NodeNetwork>>, incidents: &Sender<NodeIncident>) {
+        if let Event::Delete(gone) = event {
+            self.by_node.remove(gone.meta().name.as_deref().unwrap_or_default());
+        }
         let (Event::Apply(DeserializeGuard(Ok(report))) | Event::InitApply(DeserializeGuard(Ok(report)))) =
             event
         else {

@@ -4,21 +4,21 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Api, Client, Config};
 use plat_crds::names;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::apply::Outcome;
 use crate::args::RunArgs;
 use crate::http::{Admin, serve};
-use crate::kube_server::{KubeServer, foreign};
+use crate::kube_server::{ForeignLookup, KubeServer};
 use crate::leader::{Leader, Pass};
-use crate::lease::{Elector, Held};
+use crate::lease::{Elector, Timing};
 use crate::note::{Note, of_incident};
 use crate::observe::{Observed, Urgency, watch_all};
 use crate::publish::{QUEUE, publish};
@@ -37,7 +37,7 @@ const TURN: Duration = Duration::from_secs(5);
 const FOREIGN_EVERY: Duration = Duration::from_secs(60);
 /// How long a pass may take to end after the process was told to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(11);
-/// No response takes longer to begin. Watches are not responses: they begin at once.
+/// A connection that takes longer to come about has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs until `stop`; an error ends the process, and its successor starts afresh.
@@ -59,7 +59,7 @@ pub async fn run(args: RunArgs, stop: CancellationToken) -> anyhow::Result<()> {
 async fn work(
     args: &RunArgs,
     settings: Settings,
-    timing: crate::lease::Timing,
+    timing: Timing,
     admin: &Admin,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -98,25 +98,21 @@ async fn work(
         stop.cancelled().await;
         tokio::time::sleep(STOP_WITHIN).await;
     };
-    tokio::select! {
-        lost = elector.keep(&mut held, &admin.leadership) => {
-            error!(error = %lost, "not leading any more");
-            return Err(lost.into());
-        }
-        () = leading => {}
-        // Requests may still be under way: the Lease is left to run out.
-        () = overdue => return Err(anyhow::anyhow!("the last pass did not end within {STOP_WITHIN:?}; the Lease is not released")),
+    let is_sole_actor = tokio::select! {
+        lost = elector.keep(&mut held, &admin.leadership) => return Err(lost.into()),
+        is_sole_actor = leading => is_sole_actor,
+        () = overdue => bail!("the last pass did not end within {STOP_WITHIN:?}: requests may still be under way, so the Lease is left to run out"),
+    };
+    if is_sole_actor {
+        elector.release(&admin.leadership).await;
+    } else {
+        info!("a former leader may still have requests under way, so the Lease is left to run out");
     }
-    release(&elector, &held, admin).await;
     Ok(())
 }
 
-async fn release(elector: &Elector, held: &Held, admin: &Admin) {
-    debug!(resource_version = held.record().resource_version, "handing over");
-    elector.release(&admin.leadership).await;
-}
-
-/// Leads until `stop`; every write has been answered when it returns.
+/// Leads until `stop`; every write has been answered when it returns. Answers whether no other process can have
+/// one under way either.
 async fn lead(
     client: Client,
     api_host: Option<IpAddr>,
@@ -125,9 +121,10 @@ async fn lead(
     admin: &Admin,
     tenure: impl Fn() -> Tenure,
     stop: CancellationToken,
-) {
+) -> bool {
     let observed = Arc::new(Observed::default());
-    observed.set_foreign(foreign(&client, api_host, &observed.foreign()).await);
+    let mut lookup = ForeignLookup::new(client.clone(), api_host);
+    observed.set_foreign(lookup.run(&observed.foreign()).await);
     let (notes, note_queue) = mpsc::channel(QUEUE);
     let (incidents, mut incident_queue) = mpsc::channel(QUEUE);
     let published = publish(client.clone(), instance, note_queue);
@@ -138,23 +135,20 @@ async fn lead(
     let looked_up = async {
         loop {
             tokio::time::sleep(FOREIGN_EVERY).await;
-            observed.set_foreign(foreign(&client, api_host, &observed.foreign()).await);
+            observed.set_foreign(lookup.run(&observed.foreign()).await);
         }
     };
     let passed_on = async {
         while let Some((node, incident)) = incident_queue.recv().await {
-            let uid = observed
-                .world()
-                .and_then(|world| Some(world.nodes.get(&node)?.uid.clone()))
-                .unwrap_or_default();
+            let uid = observed.node_uid(&node).unwrap_or_default();
             send(&notes, of_incident(&node, &uid, &incident), admin);
         }
     };
     let server = KubeServer::new(client.clone(), admin.leadership.clone());
     let looped = passes(&observed, &server, settings, admin, &notes, tenure, &stop);
     tokio::select! {
-        () = looped => {}
-        () = async { tokio::join!(published, watched, looked_up, passed_on); } => {}
+        is_sole_actor = looped => is_sole_actor,
+        () = async { tokio::join!(published, watched, looked_up, passed_on); } => false,
     }
 }
 
@@ -166,10 +160,10 @@ async fn passes(
     notes: &mpsc::Sender<Note>,
     tenure: impl Fn() -> Tenure,
     stop: &CancellationToken,
-) {
+) -> bool {
     let began = Instant::now();
     let clock = || Clock { wall: Timestamp::now(), steady: began.elapsed() };
-    let mut leader = None;
+    let mut leader: Option<Leader> = None;
     while !stop.is_cancelled() {
         admin.health.turn();
         let started = Instant::now();
@@ -199,6 +193,7 @@ async fn passes(
         wait(observed, started, pass.wake_after.unwrap_or(IDLE).min(IDLE), admin, stop).await;
     }
     info!("told to stop; the last pass is done");
+    leader.is_some_and(|leader| leader.is_sole_actor(tenure()))
 }
 
 /// Waits until the next pass is due.
@@ -293,8 +288,10 @@ fn log(pass: &Pass, took: Duration) {
 }
 
 async fn client_config() -> anyhow::Result<Config> {
-    let mut config =
-        Config::infer().await.context("cannot find the API server: run it in a pod, or set KUBECONFIG")?;
+    // Its text names both places that were looked at, with their causes.
+    let mut config = Config::infer().await.map_err(|error| {
+        anyhow::anyhow!("cannot find the API server: run it in a pod, or set KUBECONFIG ({error})")
+    })?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     // Retries are ours: a create that is repeated unseen would hide whose block it is.
     config.default_retry = false;

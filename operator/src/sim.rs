@@ -68,11 +68,13 @@ struct Etcd {
     in_use: BTreeMap<Block, (String, Option<u64>)>,
     creates: usize,
     mishap: Mishap,
+    /// Creates that were sent, whose sender has given up, and that arrive at that second.
+    late: Vec<(u64, Value)>,
 }
 
 /// What goes wrong besides lost requests, late caches, crashes and pauses.
 ///
-/// Only one of the two: a leader that stops exactly between looking at its Lease and sending a create, for
+/// Only one of them: a leader that stops exactly between looking at its Lease and sending a create, for
 /// longer than the Lease, *and* somebody who deletes that very block's PodCIDR by hand in the meantime, is a
 /// case that only the agents' check for overlap is left for.
 #[derive(Clone, Copy, PartialEq)]
@@ -81,6 +83,8 @@ enum Mishap {
     SendsLate,
     /// PodCIDRs of living nodes are deleted by hand.
     BlocksLost,
+    /// ClusterCIDRs are deleted and others, of other sizes, created over them.
+    RangesChange,
 }
 
 impl Etcd {
@@ -116,6 +120,15 @@ impl Etcd {
             self.check_new_block(&object);
         }
         Ok(self.put(key, object))
+    }
+
+    fn late_arrivals(&mut self) {
+        let now = self.second;
+        let (due, later) = std::mem::take(&mut self.late).into_iter().partition(|(at, _)| *at <= now);
+        self.late = later;
+        for (_, object) in due {
+            let _taken_meanwhile = self.create(Kind::PodCIDR, object);
+        }
     }
 
     /// The invariant that matters most: whoever gets a block, nobody else can be using it.
@@ -321,7 +334,15 @@ impl Server for Connection {
     }
 
     async fn create(&self, kind: Kind, object: Value) -> Result<Value, CallError> {
-        self.call(true, |etcd| etcd.create(kind, object)).await
+        self.call(true, |etcd| {
+            if kind == Kind::PodCIDR && etcd.faults > 0 && etcd.dice.one_in(etcd.faults) {
+                let due = etcd.second + 1 + etcd.dice.roll(LEASE - 6);
+                etcd.late.push((due, object));
+                return Err(CallError::Unknown("no answer in time".to_owned()));
+            }
+            etcd.create(kind, object)
+        })
+        .await
     }
 
     async fn patch(&self, kind: Kind, name: &str, patch: Patch) -> Result<Value, CallError> {
@@ -394,6 +415,7 @@ impl Cluster {
             in_use: BTreeMap::new(),
             creates: 0,
             mishap,
+            late: Vec::new(),
         };
         let settings = Settings {
             default_ranges: vec![DefaultRange { range: range.parse().unwrap(), block_prefix: 24 }],
@@ -484,6 +506,7 @@ impl Cluster {
 
     fn pass_time(&mut self, seconds: u64) {
         self.etcd.borrow_mut().second += seconds;
+        self.etcd.borrow_mut().late_arrivals();
         self.renew();
         // A request is under way for seconds, not for minutes.
         for number in self.processes.keys().copied().collect::<Vec<_>>() {
@@ -507,8 +530,11 @@ impl Cluster {
         let node = json!({"metadata": {"name": name}, "spec": {}, "status": {"addresses": addresses, "conditions": [{"type": "Ready", "status": "True"}]}});
         if etcd.create(Kind::Node, node).is_ok() {
             self.live_nodes.insert(name.to_owned());
-            for (user, gone) in etcd.in_use.values_mut().filter(|(user, _)| user == name) {
-                let _ = user;
+            // Back in time, it goes on with its block; later, its pods have ended and so has its lease on it.
+            let now = etcd.second;
+            etcd.in_use
+                .retain(|_, (user, gone)| user != name || gone.is_none_or(|since| now < since + QUARANTINE));
+            for (_, gone) in etcd.in_use.values_mut().filter(|(user, _)| user == name) {
                 *gone = None;
             }
             let second = etcd.second;
@@ -577,13 +603,40 @@ impl Cluster {
         }
     }
 
+    /// Somebody deletes a range, or creates one that overlaps.
+    fn change_ranges(&mut self) {
+        let name = ["default-v4", "extra", "more"][usize::try_from(self.dice.roll(3)).unwrap()];
+        let mut etcd = self.etcd.borrow_mut();
+        let second = etcd.second;
+        if self.dice.one_in(2) {
+            if etcd.delete(Kind::ClusterCIDR, name, None, None).is_ok() {
+                self.trace.push(format!("t={second} range {name} is deleted"));
+            }
+            return;
+        }
+        let sizes =
+            [("10.244.0.0/20", 26), ("10.244.0.0/16", 25), ("10.244.0.0/22", 23), ("10.244.8.0/21", 24)];
+        let (cidr, length) = sizes[usize::try_from(self.dice.roll(4)).unwrap()];
+        let spec = json!({"cidr": cidr, "blockPrefixLength": length, "quarantineSeconds": QUARANTINE});
+        if name != "default-v4"
+            && etcd.create(Kind::ClusterCIDR, json!({"metadata": {"name": name}, "spec": spec})).is_ok()
+        {
+            self.trace.push(format!("t={second} range {name} {cidr} /{length} is created"));
+        }
+    }
+
     fn random_step(&mut self) {
-        let node = format!("n{}", self.dice.roll(7));
+        let mishap = self.etcd.borrow().mishap;
+        // Few nodes leave ranges empty now and then, so that they can go.
+        let node = format!("n{}", self.dice.roll(if mishap == Mishap::RangesChange { 2 } else { 7 }));
         match self.dice.roll(40) {
+            0 if mishap == Mishap::RangesChange => self.delete_node(&node),
             0..=2 => self.add_node(&node),
             3 => self.delete_node(&node),
             4..=6 => self.report(&node),
-            7 if self.dice.one_in(3) && self.etcd.borrow().mishap == Mishap::BlocksLost => self.lose_block(),
+            7 if mishap == Mishap::BlocksLost && self.dice.one_in(3) => self.lose_block(),
+            7 if mishap == Mishap::RangesChange => self.change_ranges(),
+            31..=39 if mishap == Mishap::RangesChange => self.pass_time(3),
             8..=11 => {
                 let seconds = 1 + self.dice.roll(3);
                 self.pass_time(seconds);
@@ -644,6 +697,8 @@ impl Cluster {
             }
             match self.check_settled() {
                 Ok(()) => return,
+                // A deleted range keeps its blocks, and nodes without one may have to wait for its end.
+                Err(_) if self.etcd.borrow().mishap == Mishap::RangesChange => return,
                 Err(why) => unsettled = why,
             }
         }
@@ -704,7 +759,7 @@ impl Drop for Story<'_> {
 fn run(seed: u64, range: &str, mishap: Mishap) -> usize {
     let cluster = RefCell::new(Cluster::new(seed, range, mishap));
     let _story = Story(&cluster, seed);
-    for _ in 0..2500 {
+    for _ in 0..if mishap == Mishap::RangesChange { 6000 } else { 2500 } {
         cluster.borrow_mut().random_step();
     }
     cluster.borrow_mut().settle();
@@ -729,12 +784,64 @@ fn run_all(seeds: std::ops::Range<u64>, range: &str, mishap: Mishap) {
 
 #[test]
 fn no_block_is_given_twice_whatever_fails() {
-    run_all(seeds(1, 25), "10.244.0.0/16", Mishap::BlocksLost);
-    run_all(seeds(50_001, 25), "10.244.0.0/16", Mishap::SendsLate);
+    run_all(seeds(1, 12), "10.244.0.0/16", Mishap::BlocksLost);
+    run_all(seeds(50_001, 12), "10.244.0.0/16", Mishap::SendsLate);
 }
 
 #[test]
 fn a_range_that_is_almost_full_gives_no_block_twice_either() {
-    run_all(seeds(100_001, 25), "10.244.0.0/21", Mishap::BlocksLost);
-    run_all(seeds(150_001, 25), "10.244.0.0/21", Mishap::SendsLate);
+    run_all(seeds(100_001, 12), "10.244.0.0/21", Mishap::BlocksLost);
+    run_all(seeds(150_001, 12), "10.244.0.0/21", Mishap::SendsLate);
+}
+
+#[test]
+fn ranges_that_come_and_go_in_other_sizes_never_overlap_in_blocks() {
+    run_all(seeds(200_001, 20), "10.244.0.0/16", Mishap::RangesChange);
+}
+
+/// The case that [`crate::ranges::stands`] waits for: a former leader's last create, for a range that has gone
+/// since, arrives when the next leader has already found another range good.
+#[test]
+fn a_late_create_of_a_former_leader_meets_no_block_of_a_newer_range() {
+    let cluster = RefCell::new(Cluster::new(7, "10.244.0.0/16", Mishap::RangesChange));
+    let _story = Story(&cluster, 7);
+    let mut cluster = cluster.borrow_mut();
+    cluster.settings.default_ranges.clear();
+    let range = |name: &str, length: u8| {
+        let spec =
+            json!({"cidr": "10.244.0.0/16", "blockPrefixLength": length, "quarantineSeconds": QUARANTINE});
+        json!({"metadata": {"name": name}, "spec": spec})
+    };
+    let work = |cluster: &mut Cluster, number: usize| (0..20).for_each(|_| cluster.work_undisturbed(number));
+    cluster.etcd.borrow_mut().faults = 0;
+    cluster.etcd.borrow_mut().create(Kind::ClusterCIDR, range("old", 24)).unwrap();
+    cluster.elect();
+    work(&mut cluster, 0);
+    // Its last look at the Lease, nine seconds after its last renewal; the request arrives nine seconds later.
+    let block = json!({
+        "metadata": {"name": "10-244-0-0-24"},
+        "spec": {"cidr": "10.244.0.0/24", "clusterCIDR": "old", "nodeName": "n0", "nodeUID": "x", "state": "Active"},
+    });
+    cluster.etcd.borrow_mut().late.push((18, block));
+    cluster.processes.clear();
+    for _ in 0..5 {
+        cluster.pass_time(3);
+    }
+    cluster.etcd.borrow_mut().delete(Kind::ClusterCIDR, "old", None, None).unwrap();
+    cluster.etcd.borrow_mut().create(Kind::ClusterCIDR, range("new", 25)).unwrap();
+    cluster.add_node("n1");
+    cluster.elect();
+    for _ in 0..15 {
+        work(&mut cluster, 1);
+        cluster.pass_time(1);
+    }
+    let names = |cluster: &Cluster| {
+        cluster.etcd.borrow().blocks().iter().map(|b| b.name.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&cluster), ["10-244-0-0-24"], "the old range is gone, the new one waits");
+    for _ in 0..3 {
+        cluster.pass_time(1);
+        work(&mut cluster, 1);
+    }
+    assert_eq!(names(&cluster), ["10-244-0-0-24", "10-244-1-0-25"]);
 }

@@ -128,17 +128,25 @@ pub struct Foreign {
     pub api_server: Vec<IpAddr>,
 }
 
-impl Snapshot<'_> {
+impl Tenure {
     /// Whether no other process can have a request under way any more.
     ///
-    /// A leader sends nothing once its Lease has run out, and a Lease that was handed over was given up
-    /// after the last answer. A Lease that never existed had no holder; but as one can be deleted by hand,
-    /// that counts only on a cluster without blocks.
-    pub fn is_sole_actor(&self) -> bool {
-        match self.tenure.start {
+    /// A leader sends nothing once its Lease has run out, so after one Lease duration all requests of former
+    /// leaders are answered. A Lease is handed over only by a leader for which this holds, after its own last
+    /// answer. A Lease that never existed had no holder; but as one can be deleted by hand, that counts only
+    /// on a cluster without blocks.
+    pub fn is_sole_actor(&self, lease_duration: Duration, fresh_cluster: bool) -> bool {
+        match self.start {
             Start::HandedOver => true,
-            Start::First if self.memory.fresh_cluster => true,
-            Start::First | Start::Expired => self.tenure.held_for >= self.settings.lease_duration,
+            Start::First if fresh_cluster => true,
+            Start::First | Start::Expired => self.held_for >= lease_duration,
         }
+    }
+}
+
+impl Snapshot<'_> {
+    /// See [`Tenure::is_sole_actor`].
+    pub fn is_sole_actor(&self) -> bool {
+        self.tenure.is_sole_actor(self.settings.lease_duration, self.memory.fresh_cluster)
     }
 }

@@ -176,10 +176,12 @@ impl<'a> Planner<'a> {
         live
     }
 
-    /// The families that a node should have a block of: those of the ranges that select it.
+    /// The families that a node should have a block of: those of the ranges that select it, and those that it
+    /// has a block of, whatever the selectors say by now.
     fn families_of(&self, node: &NodeFact) -> Vec<Family> {
-        let selected = |family: &Family| self.ranges.values().any(|range| range.selects(node, *family));
-        Family::ALL.into_iter().filter(selected).collect()
+        let selected = |family| self.ranges.values().any(|range| range.selects(node, family));
+        let held = |family| self.held_block(&node.name, family).is_some();
+        Family::ALL.into_iter().filter(|family| held(*family) || selected(*family)).collect()
     }
 
     /// The block of a family that is a node's own, also while it is in quarantine; others are left over.

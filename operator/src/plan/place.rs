@@ -58,7 +58,10 @@ impl<'a> Planner<'a> {
             .filter(|family| self.held_block(&node.name, **family).is_none())
             .map(|family| (node, *family))
             .collect();
-        if families.is_empty() && !self.snapshot.ranges.is_empty() {
+        // A default range that is about to be created may well select it.
+        let range_comes =
+            self.plan.wants_live || matches!(self.plan.steps.first(), Some(Step::CreateRange { .. }));
+        if families.is_empty() && !range_comes {
             let message =
                 format!("no ClusterCIDR selects node {}: label it, or add a ClusterCIDR for it", node.name);
             self.fault(node, reason::NO_RANGE, message);

@@ -33,7 +33,7 @@ impl Planner<'_> {
 
     fn becomes_ready(&self, range: &RangeFact) -> bool {
         let good = self.ranges.get(&range.name).is_some_and(|candidate| candidate.judgement.is_good());
-        good && !condition::is_true(&range.status.conditions, READY)
+        good && self.may_try(&range.name) && !condition::is_true(&range.status.conditions, READY)
     }
 
     /// Only while no range of that family exists. A range that cannot be read may be of any family.
@@ -46,7 +46,7 @@ impl Planner<'_> {
         }
         let mut ranges = self.snapshot.ranges.values();
         let exists = ranges.any(|range| range.range.is_none_or(|range| range.family() == family));
-        if !exists && self.is_live() {
+        if !exists && self.may_try(name) && self.is_live() {
             self.plan.steps.push(Step::CreateRange {
                 name: name.into(),
                 range: default.range,
@@ -70,6 +70,12 @@ impl Planner<'_> {
         }
     }
 
+    /// Whether a write to that ClusterCIDR would be made now: a live LIST for one that has just failed would be
+    /// wasted.
+    fn may_try(&self, name: &str) -> bool {
+        self.snapshot.memory.is_ripe(&(Kind::ClusterCIDR, name.into()), self.snapshot.clock)
+    }
+
     fn prepare(&mut self, range: &RangeFact) {
         let Some(block) = range.range else { return };
         let mut finalizers = range.finalizers.to_vec();
@@ -85,7 +91,7 @@ impl Planner<'_> {
     fn release_if_empty(&mut self, range: &RangeFact) {
         let used = self.snapshot.blocks.values().any(|block| block.range == range.name)
             || self.snapshot.memory.pending.values().any(|pending| pending.range == range.name);
-        if range.has_our_finalizer() && !used && self.is_live() {
+        if range.has_our_finalizer() && !used && self.may_try(&range.name) && self.is_live() {
             self.release(range);
         }
     }

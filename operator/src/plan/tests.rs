@@ -16,7 +16,7 @@ use crate::fixtures::{
 use crate::memory::{Memory, Pending, Vanished};
 use crate::reason;
 use crate::snapshot::{Source, Start, Tenure};
-use crate::step::{BlockChange, Step, Why};
+use crate::step::{BlockChange, Kind, Step, Why};
 
 const V4: &str = "10.244.0.0/16";
 const V6: &str = "fd00:10:244::/48";
@@ -328,6 +328,36 @@ fn a_new_leader_on_an_old_cluster_hears_the_ready_nodes_before_it_carves() {
     assert_eq!(created(&not_live.plan()).len(), 2);
     let fresh = silent.with(|s| s.memory = Memory::new(true));
     assert_eq!(created(&fresh.plan()).len(), 2);
+}
+
+#[test]
+fn a_node_that_no_range_selects_is_named_unless_a_range_is_about_to_come() {
+    let none = scene().nodes(&["n1"]).all_report().with(|s| s.settings.default_ranges.clear());
+    assert_eq!(
+        (faults(&none.plan()), none.plan().nodes_without_block),
+        (vec![format!("n1 {}", reason::NO_RANGE)], 1)
+    );
+    let first_pass = scene().nodes(&["n1"]).with(|s| s.source = Source::Cache);
+    let second_pass = scene().nodes(&["n1"]);
+    assert_eq!((faults(&first_pass.plan()), faults(&second_pass.plan())), (vec![], vec![]));
+}
+
+#[test]
+fn a_carved_block_stays_when_the_selector_changes() {
+    let elsewhere = RangeFact { selector: selector("edge", "1"), ..range("default-v4", V4) };
+    let scene =
+        scene().range(elsewhere).node(node("n1")).block(held_block("10.244.1.0/24", "default-v4", "n1"));
+    let plan = scene.all_report().plan();
+    assert_eq!((steps(&plan), faults(&plan), plan.nodes_without_block), (vec![], vec![], 0));
+}
+
+#[test]
+fn a_range_whose_last_write_failed_asks_for_no_live_list_meanwhile() {
+    let fresh = RangeFact { status: Default::default(), ..range("default-v4", V4) };
+    let cached = scene().range(fresh).with(|s| s.source = Source::Cache);
+    assert!(cached.plan().wants_live);
+    let failed = cached.with(|s| s.memory.failed((Kind::ClusterCIDR, "default-v4".into()), false, s.clock));
+    assert!(!failed.plan().wants_live);
 }
 
 // ---- adopting and giving back ----

@@ -247,8 +247,8 @@ impl Cluster {
         digest
     }
 
-    /// Panics unless all blocks are disjoint and no node has two.
-    pub async fn assert_no_double(&self) {
+    /// Panics unless all blocks are disjoint.
+    pub async fn assert_disjoint(&self) {
         let blocks = self.blocks().await;
         let parsed: Vec<plat_crds::Block> = blocks.iter().map(|b| b.cidr.parse().unwrap()).collect();
         for (i, one) in parsed.iter().enumerate() {
@@ -257,6 +257,12 @@ impl Cluster {
                 "{one} is there twice: {blocks:?}"
             );
         }
+    }
+
+    /// Panics unless all blocks are disjoint and no node has two.
+    pub async fn assert_no_double(&self) {
+        self.assert_disjoint().await;
+        let blocks = self.blocks().await;
         let nodes: BTreeSet<_> = blocks.iter().map(|b| &b.node).collect();
         assert_eq!(nodes.len(), blocks.len(), "a node has two blocks: {blocks:?}");
     }
