@@ -115,6 +115,10 @@ impl Outlet {
         if !is_ready_for_pods(own, done, outcome) {
             return Ok(CniState::Waiting);
         }
+        // Nothing would be leased: a runtime that sees no conflist waits, one that sees it fails each pod.
+        if lease.until_boot_ms == 0 {
+            return Ok(CniState::Unconfirmed);
+        }
         let portmap = self.files.portmap();
         if let Err(error) = self.write_conflist(portmap, outcome) {
             return Ok(CniState::ConflistNotWritten(words(error)?));

@@ -27,6 +27,8 @@ pub enum CniState {
     NoBlock,
     /// Something that must come before it is not in place.
     Waiting,
+    /// The API server has not confirmed this node's blocks yet.
+    Unconfirmed,
     /// The CNI binary could not be installed.
     PluginNotInstalled(String),
     /// The blocks file could not be written.
@@ -259,6 +261,11 @@ fn cni_ready(state: &CniState) -> Verdict {
             "NotProgrammed",
             "the conflist is written once routes, masquerade and bridge are in place; see the other conditions".to_owned(),
         ),
+        CniState::Unconfirmed => (
+            false,
+            "Unconfirmed",
+            "the conflist is written once the API server confirms that this node's blocks are still its own".to_owned(),
+        ),
         CniState::PluginNotInstalled(why) => (false, "PluginNotInstalled", why.clone()),
         CniState::BlocksNotWritten(why) => (false, "BlocksNotWritten", why.clone()),
         CniState::ConflistNotWritten(why) => (false, "ConflistNotWritten", why.clone()),
@@ -363,6 +370,7 @@ mod tests {
             (CniState::WithoutPortmap, "True", "WithoutPortmap"),
             (CniState::NoBlock, "False", "NoBlock"),
             (CniState::Waiting, "False", "NotProgrammed"),
+            (CniState::Unconfirmed, "False", "Unconfirmed"),
             (CniState::PluginNotInstalled("w".into()), "False", "PluginNotInstalled"),
             (CniState::BlocksNotWritten("w".into()), "False", "BlocksNotWritten"),
             (CniState::ConflistNotWritten("w".into()), "False", "ConflistNotWritten"),

@@ -65,8 +65,9 @@ fn a_lease_is_moved_on_by_contact_alone_and_ends() {
         let mut node = TestNode::new();
         node.start();
         node.list(vec![block(1)], vec![range("default-v4")]);
-        node.expect_condition("CNIReady", "False", "LeaseExpired");
+        node.expect_condition("CNIReady", "False", "Unconfirmed");
         assert_eq!(lease_until(&node), Some(0), "no contact yet, no lease");
+        assert!(!node.file("net.d/05-plat.conflist").exists());
         node.contact();
         node.expect_condition("CNIReady", "True", "WithoutPortmap");
         let contact = node.objects.contact.unwrap().boot_ms;

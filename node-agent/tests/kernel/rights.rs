@@ -5,6 +5,7 @@ use std::os::unix::fs::chown;
 use std::process::{Child, Command, Stdio};
 
 use plat_agent::cache::Cache;
+use plat_agent::conf::{self, Lease};
 use plat_agent::folder::Folder;
 
 use crate::harness::*;
@@ -20,6 +21,11 @@ fn node() -> TestNode {
     for dir in [&node.settings.bin_dir, &node.settings.conf_dir] {
         fs::create_dir_all(dir).unwrap();
     }
+    // What an earlier life of this boot granted, so that the conflist may be written.
+    let boot = plat_cni::boot::BootId::read().unwrap();
+    let lease = Lease::after(plat_cni::boot::boot_ms(), 1_764_000_000, 840);
+    let granted = conf::blocks_file("n1", &boot.text, &Default::default(), &lease, None);
+    fs::write(node.settings.run_dir.join("blocks.json"), granted).unwrap();
     fs::write(node.file("kubeconfig"), KUBECONFIG).unwrap();
     run("mount -o remount,bind,ro /");
     node
