@@ -22,8 +22,9 @@ use crate::server::{CallError, Live, Patch, Preconditions, Server};
 use crate::snapshot::Foreign;
 use crate::step::Kind;
 
-/// No call takes longer. Shorter than the time between a lost Lease and its next holder.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// No call takes longer. Shorter than the time between a lost Lease and its next holder (lease duration less
+/// renew deadline: 5 s by default).
+const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Objects per page of a LIST.
 const PAGE: u32 = 500;
 

@@ -72,7 +72,9 @@ impl Leader {
 
     /// See [`Tenure::is_sole_actor`].
     pub fn is_sole_actor(&self, tenure: Tenure) -> bool {
-        tenure.is_sole_actor(self.settings.lease_duration, self.memory.fresh_cluster)
+        // A create whose outcome is unknown may still land: the next leader must not count it out.
+        self.memory.pending.is_empty()
+            && tenure.is_sole_actor(self.settings.lease_duration, self.memory.fresh_cluster)
     }
 
     /// Runs one pass. `clock` is read after each wait; `on_progress` is called after each step.

@@ -22,6 +22,9 @@ use crate::facts::RangeFact;
 use crate::reason;
 use crate::snapshot::Snapshot;
 
+/// Times in objects are cut to whole seconds: a condition may be that much younger than it says.
+const WHOLE_SECOND: Duration = Duration::from_secs(1);
+
 /// What holds for a range.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Judgement {
@@ -172,8 +175,8 @@ pub fn stands(range: &RangeFact, snapshot: &Snapshot) -> Standing {
     let lease = snapshot.settings.lease_duration;
     let stood = Duration::try_from(snapshot.clock.wall.duration_since(written.last_transition_time.0));
     // A time in the future is another machine's wrong clock; then only our own watching counts.
-    match stood.unwrap_or_default() {
-        stood if stood >= lease => Standing::Stands,
-        stood => Standing::Wait((lease - stood).min(lease.saturating_sub(snapshot.tenure.held_for))),
+    match (lease + WHOLE_SECOND).saturating_sub(stood.unwrap_or_default()) {
+        Duration::ZERO => Standing::Stands,
+        wait => Standing::Wait(wait.min(lease.saturating_sub(snapshot.tenure.held_for))),
     }
 }

@@ -162,7 +162,7 @@ async fn passes(
     stop: &CancellationToken,
 ) -> bool {
     let began = Instant::now();
-    let clock = || Clock { wall: Timestamp::now(), steady: began.elapsed() };
+    let clock = || Clock { wall: whole_seconds(Timestamp::now()), steady: began.elapsed() };
     let mut leader: Option<Leader> = None;
     while !stop.is_cancelled() {
         admin.health.turn();
@@ -194,6 +194,11 @@ async fn passes(
     }
     info!("told to stop; the last pass is done");
     leader.is_some_and(|leader| leader.is_sole_actor(tenure()))
+}
+
+/// Times in Kubernetes objects are whole seconds.
+fn whole_seconds(at: Timestamp) -> Timestamp {
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
 }
 
 /// Waits until the next pass is due.

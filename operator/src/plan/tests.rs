@@ -167,8 +167,8 @@ fn a_range_is_carved_only_once_ready_true_has_stood() {
         (false, tenure(15, Start::Expired), true, None),
         (false, tenure(0, Start::HandedOver), true, None),
         (true, tenure(0, Start::First), true, None),
-        (false, tenure(0, Start::First), false, Some(10)),
-        (true, tenure(0, Start::Expired), false, Some(10)),
+        (false, tenure(0, Start::First), false, Some(11)),
+        (true, tenure(0, Start::Expired), false, Some(11)),
         (false, tenure(9, Start::Expired), false, Some(6)),
     ] {
         let plan = scene.clone().with(|s| (s.memory, s.tenure) = (Memory::new(fresh), tenure)).plan();
