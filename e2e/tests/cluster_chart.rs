@@ -79,7 +79,7 @@ fn from_install_on_one_node_to_uninstall_without_a_trace() {
             chart,
             "-n",
             "plat-system",
-            "--reuse-values",
+            "--reset-then-reuse-values",
             "--set",
             "cleanup=true",
             "--wait",

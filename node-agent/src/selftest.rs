@@ -67,7 +67,7 @@ pub struct Check {
     #[arg(long, env = "PLAT_PORT", default_value_t = 8080)]
     port: u16,
     /// Port of the agents' `--listen`.
-    #[arg(long, env = "PLAT_AGENT_PORT", default_value_t = 9541)]
+    #[arg(long, env = "PLAT_AGENT_PORT", default_value_t = 9539)]
     agent_port: u16,
 }
 

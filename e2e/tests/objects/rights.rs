@@ -229,6 +229,18 @@ fn only_the_operator_makes_changes_and_deletes_blocks_and_users_set_routing() {
             "only spec.routing can be changed",
             merge("admin", json!({"spec": {"routing": {"mtu": 1400}, "nodeUID": "x"}}), &[]),
         ),
+        (
+            "would keep its block from being released",
+            merge("admin", json!({"metadata": {"finalizers": ["example.com/stay"]}}), &[]),
+        ),
+        (
+            "would take the block away with itself",
+            merge(
+                "admin",
+                json!({"metadata": {"ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "u"}]}}),
+                &[],
+            ),
+        ),
     ] {
         let error = outcome.unwrap_err().to_string();
         assert!(error.contains(words), "{words}: {error}");
