@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +29,8 @@ use rustix::net::{
     AddressFamily, RecvFlags, SocketFlags, SocketType, bind, netlink, recv, socket_with, sockopt,
 };
 use tokio::sync::Notify;
+
+use super::route;
 
 /// Name of this program's threads: transactions made by them are not taken for somebody else's.
 pub const THREAD_NAME: &str = "plat-agent";
@@ -365,14 +368,15 @@ fn netconf_of_all(payload: &[u8]) -> bool {
 
 fn read_route(head: Head, payload: &[u8], wake: &mut Wake) -> Option<Source> {
     const TABLE_LOCAL: u8 = 255;
-    let header = super::route::Header::read(payload)?;
-    let link_local = Attributes::behind(payload, super::route::HEADER)
-        .find(1)
-        .is_some_and(|network| network.value.starts_with(&[0xfe, 0x80]) && network.value.len() == 16);
+    let message = route::parse(payload)?;
+    let header = &message.header;
+    let destination = route::Facts::of(&message).destination;
+    let link_local = matches!(destination, Some(IpAddr::V6(network)) if network.is_unicast_link_local());
     if header.table == TABLE_LOCAL || link_local {
         return None;
     }
-    let deleted_ours = header.protocol == ROUTE_PROTOCOL && head.kind == DELETE_ROUTE && head.port != 0;
+    let deleted_ours =
+        u8::from(header.protocol) == ROUTE_PROTOCOL && head.kind == DELETE_ROUTE && head.port != 0;
     if deleted_ours && wake.route_culprits.len() < MAX_CULPRITS {
         wake.route_culprits.insert(head.port);
     }

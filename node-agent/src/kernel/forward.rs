@@ -16,6 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::path::Path;
 
 use plat_cni::netlink::{Attributes, Error};
@@ -303,7 +304,10 @@ fn meta_test(key: u32, value: &[u8], op: Cmp) -> Test<'_> {
 fn address_test(offset: u32, value: &[u8], length: Option<u8>, op: Cmp, family: Family) -> Test<'static> {
     let mut bytes = value.to_vec();
     bytes.resize(usize::from(family.bits() / 8), 0);
-    let address = super::route::address(family, &bytes);
+    let address = match family {
+        Family::IPv4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        Family::IPv6 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    };
     let block = address.zip(length).and_then(|(address, length)| Block::of(address, length));
     match (block, family, offset) {
         (Some(block), Family::IPv4, 12) | (Some(block), Family::IPv6, 8) => Test::Source(block, op),

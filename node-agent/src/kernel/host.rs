@@ -7,22 +7,20 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use plat_cni::netlink::{Attributes, Error, Message, Socket};
-use plat_crds::block::Family;
 use plat_crds::names::ROUTE_PROTOCOL;
+use rtnetlink::packet_core::{Emitable, NlasIterator, Parseable};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeader, AddressMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
-use super::route::{self, Way, address, family_number};
+use super::route::{self, Way};
 use crate::desired::Location;
 use crate::fabric::ObservedBridge;
 
 const GET_LINK: u16 = 18;
-const GET_ADDRESS: u16 = 22;
-/// Length of `ifinfomsg` and of `ifaddrmsg`.
+/// Length of `ifinfomsg`.
 const LINK_HEADER: usize = 16;
-const ADDRESS_HEADER: usize = 8;
 const IFF_UP: u32 = 1;
-/// Who made an address, since kernel 5.18; older ones do not say.
-const IFA_PROTO: u16 = 11;
 
 /// One address of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,24 +117,32 @@ fn read_link(payload: &[u8]) -> Option<Link> {
 }
 
 fn addresses(socket: &mut Socket) -> Result<Vec<InterfaceAddress>, Error> {
-    let message = Message::new(GET_ADDRESS, 0, &[0; ADDRESS_HEADER], "list addresses");
-    socket.dump(&message, |received| read_address(received.payload))
+    let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    socket.dump(&route::message(&all, 0, "list addresses".into()), |received| read_address(received.payload))
 }
 
 fn read_address(payload: &[u8]) -> Option<InterfaceAddress> {
-    let &[family, length, _flags, _scope, a, b, c, d] = payload.get(..ADDRESS_HEADER)? else { return None };
-    let family = Family::ALL.into_iter().find(|f| family_number(*f) == family)?;
-    let attributes = Attributes::behind(payload, ADDRESS_HEADER);
-    let at = |kind| attributes.find(kind).and_then(|found| address(family, found.value));
-    // IFA_ADDRESS is the prefix, and on a point-to-point link the peer; IFA_LOCAL is this node's.
-    let (peer, local) = (at(1)?, at(2));
-    let subnet = IpNet::new(peer, length).ok()?.trunc();
-    let own = local.unwrap_or(peer);
+    let header = AddressHeader::parse(payload).ok()?;
+    if !matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6) {
+        return None;
+    }
+    let (mut peer, mut local, mut ours) = (None, None, false);
+    for raw in NlasIterator::new(payload.get(header.buffer_len()..)?).map_while(Result::ok) {
+        match AddressAttribute::parse(&raw) {
+            // The prefix, and on a point-to-point link the peer; "local" is this node's.
+            Ok(AddressAttribute::Address(address)) => peer = Some(address),
+            Ok(AddressAttribute::Local(address)) => local = Some(address),
+            // Who made it, since kernel 5.18; older ones do not say.
+            Ok(AddressAttribute::Protocol(protocol)) => ours = u8::from(protocol) == ROUTE_PROTOCOL,
+            _ => {}
+        }
+    }
+    let subnet = IpNet::new(peer?, header.prefix_len).ok()?.trunc();
+    let own = local.or(peer)?;
     if matches!(own, IpAddr::V6(own) if own.is_unicast_link_local()) {
         return None;
     }
-    let ours = attributes.find(IFA_PROTO).and_then(|a| a.u8()) == Some(ROUTE_PROTOCOL);
-    Some(InterfaceAddress { address: own, subnet, device: u32::from_ne_bytes([a, b, c, d]), ours })
+    Some(InterfaceAddress { address: own, subnet, device: header.index, ours })
 }
 
 /// Where the addresses are. Decided by this node's subnets where exactly one link has it; the kernel is

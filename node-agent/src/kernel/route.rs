@@ -1,8 +1,10 @@
 //! Routes of our protocol: read by a filtered dump, added, replaced and deleted one by one.
 //!
-//! Route and message are translated by pure functions ([`write`] and [`read`]; `linux/rtnetlink.h`). A
-//! route that holds anything this agent never writes reads as [`Target::Other`], so it is replaced or
-//! removed rather than taken for ours.
+//! Route and message are translated by pure functions ([`write`] and [`read`]). The messages are
+//! `rtnetlink`'s, so every layout and number of `linux/rtnetlink.h` is its business; they travel over
+//! `plat_cni`'s blocking socket, which keeps the kernel's own words about a refusal. A route that holds
+//! anything this agent never writes reads as [`Target::Other`], so it is replaced or removed rather than
+//! taken for ours.
 //!
 //! - Adding is exclusive: the kernel's key is table, prefix and metric, not protocol, so a plain replace
 //!   would overwrite an administrator's route.
@@ -10,237 +12,199 @@
 //! - Deleting names the protocol, so it can hit nothing but ours; "already gone" is success.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use plat_cni::netlink::{Attributes, CREATE, EXCL, Error, Message, REPLACE, Received, Socket, deleted};
+use plat_cni::netlink::{CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
 use plat_crds::block::{Block, Family};
 use plat_crds::names::ROUTE_PROTOCOL;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_core::{DefaultNla, Emitable, NlasIterator, Parseable, ParseableParametrized};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage, RouteMetric,
+    RouteProtocol, RouteScope, RouteType,
+};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::fabric::{Route, RouteKey, Target};
 
-const NEW_ROUTE: u16 = 24;
-const DELETE_ROUTE: u16 = 25;
-const GET_ROUTE: u16 = 26;
-
-/// Length of `rtmsg`.
-pub(super) const HEADER: usize = 12;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_METRICS: u16 = 8;
-const RTA_CACHEINFO: u16 = 12;
-const RTA_TABLE: u16 = 15;
-const RTA_PREF: u16 = 20;
-const RTAX_MTU: u16 = 2;
-
-const SCOPE_UNIVERSE: u8 = 0;
-const SCOPE_LINK: u8 = 253;
-/// Any scope, in a delete.
-const SCOPE_NOWHERE: u8 = 255;
-const TYPE_UNICAST: u8 = 1;
-const TYPE_LOCAL: u8 = 2;
-const TYPE_UNREACHABLE: u8 = 7;
-/// Routes that the kernel learnt from IPv6 router advertisements (`RTPROT_RA`).
-pub(super) const PROTOCOL_RA: u8 = 9;
-/// In a get: answer with the route that matched, not with a host route.
-const FLAG_FIB_MATCH: u32 = 0x2000;
-/// A next hop that is taken to be on the link without proof; we never set it.
-const FLAG_ONLINK: u32 = 4;
-
-/// The fixed part of a route message (`struct rtmsg`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
-    pub family: Family,
-    pub destination_length: u8,
-    pub tos: u8,
-    pub table: u8,
-    pub protocol: u8,
-    pub scope: u8,
-    pub kind: u8,
-    pub flags: u32,
-}
-
-impl Header {
-    pub(super) fn read(payload: &[u8]) -> Option<Header> {
-        let &[family, destination_length, _source_length, tos, table, protocol, scope, kind, a, b, c, d] =
-            payload.get(..HEADER)?
-        else {
-            return None;
-        };
-        let family = match family {
-            AF_INET => Family::IPv4,
-            AF_INET6 => Family::IPv6,
-            _ => return None,
-        };
-        let flags = u32::from_ne_bytes([a, b, c, d]);
-        Some(Header { family, destination_length, tos, table, protocol, scope, kind, flags })
-    }
-
-    fn bytes(self) -> [u8; HEADER] {
-        let [a, b, c, d] = self.flags.to_ne_bytes();
-        let family = family_number(self.family);
-        let Header { destination_length, tos, table, protocol, scope, kind, .. } = self;
-        [family, destination_length, 0, tos, table, protocol, scope, kind, a, b, c, d]
-    }
-}
-
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-
-/// The family's number in messages (`AF_INET`, `AF_INET6`).
-pub(super) fn family_number(family: Family) -> u8 {
-    match family {
-        Family::IPv4 => AF_INET,
-        Family::IPv6 => AF_INET6,
-    }
-}
-
-fn header(family: Family) -> Header {
-    Header {
-        family,
-        destination_length: 0,
-        tos: 0,
-        table: 0,
-        protocol: 0,
-        scope: SCOPE_UNIVERSE,
-        kind: 0,
-        flags: 0,
-    }
-}
-
-/// An attribute: its type and value.
-type Attribute = (u16, Vec<u8>);
-
-/// The fixed part and the attributes of a route. `bridge` is the index of the pods' bridge; `None` for a
-/// target that no message can express.
-fn write(route: &Route, bridge: Option<u32>) -> Option<(Header, Vec<Attribute>)> {
+/// The message of a route. `bridge` is the index of the pods' bridge; `None` for a target that no message
+/// can express.
+fn write(route: &Route, bridge: Option<u32>) -> Option<RouteMessage> {
+    let mut message = write_key(&route.key);
     let (kind, scope, device, gateway) = match &route.target {
-        Target::Via { gateway, device } => (TYPE_UNICAST, SCOPE_UNIVERSE, Some(*device), Some(*gateway)),
-        Target::Bridge => (TYPE_UNICAST, SCOPE_LINK, Some(bridge?), None),
-        Target::Unreachable => (TYPE_UNREACHABLE, SCOPE_UNIVERSE, None, None),
+        Target::Via { gateway, device } => {
+            (RouteType::Unicast, RouteScope::Universe, Some(*device), Some(*gateway))
+        }
+        Target::Bridge => (RouteType::Unicast, RouteScope::Link, Some(bridge?), None),
+        Target::Unreachable => (RouteType::Unreachable, RouteScope::Universe, None, None),
         Target::Other => return None,
     };
-    let (fixed, mut attributes) = write_key(&route.key);
-    attributes.extend(gateway.map(|gateway| (RTA_GATEWAY, octets(gateway))));
-    attributes.extend(device.map(|device| (RTA_OIF, number(device))));
-    if route.target == Target::Bridge {
-        attributes.push((RTA_PREFSRC, octets(route.key.prefix.gateway())));
-    }
-    attributes.extend(route.mtu.map(|mtu| (RTA_METRICS, encode(&[(RTAX_MTU, number(mtu))]))));
-    Some((Header { kind, scope, ..fixed }, attributes))
+    let source = (route.target == Target::Bridge).then(|| route.key.prefix.gateway());
+    (message.header.kind, message.header.scope) = (kind, scope);
+    message.attributes.extend(gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
+    message.attributes.extend(device.map(RouteAttribute::Oif));
+    message.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
+    message.attributes.extend(route.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
+    Some(message)
 }
 
-fn write_key(key: &RouteKey) -> (Header, Vec<Attribute>) {
-    let fixed = Header {
-        destination_length: key.prefix.prefix_length(),
-        protocol: ROUTE_PROTOCOL,
-        ..header(key.family())
+/// A message that names the key, with any type and in any scope: as it stands, what a delete takes.
+fn write_key(key: &RouteKey) -> RouteMessage {
+    fn keyed<T>(builder: RouteMessageBuilder<T>, key: &RouteKey) -> RouteMessage {
+        builder
+            .table_id(key.table)
+            .priority(key.metric)
+            .protocol(RouteProtocol::from(ROUTE_PROTOCOL))
+            .kind(RouteType::Unspec)
+            .scope(RouteScope::NoWhere)
+            .build()
+    }
+    let length = key.prefix.prefix_length();
+    match key.prefix.network() {
+        IpAddr::V4(network) => {
+            keyed(RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(network, length), key)
+        }
+        IpAddr::V6(network) => {
+            keyed(RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(network, length), key)
+        }
+    }
+}
+
+/// A message for our socket: `flags` as there, `what` it does.
+pub(super) fn message(content: &RouteNetlinkMessage, flags: u16, what: String) -> Message {
+    let mut bytes = vec![0; content.buffer_len()];
+    content.emit(&mut bytes);
+    Message::new(content.message_type(), flags, &bytes, what)
+}
+
+/// A route message of IPv4 or IPv6. Attributes are read one by one: one that cannot be read stays as it
+/// came, as [`RouteAttribute::Other`], and does not hide the rest.
+pub(super) fn parse(payload: &[u8]) -> Option<RouteMessage> {
+    let header = RouteHeader::parse(payload).ok()?;
+    family(&header)?;
+    // No encapsulation is read: nothing of ours has one.
+    let meaning = (header.address_family, header.kind, RouteLwEnCapType::None);
+    let mut message = RouteMessage::default();
+    for raw in NlasIterator::new(payload.get(header.buffer_len()..)?).map_while(Result::ok) {
+        let attribute = RouteAttribute::parse_with_param(&raw, meaning)
+            .or_else(|_| DefaultNla::parse(&raw).map(RouteAttribute::Other));
+        message.attributes.push(attribute.ok()?);
+    }
+    message.header = header;
+    Some(message)
+}
+
+fn family(header: &RouteHeader) -> Option<Family> {
+    match header.address_family {
+        AddressFamily::Inet => Some(Family::IPv4),
+        AddressFamily::Inet6 => Some(Family::IPv6),
+        _ => None,
+    }
+}
+
+/// A header that says nothing but the family.
+fn header(of: Family) -> RouteHeader {
+    let address_family = match of {
+        Family::IPv4 => AddressFamily::Inet,
+        Family::IPv6 => AddressFamily::Inet6,
     };
-    let attributes = vec![
-        (RTA_DST, octets(key.prefix.network())),
-        (RTA_PRIORITY, number(key.metric)),
-        (RTA_TABLE, number(key.table)),
-    ];
-    (fixed, attributes)
+    RouteHeader { address_family, ..RouteHeader::default() }
 }
 
-/// Attributes whose values are whole words, one behind the other.
-fn encode(attributes: &[Attribute]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (kind, value) in attributes {
-        let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
-        bytes.extend_from_slice(&length.to_ne_bytes());
-        bytes.extend_from_slice(&kind.to_ne_bytes());
-        bytes.extend_from_slice(value);
+/// What the attributes of a route say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Facts {
+    /// `None` if it is everything (`0.0.0.0/0`, `::/0`).
+    pub destination: Option<IpAddr>,
+    gateway: Option<IpAddr>,
+    /// The source address that the route prefers.
+    source: Option<IpAddr>,
+    device: Option<u32>,
+    table: Option<u32>,
+    metric: Option<u32>,
+    mtu: Option<u32>,
+    /// Whether there is anything else, which no route of ours has.
+    foreign: bool,
+}
+
+impl Facts {
+    pub(super) fn of(message: &RouteMessage) -> Facts {
+        let mut facts = Facts::default();
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(address) => facts.destination = ip(address),
+                RouteAttribute::Gateway(address) => facts.gateway = ip(address),
+                RouteAttribute::PrefSource(address) => facts.source = ip(address),
+                RouteAttribute::Oif(device) => facts.device = Some(*device),
+                RouteAttribute::Table(table) => facts.table = Some(*table),
+                RouteAttribute::Priority(metric) => facts.metric = Some(*metric),
+                RouteAttribute::Metrics(metrics) => {
+                    for metric in metrics {
+                        match metric {
+                            RouteMetric::Mtu(mtu) => facts.mtu = Some(*mtu),
+                            _ => facts.foreign = true,
+                        }
+                    }
+                }
+                // The kernel adds these by itself.
+                RouteAttribute::CacheInfo(_) | RouteAttribute::Preference(_) => {}
+                _ => facts.foreign = true,
+            }
+        }
+        facts
     }
-    bytes
 }
 
-fn number(value: u32) -> Vec<u8> {
-    value.to_ne_bytes().to_vec()
-}
-
-fn message(kind: u16, flags: u16, fixed: Header, attributes: &[Attribute], what: String) -> Message {
-    let mut message = Message::new(kind, flags, &fixed.bytes(), what);
-    message.raw(&encode(attributes));
-    message
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
     }
 }
 
-/// An address attribute of that family.
-pub(super) fn address(family: Family, value: &[u8]) -> Option<IpAddr> {
+/// The address of a prefix of length 0.
+fn everything(family: Family) -> IpAddr {
     match family {
-        Family::IPv4 => <[u8; 4]>::try_from(value).ok().map(IpAddr::from),
-        Family::IPv6 => <[u8; 16]>::try_from(value).ok().map(IpAddr::from),
+        Family::IPv4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::IPv6 => Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 
-/// The route of a message. `None` for what has no key of ours (a type of service, a copied cache entry).
-pub(super) fn read(payload: &[u8], bridge: Option<u32>) -> Option<Route> {
-    let fixed = Header::read(payload)?;
+/// The route of a message. `None` for what has no key of ours (a type of service).
+fn read(message: &RouteMessage, bridge: Option<u32>) -> Option<Route> {
+    let fixed = &message.header;
     if fixed.tos != 0 {
         return None;
     }
-    let attributes = Attributes::behind(payload, HEADER);
-    let value = |kind| attributes.find(kind).and_then(|a| a.u32());
-    let at = |kind| attributes.find(kind).and_then(|a| address(fixed.family, a.value));
-    let network =
-        at(RTA_DST).or_else(|| address(fixed.family, &[0; 16][..usize::from(fixed.family.bits() / 8)]));
-    let prefix = Block::of(network?, fixed.destination_length)?;
-    let table = value(RTA_TABLE).unwrap_or(u32::from(fixed.table));
-    let key = RouteKey { table, prefix, metric: value(RTA_PRIORITY).unwrap_or(0) };
-
-    let (mtu, plain_metrics) = read_metrics(&attributes);
-    let expected = [
-        RTA_DST,
-        RTA_OIF,
-        RTA_GATEWAY,
-        RTA_PRIORITY,
-        RTA_PREFSRC,
-        RTA_METRICS,
-        RTA_CACHEINFO,
-        RTA_TABLE,
-        RTA_PREF,
-    ];
-    let plain = plain_metrics
-        && fixed.flags & FLAG_ONLINK == 0
-        && attributes.clone().all(|attribute| expected.contains(&attribute.kind));
-    let target = match (fixed.kind, at(RTA_GATEWAY), value(RTA_OIF), at(RTA_PREFSRC)) {
+    let facts = Facts::of(message);
+    let network = facts.destination.unwrap_or(everything(family(fixed)?));
+    let prefix = Block::of(network, fixed.destination_prefix_length)?;
+    let table = facts.table.unwrap_or(u32::from(fixed.table));
+    let key = RouteKey { table, prefix, metric: facts.metric.unwrap_or(0) };
+    // A next hop that is taken to be on the link without proof: we never set that.
+    let plain = !facts.foreign && !fixed.flags.contains(RouteFlags::Onlink);
+    let target = match (fixed.kind, facts.gateway, facts.device, facts.source) {
         _ if !plain => Target::Other,
-        (TYPE_UNREACHABLE, None, _, None) => Target::Unreachable,
-        (TYPE_UNICAST, Some(gateway), Some(device), None) => Target::Via { gateway, device },
-        (TYPE_UNICAST, None, device @ Some(_), Some(source))
+        (RouteType::Unreachable, None, _, None) => Target::Unreachable,
+        (RouteType::Unicast, Some(gateway), Some(device), None) => Target::Via { gateway, device },
+        (RouteType::Unicast, None, device @ Some(_), Some(source))
             if device == bridge && source == prefix.gateway() =>
         {
             Target::Bridge
         }
         _ => Target::Other,
     };
-    Some(Route { key, target, mtu })
-}
-
-/// The MTU among a route's metrics, and whether nothing else is there.
-fn read_metrics(attributes: &Attributes<'_>) -> (Option<u32>, bool) {
-    let Some(metrics) = attributes.find(RTA_METRICS) else { return (None, true) };
-    let mtu = metrics.nested().find(RTAX_MTU).and_then(|a| a.u32());
-    (mtu, metrics.nested().all(|metric| metric.kind == RTAX_MTU))
+    Some(Route { key, target, mtu: facts.mtu })
 }
 
 /// All routes of our protocol, in all tables.
 pub fn dump(socket: &mut Socket, bridge: Option<u32>) -> Result<BTreeMap<RouteKey, Route>, Error> {
     let mut routes = BTreeMap::new();
     for family in Family::ALL {
-        for route in dump_protocol(socket, family, ROUTE_PROTOCOL, |received| read(received.payload, bridge))?
-        {
+        let protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+        for route in dump_protocol(socket, family, protocol, |message| read(message, bridge))? {
             routes
                 .entry(route.key)
                 // Several next hops of one IPv6 prefix and metric: nothing of ours.
@@ -252,22 +216,22 @@ pub fn dump(socket: &mut Socket, bridge: Option<u32>) -> Result<BTreeMap<RouteKe
 }
 
 /// Reads the routes of one family and protocol; the kernel does the filtering.
-pub(super) fn dump_protocol<T>(
+fn dump_protocol<T>(
     socket: &mut Socket,
     family: Family,
-    protocol: u8,
-    read: impl FnMut(Received<'_>) -> Option<T>,
+    protocol: RouteProtocol,
+    read: impl Fn(&RouteMessage) -> Option<T>,
 ) -> Result<Vec<T>, Error> {
-    let fixed = Header { protocol, ..header(family) };
-    let what = format!("list {family} routes of protocol {protocol}");
-    socket.dump(&Message::new(GET_ROUTE, 0, &fixed.bytes(), what), read)
+    let mut filter = RouteMessage::default();
+    filter.header = RouteHeader { protocol, ..header(family) };
+    let what = format!("list {family} routes of protocol {}", u8::from(protocol));
+    let request = message(&RouteNetlinkMessage::GetRoute(filter), 0, what);
+    socket.dump(&request, |received| read(&parse(received.payload)?))
 }
 
 /// Interface indexes of the links with IPv6 routes from router advertisements.
 pub fn router_advertised(socket: &mut Socket) -> Result<Vec<u32>, Error> {
-    dump_protocol(socket, Family::IPv6, PROTOCOL_RA, |received| {
-        Attributes::behind(received.payload, HEADER).find(RTA_OIF)?.u32()
-    })
+    dump_protocol(socket, Family::IPv6, RouteProtocol::Ra, |message| Facts::of(message).device)
 }
 
 /// Why a route could not be set.
@@ -310,10 +274,10 @@ pub fn replace(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Resul
 
 fn set(socket: &mut Socket, route: &Route, bridge: Option<u32>, flags: u16) -> Result<(), SetError> {
     use rustix::io::Errno;
-    let (fixed, attributes) = write(route, bridge).ok_or(SetError::NoBridge(route.key))?;
+    let content = write(route, bridge).ok_or(SetError::NoBridge(route.key))?;
     let verb = if flags & REPLACE != 0 { "replace" } else { "add" };
     let what = format!("{verb} route {route}");
-    let answer = socket.request(message(NEW_ROUTE, flags | CREATE, fixed, &attributes, what));
+    let answer = socket.request(message(&RouteNetlinkMessage::NewRoute(content), flags | CREATE, what));
     answer.map_err(|error| match error.errno() {
         Some(Errno::EXIST) => SetError::Foreign(route.key),
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH) => SetError::NotOnLink(error),
@@ -323,9 +287,8 @@ fn set(socket: &mut Socket, route: &Route, bridge: Option<u32>, flags: u16) -> R
 
 /// Deletes our route of that key; returns whether it was there.
 pub fn delete(socket: &mut Socket, key: &RouteKey) -> Result<bool, Error> {
-    let (fixed, attributes) = write_key(key);
-    let fixed = Header { scope: SCOPE_NOWHERE, ..fixed };
-    deleted(socket.request(message(DELETE_ROUTE, 0, fixed, &attributes, format!("delete route {key}"))))
+    let content = RouteNetlinkMessage::DelRoute(write_key(key));
+    deleted(socket.request(message(&content, 0, format!("delete route {key}"))))
 }
 
 /// How the kernel would send a packet to an address.
@@ -342,13 +305,11 @@ pub enum Way {
 /// Asks the kernel for the way to an address.
 pub fn way(socket: &mut Socket, to: IpAddr) -> Result<Way, Error> {
     let mut way = Way::Indirect;
-    let found = get(socket, to, 0, |received| {
-        let Some(fixed) = Header::read(received.payload) else { return };
-        let attributes = Attributes::behind(received.payload, HEADER);
-        let device = attributes.find(RTA_OIF).and_then(|a| a.u32());
-        way = match (fixed.kind, attributes.find(RTA_GATEWAY), device) {
-            (TYPE_LOCAL, ..) => Way::Local,
-            (TYPE_UNICAST, None, Some(device)) => Way::Direct(device),
+    let found = get(socket, to, RouteFlags::empty(), |message| {
+        let facts = Facts::of(message);
+        way = match (message.header.kind, facts.gateway, facts.device) {
+            (RouteType::Local, ..) => Way::Local,
+            (RouteType::Unicast, None, Some(device)) => Way::Direct(device),
             _ => Way::Indirect,
         };
     })?;
@@ -358,15 +319,11 @@ pub fn way(socket: &mut Socket, to: IpAddr) -> Result<Way, Error> {
 /// The prefix and protocol of the route that the kernel takes to an address; `None` if there is none.
 pub fn matching(socket: &mut Socket, to: IpAddr) -> Result<Option<(IpNet, u8)>, Error> {
     let mut matched = None;
-    get(socket, to, FLAG_FIB_MATCH, |received| {
-        matched = Header::read(received.payload).and_then(|fixed| {
-            let network = Attributes::behind(received.payload, HEADER).find(RTA_DST);
-            let network = match network {
-                Some(attribute) => address(fixed.family, attribute.value)?,
-                None => address(fixed.family, &[0; 16][..usize::from(fixed.family.bits() / 8)])?,
-            };
-            Some((IpNet::new(network, fixed.destination_length).ok()?, fixed.protocol))
-        });
+    // The route that matched, not a host route made of it.
+    get(socket, to, RouteFlags::FibMatch, |message| {
+        let network = Facts::of(message).destination.unwrap_or(everything(Family::of(&to)));
+        let prefix = IpNet::new(network, message.header.destination_prefix_length).ok();
+        matched = prefix.map(|prefix| (prefix, u8::from(message.header.protocol)));
     })?;
     Ok(matched)
 }
@@ -386,21 +343,30 @@ pub fn is_covered(socket: &mut Socket, to: IpAddr, range: &Block) -> Result<bool
 pub fn default_gateways(socket: &mut Socket) -> Result<Vec<IpAddr>, Error> {
     let mut gateways = Vec::new();
     for nobody in [IpAddr::from([192, 0, 2, 1]), IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1])] {
-        get(socket, nobody, 0, |received| {
-            let gateway = Attributes::behind(received.payload, HEADER).find(RTA_GATEWAY);
-            gateways.extend(gateway.and_then(|gateway| address(Family::of(&nobody), gateway.value)));
-        })?;
+        get(socket, nobody, RouteFlags::empty(), |message| gateways.extend(Facts::of(message).gateway))?;
     }
     Ok(gateways)
 }
 
 /// Returns whether the kernel has a way at all.
-fn get(socket: &mut Socket, to: IpAddr, flags: u32, each: impl FnMut(Received<'_>)) -> Result<bool, Error> {
+fn get(
+    socket: &mut Socket,
+    to: IpAddr,
+    flags: RouteFlags,
+    mut each: impl FnMut(&RouteMessage),
+) -> Result<bool, Error> {
     use rustix::io::Errno;
     let family = Family::of(&to);
-    let fixed = Header { destination_length: family.bits(), flags, ..header(family) };
-    let what = format!("look up the way to {to}");
-    match socket.ask(message(GET_ROUTE, 0, fixed, &[(RTA_DST, octets(to))], what), each) {
+    let mut question = RouteMessage::default();
+    question.header = RouteHeader { destination_prefix_length: family.bits(), flags, ..header(family) };
+    question.attributes.push(RouteAttribute::Destination(to.into()));
+    let request = message(&RouteNetlinkMessage::GetRoute(question), 0, format!("look up the way to {to}"));
+    let answer = socket.ask(request, |received| {
+        if let Some(message) = parse(received.payload) {
+            each(&message);
+        }
+    });
+    match answer {
         Ok(()) => Ok(true),
         Err(error) => match error.errno() {
             // No route, or one that says unreachable, prohibit or blackhole.
@@ -418,10 +384,14 @@ mod tests {
     use proptest::prelude::*;
 
     /// What follows the netlink header of a message.
-    fn payload((fixed, attributes): (Header, Vec<Attribute>)) -> Vec<u8> {
-        let mut bytes = fixed.bytes().to_vec();
-        bytes.extend(encode(&attributes));
+    fn payload(message: &RouteMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
         bytes
+    }
+
+    fn read_bytes(bytes: &[u8], bridge: Option<u32>) -> Option<Route> {
+        read(&parse(bytes)?, bridge)
     }
 
     fn any_route() -> impl Strategy<Value = Route> {
@@ -443,34 +413,89 @@ mod tests {
     proptest! {
         #[test]
         fn a_route_reads_back_as_it_was_written(route in any_route()) {
-            let bytes = payload(write(&route, Some(77)).unwrap());
-            prop_assert_eq!(read(&bytes, Some(77)), Some(route));
+            let bytes = payload(&write(&route, Some(77)).unwrap());
+            prop_assert_eq!(read_bytes(&bytes, Some(77)), Some(route));
         }
 
         #[test]
         fn no_message_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
-            let _ = read(&bytes, Some(3));
+            let _ = read_bytes(&bytes, Some(3));
         }
+
+        #[test]
+        fn no_value_of_any_attribute_makes_it_panic_or_hides_the_route(
+            route in any_route(),
+            kind in 0u16..40,
+            value in prop::collection::vec(prop_oneof![0u8..12, any::<u8>()], 0..64),
+        ) {
+            let mut message = write(&route, Some(77)).unwrap();
+            message.attributes.push(RouteAttribute::Other(DefaultNla::new(kind, value)));
+            prop_assert!(parse(&payload(&message)).is_some());
+        }
+    }
+
+    /// Held against what `ip` sends, so that a change of the library's layouts cannot pass unseen.
+    #[test]
+    fn a_route_has_the_bytes_that_the_kernel_expects() {
+        let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
+        let gateway = "172.30.0.2".parse().unwrap();
+        let route = Route { key, target: Target::Via { gateway, device: 2 }, mtu: Some(1400) };
+        let number = |n: u32| n.to_ne_bytes().to_vec();
+        let attribute = |kind: u16, value: Vec<u8>| {
+            let length = u16::try_from(value.len() + 4).unwrap().to_ne_bytes();
+            [length.to_vec(), kind.to_ne_bytes().to_vec(), value].concat()
+        };
+        let expected = [
+            // AF_INET, /24, no source, no TOS, the main table, ours, universe, unicast, no flags.
+            vec![2, 24, 0, 0, 254, ROUTE_PROTOCOL, 0, 1, 0, 0, 0, 0],
+            attribute(1, vec![10, 244, 2, 0]),
+            attribute(6, number(1120)),
+            attribute(5, vec![172, 30, 0, 2]),
+            attribute(4, number(2)),
+            attribute(8, attribute(2, number(1400))),
+        ];
+        assert_eq!(payload(&write(&route, None).unwrap()), expected.concat());
+        let any_type_and_scope = [2, 24, 0, 0, 254, ROUTE_PROTOCOL, 255, 0, 0, 0, 0, 0];
+        assert_eq!(payload(&write_key(&key))[..12], any_type_and_scope);
     }
 
     #[test]
     fn what_we_never_write_reads_as_other() {
         let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
         let gateway = "172.30.0.2".parse().unwrap();
-        let plain = Route { key, target: Target::Via { gateway, device: 2 }, mtu: None };
-        let (fixed, attributes) = write(&plain, None).unwrap();
-        let with = |extra: Attribute| payload((fixed, attributes.iter().cloned().chain([extra]).collect()));
+        let plain =
+            write(&Route { key, target: Target::Via { gateway, device: 2 }, mtu: None }, None).unwrap();
+        let with = |extra: RouteAttribute| {
+            let mut message = plain.clone();
+            message.attributes.push(extra);
+            payload(&message)
+        };
 
-        let preferred_source = with((RTA_PREFSRC, vec![10, 0, 0, 1]));
-        let window = with((RTA_METRICS, encode(&[(3, number(100))])));
-        let onlink = payload((Header { flags: FLAG_ONLINK, ..fixed }, attributes.clone()));
-        let (to_device, _) = write_key(&key);
-        let device_alone = [(RTA_DST, vec![10, 244, 2, 0]), (RTA_OIF, number(5))].to_vec();
-        let other_device = payload((Header { kind: TYPE_UNICAST, ..to_device }, device_alone));
-        for bytes in [preferred_source, window, onlink, other_device] {
-            assert_eq!(read(&bytes, Some(9)).unwrap().target, Target::Other);
+        let preferred_source = with(RouteAttribute::PrefSource(Ipv4Addr::new(10, 0, 0, 1).into()));
+        let window = with(RouteAttribute::Metrics(vec![RouteMetric::Window(100)]));
+        let unknown = with(RouteAttribute::Other(DefaultNla::new(99, vec![1])));
+        let unreadable_metrics = with(RouteAttribute::Other(DefaultNla::new(8, vec![1])));
+        let unreadable_encapsulation = with(RouteAttribute::Other(DefaultNla::new(22, vec![255; 3])));
+        let mut onlink = plain.clone();
+        onlink.header.flags = RouteFlags::Onlink;
+        let mut other_device = write_key(&key);
+        other_device.header.kind = RouteType::Unicast;
+        other_device.attributes.push(RouteAttribute::Oif(5));
+        for bytes in [
+            preferred_source,
+            window,
+            unknown,
+            unreadable_metrics,
+            unreadable_encapsulation,
+            payload(&onlink),
+            payload(&other_device),
+        ] {
+            let route = read_bytes(&bytes, Some(9)).unwrap();
+            assert_eq!((route.key, route.target), (key, Target::Other));
         }
-        let with_tos = payload((Header { tos: 4, ..fixed }, attributes));
-        assert_eq!(read(&with_tos, None), None, "the kernel keys by type of service too, and we set none");
+        let mut with_tos = plain.clone();
+        with_tos.header.tos = 4;
+        let why = "the kernel keys by type of service too, and we set none";
+        assert_eq!(read_bytes(&payload(&with_tos), None), None, "{why}");
     }
 }
