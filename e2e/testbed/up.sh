@@ -3,7 +3,7 @@
 # Takes down what it made if it fails or is interrupted.
 #
 #   up.sh [core|full]   full (default), or core: etcd and API server alone, no nodes
-. "$(dirname "$0")/lib/settings.sh"
+. "$(dirname "$0")/lib/box.sh"
 need_root
 mode=${1:-full}
 [[ ! -e /run/netns/$TB-cp ]] || die "cluster '$TB' is already up; take it down with: TB=$TB $TESTBED/down.sh"
@@ -12,6 +12,7 @@ begin=$(now_ms) steps=()
 give_up() {
   local code=$?
   trap - EXIT INT TERM
+  cgroup_leave || true
   say "bringing the cluster up failed; logs are in $TB_RUN"
   KEEP_LOGS=1 "$TESTBED/down.sh"
   exit $((code ? code : 1))
@@ -19,6 +20,7 @@ give_up() {
 trap give_up EXIT
 trap 'exit 130' INT TERM
 
+cgroup_step
 clear_run_folder
 make_run_folder
 "$TESTBED/pki.sh"

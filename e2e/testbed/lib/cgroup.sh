@@ -65,12 +65,18 @@ cgroup_delegate() {
   cgroup_enable_controllers "$dir"
 }
 
-# cgroup_step: puts the calling script into the cluster's cgroup for scripts at work, so that a teardown
-# ends it too, whoever started it. One hierarchy suffices to be found.
+# cgroup_step: puts the calling script, and so all that it starts, into the cluster's cgroup for scripts at
+# work: a teardown ends it too, whoever started it. One hierarchy suffices to be found.
 cgroup_step() {
-  local h dir; h=$(cgroup_hierarchies | head -1); dir=$CGROUP_ROOT/$h/testbed-$TB/steps
+  local h; read -r h < <(cgroup_hierarchies)
   cgroup_make steps
-  echo $$ >"$dir/cgroup.procs"
+  echo $$ >"$CGROUP_ROOT/$h/testbed-$TB/steps/cgroup.procs"
+}
+
+# cgroup_leave: takes the calling script out again, so that it can start a teardown and outlive it.
+cgroup_leave() {
+  local h; read -r h < <(cgroup_hierarchies)
+  echo $$ >"$CGROUP_ROOT/$h/cgroup.procs"
 }
 
 # cgroup_boxes: the boxes that have a cgroup, and "steps".
