@@ -233,20 +233,20 @@ impl Machine {
         let leased = self.usage.blocks();
         let own = desired::own_blocks(&self.me, map, &leased);
         let has_v6 = own.keys().any(|block| block.family() == Family::IPv6);
-        let ra_links = if has_v6 { self.router_advertised(&view)? } else { BTreeSet::new() };
+        let ra_links = if has_v6 { self.router_advertised()? } else { BTreeSet::new() };
         let closing = self.close(map, known)?;
         let closed_ranges = closing.closed.clone();
         Ok((Host { locations, ra_links, mtu, leased, closed_ranges }, closing))
     }
 
     /// Links with routes from router advertisements that the kernel itself processes (`accept_ra` is not 0).
-    fn router_advertised(&mut self, view: &host::View) -> Result<BTreeSet<String>, Error> {
+    fn router_advertised(&mut self) -> Result<BTreeSet<String>, Error> {
         let mut names = BTreeSet::new();
         for index in route::router_advertised(&mut self.kernel.route)? {
-            let Some(link) = view.links.get(&index) else { continue };
-            let accepts = self.kernel.sysctls.read(&format!("ipv6/conf/{}/accept_ra", link.name))?;
+            let Some(link) = host::name(&mut self.kernel.route, index)? else { continue };
+            let accepts = self.kernel.sysctls.read(&format!("ipv6/conf/{link}/accept_ra"))?;
             if accepts.is_some_and(|value| value != "0") {
-                names.insert(link.name.clone());
+                names.insert(link);
             }
         }
         Ok(names)

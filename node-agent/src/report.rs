@@ -128,8 +128,7 @@ fn applied(known: &Objects, faults: &[Fault]) -> Applied {
     let mut count = 0;
     add(&known.blocks, Kind::PodCIDR, &failed, &mut digest, &mut count);
     add(&known.ranges, Kind::ClusterCIDR, &failed, &mut digest, &mut count);
-    let unreadable = known.blocks.faults.values().chain(known.ranges.faults.values());
-    let named = faults.iter().filter(|fault| fault.reason.fails()).chain(unreadable);
+    let named = faults.iter().filter(|fault| fault.reason.fails());
     let failed = named.take(MAX_REPORTED).map(|fault| FailedObject {
         name: fault.name.clone(),
         reason: fault.reason.as_str().to_owned(),
@@ -146,7 +145,7 @@ fn add<F: Fact>(
     count: &mut i64,
 ) {
     for (name, fact) in &set.facts {
-        if failed.contains(&(kind, name.as_str())) || set.faults.contains_key(name) {
+        if failed.contains(&(kind, name.as_str())) {
             continue;
         }
         let (uid, generation) = fact.identity();
@@ -335,11 +334,11 @@ mod tests {
 
     #[test]
     fn an_unreadable_object_is_named_and_not_counted() {
-        let mut objects = known();
-        objects.ranges.apply(Change::Applied(Err(Fault::range("a", Reason::Unreadable, "bad"))));
-        let now = Time(Timestamp::from_second(7).unwrap());
-        let applied = status(&objects, Some(&Findings::default()), &[], "boot", &now).applied.unwrap();
+        let fault = Fault::range("a", Reason::Unreadable, "bad");
+        let findings = Findings { faults: vec![fault], ..Findings::default() };
+        let applied = report(&findings).applied.unwrap();
         assert_eq!((applied.count, applied.failed[0].reason.as_str()), (1, "Unreadable"));
+        assert_eq!(condition(&findings, ROUTES_READY).reason, "Unreadable");
     }
 
     #[test]

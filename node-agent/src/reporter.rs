@@ -137,9 +137,10 @@ impl Reporter {
         faults.append(&mut pass.closing.faults);
         faults.extend(self.own_troubles(map, &pass.outcome));
 
+        faults.extend(known.blocks.faults.values().chain(known.ranges.faults.values()).cloned());
+
         let mut by_reason: BTreeMap<Reason, usize> = BTreeMap::new();
-        let unreadable = known.blocks.faults.values().chain(known.ranges.faults.values());
-        for fault in faults.iter().chain(unreadable) {
+        for fault in &faults {
             *by_reason.entry(fault.reason).or_default() += 1;
         }
         let findings = self.findings(&pass, faults);

@@ -21,6 +21,7 @@ const GET_LINK: u16 = 18;
 /// Length of `ifinfomsg`.
 const LINK_HEADER: usize = 16;
 const IFF_UP: u32 = 1;
+const IFF_LOOPBACK: u32 = 8;
 
 /// One address of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub struct Link {
     pub name: String,
     /// Administratively up.
     pub up: bool,
+    /// The loopback, or one like it: it carries addresses, but leads nowhere.
+    pub loopback: bool,
     /// MTU in bytes.
     pub mtu: u32,
 }
@@ -74,6 +77,11 @@ pub fn observe(socket: &mut Socket, bridge: &str) -> Result<View, Error> {
         view.links.insert(link.index, link);
     }
     Ok(view)
+}
+
+/// The name of a link; `None` if it is gone.
+pub fn name(socket: &mut Socket, index: u32) -> Result<Option<String>, Error> {
+    Ok(link(socket, Wanted::Index(index))?.map(|link| link.name))
 }
 
 enum Wanted<'a> {
@@ -112,6 +120,7 @@ fn read_link(payload: &[u8]) -> Option<Link> {
         index: word(4)?,
         name: attributes.find(3)?.text().into_owned(),
         up: word(8)? & IFF_UP != 0,
+        loopback: word(8)? & IFF_LOOPBACK != 0,
         mtu: attributes.find(4)?.u32()?,
     })
 }
@@ -188,7 +197,7 @@ fn locate_by_subnet(view: &View, address: IpAddr) -> Option<Location> {
 
 /// MTU of the link that carries one of the node's addresses, else the smallest among `devices`.
 pub fn path_mtu(view: &View, node: &[IpAddr], devices: impl IntoIterator<Item = u32>) -> Option<u32> {
-    let mtu = |device: &u32| view.links.get(device).map(|link| link.mtu);
+    let mtu = |device: &u32| view.links.get(device).filter(|link| !link.loopback).map(|link| link.mtu);
     let carries = |own: &&InterfaceAddress| node.contains(&own.address) && Some(own.device) != view.bridge;
     let of_node = view.addresses.iter().filter(carries).filter_map(|own| mtu(&own.device)).min();
     of_node.or_else(|| devices.into_iter().filter_map(|device| mtu(&device)).min())
@@ -221,7 +230,8 @@ mod tests {
             device,
             ours: false,
         };
-        let link = |index, name: &str, up, mtu| Link { index, name: name.into(), up, mtu };
+        let link =
+            |index, name: &str, up, mtu| Link { index, name: name.into(), up, loopback: name == "lo", mtu };
         View {
             addresses: vec![
                 own("127.0.0.1", 8, 1),
@@ -265,6 +275,11 @@ mod tests {
     fn the_mtu_is_that_of_the_link_with_the_nodes_address() {
         assert_eq!(path_mtu(&view(), &["172.30.0.11".parse().unwrap()], [3]), Some(1450));
         assert_eq!(path_mtu(&view(), &["203.0.113.9".parse().unwrap()], [3, 4]), Some(1500), "behind a NAT");
+        assert_eq!(
+            path_mtu(&view(), &["127.0.0.1".parse().unwrap()], [4]),
+            Some(1500),
+            "routed to the loopback"
+        );
         assert_eq!(path_mtu(&view(), &[], []), None);
     }
 

@@ -11,7 +11,7 @@
 //! - Replacing is one message, never delete and add: no packet meets a gap (RFC 3549 `NLM_F_REPLACE`).
 //! - Deleting names the protocol, so it can hit nothing but ours; "already gone" is success.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -226,12 +226,17 @@ fn dump_protocol<T>(
     filter.header = RouteHeader { protocol, ..header(family) };
     let what = format!("list {family} routes of protocol {}", u8::from(protocol));
     let request = message(&RouteNetlinkMessage::GetRoute(filter), 0, what);
-    socket.dump(&request, |received| read(&parse(received.payload)?))
+    socket.dump(&request, |received| {
+        // A kernel without that family answers with the routes of those that it has.
+        let message = parse(received.payload).filter(|message| self::family(&message.header) == Some(family));
+        read(&message?)
+    })
 }
 
 /// Interface indexes of the links with IPv6 routes from router advertisements.
-pub fn router_advertised(socket: &mut Socket) -> Result<Vec<u32>, Error> {
-    dump_protocol(socket, Family::IPv6, RouteProtocol::Ra, |message| Facts::of(message).device)
+pub fn router_advertised(socket: &mut Socket) -> Result<BTreeSet<u32>, Error> {
+    let device = |message: &RouteMessage| Facts::of(message).device;
+    Ok(dump_protocol(socket, Family::IPv6, RouteProtocol::Ra, device)?.into_iter().collect())
 }
 
 /// Why a route could not be set.

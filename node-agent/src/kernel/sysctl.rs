@@ -1,6 +1,6 @@
 //! Sysctls below `/proc/sys/net`: written only when they differ, and put back by `plat-agent cleanup`.
 //!
-//! Before the first write of each, its value goes into `/run/plat/sysctls.json`. Only values recorded
+//! With the first write of each, its former value goes into `/run/plat/sysctls.json`. Only values recorded
 //! there are ever put back, and only where the present value is still ours: what an administrator set
 //! since then stays.
 
@@ -33,14 +33,6 @@ pub enum Error {
         value: String,
         /// Why.
         source: io::Error,
-    },
-    /// The former value could not be kept, so nothing was written.
-    #[error("sysctl {path} is left alone, as its former value cannot be kept: {source}")]
-    Remember {
-        /// Path below `/proc/sys/net`.
-        path: String,
-        /// Why.
-        source: folder::Error,
     },
 }
 
@@ -86,12 +78,16 @@ impl Sysctls {
         }
     }
 
-    /// Sets a value, after its former one is on record.
+    /// Sets a value, with its former one on record.
     pub fn write(&mut self, sysctl: &Sysctl) -> Result<(), Error> {
         let Some(present) = self.read(&sysctl.path)? else { return Ok(()) };
         let former = Former { was: present, set: String::new() };
         self.record.entry(sysctl.path.clone()).or_insert(former).set.clone_from(&sysctl.value);
-        self.keep_record().map_err(|source| Error::Remember { path: sysctl.path.clone(), source })?;
+        // A full or read-only folder must not keep a node from forwarding: the record is in memory, and is
+        // kept as soon as it can be.
+        if let Err(error) = self.keep_record() {
+            tracing::warn!(sysctl = %sysctl.path, %error, "the former value is not kept yet");
+        }
         self.put(&sysctl.path, &sysctl.value)
     }
 
@@ -214,11 +210,15 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_written_whose_former_value_cannot_be_kept() {
+    fn a_record_that_cannot_be_kept_now_is_kept_later() {
         let mut fake = fake();
-        std::fs::write(fake.root.path().join("run"), "a file in the way").unwrap();
-        let error = fake.sysctls.write(&Sysctl::new("ipv4/ip_forward", "1")).unwrap_err();
-        assert!(error.to_string().contains("is left alone"), "{error}");
-        assert_eq!(fake.value("ipv4/ip_forward"), "0");
+        let in_the_way = fake.root.path().join("run");
+        std::fs::write(&in_the_way, "a file in the way").unwrap();
+        fake.sysctls.write(&Sysctl::new("ipv4/ip_forward", "1")).unwrap();
+        assert_eq!(fake.value("ipv4/ip_forward"), "1");
+        assert!(fake.sysctls.keep_record().is_err());
+        std::fs::remove_file(&in_the_way).unwrap();
+        fake.sysctls.keep_record().unwrap();
+        assert!(in_the_way.join("sysctls.json").exists());
     }
 }

@@ -43,6 +43,7 @@ fn expect_clean(node: &TestNode) {
 /// A node with something of everything, of ours and of others.
 fn busy_node() -> (TestNode, String) {
     let mut node = TestNode::new();
+    run("ip -6 route add 2001:db8:1::/64 via fe80::1 dev eth0 proto ra");
     run("nft add table inet mine");
     run("iptables-nft -P FORWARD DROP");
     run("ip route add 10.99.0.0/16 via 172.30.0.1");

@@ -154,3 +154,38 @@ fn a_node_whose_ipv6_is_switched_off_has_ipv4() {
         assert!(node.report().status.incidents.is_empty());
     });
 }
+
+#[test]
+fn a_full_or_read_only_run_folder_is_named_and_the_rest_goes_on() {
+    isolated("offline::a_full_or_read_only_run_folder_is_named_and_the_rest_goes_on", || {
+        let mut node = TestNode::new();
+        let run_dir = node.settings.run_dir.clone();
+        std::fs::create_dir(&run_dir).unwrap();
+        run(&format!("mount -t tmpfs -o size=64k tmpfs {}", run_dir.display()));
+        shell(&format!("head -c 100000 /dev/zero > {}/ballast 2>/dev/null || true", run_dir.display()));
+        node.start();
+        node.contact();
+        node.list(vec![block(1), block(2)], vec![range("default-v4")]);
+        let message = node.expect_condition("CNIReady", "False", "BlocksNotWritten");
+        assert!(message.contains("free some space"), "{message}");
+        node.expect_condition("RoutesReady", "True", "AllInstalled");
+        assert_eq!((our_routes().len(), sysctl("ipv4/ip_forward")), (4, "1".to_owned()));
+
+        std::fs::remove_file(run_dir.join("ballast")).unwrap();
+        node.settled();
+        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        assert!(run_dir.join("sysctls.json").exists());
+
+        run(&format!("mount -o remount,ro {}", run_dir.display()));
+        node.apply(block_v6(1));
+        node.expect_condition("CNIReady", "False", "BlocksNotWritten");
+        eventually("IPv6", || {
+            let routes = our_routes();
+            if routes.iter().any(|r| r.contains("fd00:10:244:1::/64")) {
+                Ok(())
+            } else {
+                Err(format!("{routes:?}"))
+            }
+        });
+    });
+}

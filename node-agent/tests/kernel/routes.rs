@@ -319,3 +319,46 @@ fn a_range_that_passed_its_trial_stays_closed() {
         assert_eq!(node.report().next, None, "nothing is on trial any more");
     });
 }
+
+#[test]
+fn links_with_advertised_routes_go_on_accepting_them_while_forwarding() {
+    isolated("routes::links_with_advertised_routes_go_on_accepting_them_while_forwarding", || {
+        let mut node = TestNode::new();
+        run("ip -6 route add 2001:db8:1::/64 via fe80::1 dev eth0 proto ra");
+        assert_eq!(sysctl("ipv6/conf/eth0/accept_ra"), "1");
+        node.start();
+        node.contact();
+        node.list(vec![block(1)], vec![]);
+        node.expect_condition("RoutesReady", "True", "AllInstalled");
+        assert_eq!(sysctl("ipv6/conf/eth0/accept_ra"), "1", "nothing of IPv6 without a block of it");
+        node.apply(block_v6(1));
+        eventually("forwarding", || {
+            if sysctl("ipv6/conf/all/forwarding") == "1" { Ok(()) } else { Err("off".into()) }
+        });
+        assert_eq!(sysctl("ipv6/conf/eth0/accept_ra"), "2");
+    });
+}
+
+#[test]
+fn an_unreadable_object_is_a_fault_and_the_others_go_on() {
+    isolated("routes::an_unreadable_object_is_a_fault_and_the_others_go_on", || {
+        use plat_agent::facts::{Fault, Reason};
+        use plat_agent::objects::Change;
+        let mut node = node();
+        expect_own_and(&["10.244.2.0/24 gateway 172.30.0.12 dev eth0 metric 1120"]);
+        let bad = |name: &str| {
+            Change::Applied(Err(Fault::block(name, Reason::Unreadable, "it is of a newer version")))
+        };
+        node.objects.blocks.apply(bad("10-244-2-0-24"));
+        node.objects.blocks.apply(bad("10-244-9-0-24"));
+        node.apply(block(3));
+        node.expect_condition("RoutesReady", "False", "Unreadable");
+        expect_own_and(&[
+            "10.244.2.0/24 gateway 172.30.0.12 dev eth0 metric 1120",
+            "10.244.3.0/24 gateway 172.30.0.13 dev eth0 metric 1120",
+        ]);
+        let failed: Vec<String> =
+            node.report().status.applied.unwrap().failed.into_iter().map(|f| f.name).collect();
+        assert_eq!(failed, ["10-244-2-0-24", "10-244-9-0-24"]);
+    });
+}
