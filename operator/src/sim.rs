@@ -155,6 +155,13 @@ impl Etcd {
         self.in_use.insert(block, (node.to_owned(), None));
     }
 
+    fn given_back(&mut self, object: &Value) {
+        let Some(fact) = BlockFact::read(&guard(object)) else { return };
+        if self.objects.contains_key(&(Kind::Node, fact.node.to_string())) {
+            self.in_use.insert(fact.block, (fact.node.to_string(), None));
+        }
+    }
+
     fn blocks(&self) -> Vec<BlockFact> {
         self.of_kind(Kind::PodCIDR).filter_map(|v| BlockFact::read(&guard(v))).collect()
     }
@@ -192,6 +199,10 @@ impl Etcd {
         }
         if new == old {
             return Ok(old);
+        }
+        if kind == Kind::PodCIDR && new["spec"]["state"] == "Active" && old["spec"]["state"] == "Quarantined"
+        {
+            self.given_back(&new);
         }
         if new["spec"] != old["spec"] {
             new["metadata"]["generation"] = json!(old["metadata"]["generation"].as_i64().unwrap() + 1);
@@ -530,12 +541,15 @@ impl Cluster {
         let node = json!({"metadata": {"name": name}, "spec": {}, "status": {"addresses": addresses, "conditions": [{"type": "Ready", "status": "True"}]}});
         if etcd.create(Kind::Node, node).is_ok() {
             self.live_nodes.insert(name.to_owned());
-            // Back in time, it goes on with its block; later, its pods have ended and so has its lease on it.
+            // Back in time, it goes on with its block; later, its pods have ended and so has its hold on it. A
+            // block that is in quarantine it may use again only once it is given back.
             let now = etcd.second;
             etcd.in_use
                 .retain(|_, (user, gone)| user != name || gone.is_none_or(|since| now < since + QUARANTINE));
-            for (_, gone) in etcd.in_use.values_mut().filter(|(user, _)| user == name) {
-                *gone = None;
+            let resting: BTreeSet<Block> =
+                etcd.blocks().iter().filter(|b| b.is_quarantined()).map(|b| b.block).collect();
+            for (block, (_, gone)) in etcd.in_use.iter_mut().filter(|(_, (user, _))| user == name) {
+                *gone = gone.filter(|_| resting.contains(block));
             }
             let second = etcd.second;
             self.trace.push(format!("t={second} node {name} joins"));
@@ -548,7 +562,7 @@ impl Cluster {
             self.live_nodes.remove(name);
             let now = etcd.second;
             for (_, gone) in etcd.in_use.values_mut().filter(|(user, _)| user == name) {
-                *gone = Some(now);
+                gone.get_or_insert(now);
             }
             self.trace.push(format!("t={now} node {name} goes"));
         }

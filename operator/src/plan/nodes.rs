@@ -12,15 +12,19 @@ use crate::facts::{BlockFact, Held, NodeFact, PodCidrText, ReportFact};
 use crate::reason;
 use crate::step::Step;
 
-/// NodeNetworks created in one pass: where thousands of nodes join at once, their blocks go first. Each of them
-/// shows up in the watch and so brings about the next pass.
+/// NodeNetworks created in one pass. Each of them shows up in the watch and so brings about the next pass.
 const REPORTS_PER_PASS: usize = 200;
+/// The same beside ranges and blocks to create: where thousands of nodes join at once, those go first.
+const REPORTS_BESIDE_BLOCKS: usize = 10;
 
 impl<'a> Planner<'a> {
     pub(super) fn serve_nodes(&mut self) {
         let snapshot = self.snapshot;
         let missing = snapshot.nodes.keys().filter(|name| !snapshot.reports.contains_key(*name));
-        let creates = missing.take(REPORTS_PER_PASS).map(|node| Step::CreateReport { node: node.clone() });
+        let is_urgent = |step: &Step| matches!(step, Step::CreateBlock(_) | Step::CreateRange { .. });
+        let urgent = self.plan.wants_live || self.plan.steps.iter().any(is_urgent);
+        let most = if urgent { REPORTS_BESIDE_BLOCKS } else { REPORTS_PER_PASS };
+        let creates = missing.take(most).map(|node| Step::CreateReport { node: node.clone() });
         self.plan.steps.extend(creates);
         for node in snapshot.nodes.values().filter(|node| node.problem.is_none()) {
             self.name_node_faults(node);
