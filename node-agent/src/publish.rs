@@ -1,6 +1,6 @@
-//! Writes the node's report to NodeNetwork/<own node>, status only, by server-side apply.
+//! Writes the node's report to the status of its own NodeNetwork, by server-side apply.
 //!
-//! Rarely: each write wakes the operator, and all agents together shall not exceed [`WRITES_PER_SECOND`]. A
+//! Rarely: each write wakes the operator, and all agents together shall not exceed `WRITES_PER_SECOND`. A
 //! report goes out when its content changed, or as a sign of life.
 
 use std::time::Duration;

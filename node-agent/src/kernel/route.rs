@@ -1,6 +1,6 @@
 //! Routes of our protocol: read by a filtered dump, added, replaced and deleted one by one.
 //!
-//! Route and message are translated by pure functions ([`write`] and [`read`]). The messages are
+//! Route and message are translated by pure functions (`write` and `read`). The messages are
 //! `rtnetlink`'s, so every layout and number of `linux/rtnetlink.h` is its business; they travel over
 //! `plat_cni`'s blocking socket, which keeps the kernel's own words about a refusal. A route that holds
 //! anything this agent never writes reads as [`Target::Other`], so it is replaced or removed rather than
