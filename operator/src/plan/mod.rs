@@ -81,6 +81,8 @@ struct Planner<'a> {
     ranges: BTreeMap<Name, Candidate<'a>>,
     /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
     blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
+    /// Node name → its blocks that vanished.
+    vanished_of: BTreeMap<&'a str, Vec<Block>>,
     /// Label keys that selectors name, but for our own.
     selected_keys: BTreeSet<&'a str>,
     plan: Plan,
@@ -130,10 +132,14 @@ impl<'a> Planner<'a> {
         for blocks in blocks_of.values_mut() {
             blocks.sort_by_key(|block| (block.is_quarantined(), block.created, block.block));
         }
+        let mut vanished_of: BTreeMap<&str, Vec<Block>> = BTreeMap::new();
+        for (block, vanished) in &snapshot.memory.vanished {
+            vanished_of.entry(&vanished.node).or_default().push(*block);
+        }
         let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
         let keys = snapshot.ranges.values().flat_map(|range| range.selector.keys());
         let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
-        Planner { snapshot, claims, ranges, blocks_of, selected_keys, plan: Plan::default() }
+        Planner { snapshot, claims, ranges, blocks_of, vanished_of, selected_keys, plan: Plan::default() }
     }
 
     fn name_unreadable_objects(&mut self) {

@@ -81,7 +81,7 @@ impl<'a> Planner<'a> {
             let name = &report.name;
             let needed = snapshot.nodes.contains_key(name)
                 || self.blocks_of.contains_key(&**name)
-                || snapshot.memory.vanished.values().any(|vanished| vanished.node == *name)
+                || self.vanished_of.contains_key(&**name)
                 || snapshot.memory.pending.values().any(|pending| pending.node == *name);
             if needed {
                 continue;

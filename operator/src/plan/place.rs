@@ -45,6 +45,9 @@ impl<'a> Planner<'a> {
             lacking.into_iter().filter(|(node, family)| !self.give_back(node, *family)).collect();
         let lacking: Vec<_> =
             lacking.into_iter().filter(|(node, family)| !self.adopt(node, *family)).collect();
+        if lacking.is_empty() || self.must_hear_nodes_first() {
+            return;
+        }
         for (node, family) in lacking {
             self.carve(node, family);
         }
@@ -105,9 +108,8 @@ impl<'a> Planner<'a> {
     /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw,
     /// one that its Node names, the one with most leases.
     fn held(&self, node: &NodeFact, family: Family) -> Vec<(Block, Strength)> {
-        let vanished =
-            self.snapshot.memory.vanished.iter().filter(|(_, vanished)| vanished.node == node.name);
-        let mut held: Vec<_> = vanished.map(|(block, _)| (*block, Strength::Vanished, 0)).collect();
+        let vanished = self.vanished_of.get(&*node.name).into_iter().flatten();
+        let mut held: Vec<_> = vanished.map(|block| (*block, Strength::Vanished, 0)).collect();
         if let Some(report) = self.snapshot.reports.get(&node.name) {
             held.extend(report.held.iter().map(|held| (held.block, Strength::Held, held.used)));
         }
@@ -156,9 +158,6 @@ impl<'a> Planner<'a> {
     }
 
     fn carve(&mut self, node: &NodeFact, family: Family) {
-        if self.must_hear_nodes_first() {
-            return;
-        }
         let mut ranges: Vec<&Candidate> =
             self.ranges.values().filter(|range| range.selects(node, family)).collect();
         ranges.sort_by_key(|range| (Reverse(range.fact.priority), range.fact.name.clone()));
