@@ -14,7 +14,7 @@ use crate::config::{Attachment, IpamKind};
 use crate::error::{Code, Error};
 use crate::fail;
 use crate::netns::Netns;
-use crate::reply::{Interface, Ip, Reply};
+use crate::reply::{self, Interface, Ip, Reply};
 use crate::{delegate, link, masq, netlink};
 
 /// What an ADD has done so far.
@@ -50,7 +50,7 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     acquire::confirm(call, &given.held, &attached.host)?;
     attach::await_port(call, &attached.host)?;
     fail::point("confirm")?;
-    reply(call, conf, given, &attached).render(call.network.version)
+    describe(call, conf, given, &attached).render(call.network.version)
 }
 
 /// Behind another interface plugin there is nothing for us to do: its result is passed on.
@@ -62,7 +62,7 @@ fn pass_through(call: &Call) -> Result<Option<String>, Error> {
     let version = call.network.version;
     if previous.get("cniVersion").text("cniVersion")? == version.text() {
         // As it came, with keys that we do not know.
-        let text = serde_json::to_string(previous);
+        let text = serde_json::to_string(&reply::without_stray_indexes(previous.clone()));
         return text.map(Some).map_err(|e| Error::because(Code::Internal, "cannot pass prevResult on", e));
     }
     Reply::parse(previous, version)?.render(version).map(Some)
@@ -80,7 +80,7 @@ fn refuse_host_netns(netns: &Netns) -> Result<(), Error> {
 }
 
 /// The result: bridge, host's end, pod's end, in this order, as chained plugins expect of a bridge plugin.
-fn reply(call: &Call, conf: Attachment, given: Given, attached: &Attached) -> Reply {
+fn describe(call: &Call, conf: Attachment, given: Given, attached: &Attached) -> Reply {
     let end = |name: &str, mac: String, sandbox: &str, mtu: u32| Interface {
         name: name.to_owned(),
         mac,

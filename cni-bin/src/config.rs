@@ -87,7 +87,7 @@ impl Network {
             path => PathBuf::from(path),
         };
         let ipam = json.get("ipam").object("ipam")?;
-        let kind = ipam_kind(ipam)?;
+        let kind = ipam_kind(ipam, json.get("runtimeConfig").get("ipRanges"))?;
         // Another IPAM plugin's key of that name is about its own files.
         let data_dir = match ipam.get("dataDir").text("ipam.dataDir")? {
             path if !path.is_empty() && kind == IpamKind::Ranges => PathBuf::from(path),
@@ -133,8 +133,10 @@ fn network_name(json: &Json) -> Result<String, Error> {
     Err(Error::because(Code::Config, format!("invalid network name {name:?}"), problem))
 }
 
-fn ipam_kind(ipam: &Json) -> Result<IpamKind, Error> {
-    let has_ranges = !ipam.get("subnet").is_null() || !ipam.get("ranges").is_null();
+fn ipam_kind(ipam: &Json, from_runtime: &Json) -> Result<IpamKind, Error> {
+    let has_ranges = !ipam.get("subnet").is_null()
+        || !ipam.get("ranges").is_null()
+        || matches!(from_runtime, Json::List(list) if !list.is_empty());
     match ipam.get("type").text("ipam.type")? {
         "" | names::CNI_TYPE if has_ranges => Ok(IpamKind::Ranges),
         "" => Ok(IpamKind::None),

@@ -41,21 +41,22 @@ pub struct WrongType {
 static NULL: Json = Json::Null;
 
 impl Json {
-    /// Reads a text. Trailing text and nesting deeper than 128 levels are errors.
+    /// Reads a text. Trailing text and nesting deeper than 128 levels are errors; bytes that are no UTF-8
+    /// read as U+FFFD, as Go reads them.
     pub fn parse(text: &[u8]) -> Result<Json, serde_json::Error> {
-        serde_json::from_slice(text)
+        serde_json::from_str(&String::from_utf8_lossy(text))
     }
 
     /// The value of a key; `null` if it is absent or this is no object.
     pub fn get(&self, key: &str) -> &Json {
         let Json::Object(fields) = self else { return &NULL };
-        let found = fields.iter().rev().find(|(k, v)| *v != Json::Null && k.eq_ignore_ascii_case(key));
+        let found = fields.iter().rev().find(|(k, v)| *v != Json::Null && same_key(k, key));
         found.map_or(&NULL, |(_, value)| value)
     }
 
     /// Whether the key stands there at all, even with `null`.
     pub fn has(&self, key: &str) -> bool {
-        matches!(self, Json::Object(fields) if fields.iter().any(|(k, _)| k.eq_ignore_ascii_case(key)))
+        matches!(self, Json::Object(fields) if fields.iter().any(|(k, _)| same_key(k, key)))
     }
 
     /// Whether it is `null` or absent.
@@ -147,6 +148,18 @@ impl Json {
             other => Err(other.wrong(key, "an object")),
         }
     }
+}
+
+/// Whether two keys are one to Go, which folds them by Unicode: beside the other case, two letters from
+/// outside ASCII fold to letters of our keys, the long s and the Kelvin sign.
+pub fn same_key(found: &str, key: &str) -> bool {
+    let fold = |c: char| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        other => other.to_ascii_lowercase(),
+    };
+    found.eq_ignore_ascii_case(key)
+        || (!found.is_ascii() && found.chars().map(fold).eq(key.chars().map(fold)))
 }
 
 impl<'de> Deserialize<'de> for Json {
@@ -243,6 +256,20 @@ mod tests {
         assert_eq!(json.get("mtu").u32("mtu"), Ok(Some(2)));
         assert_eq!(json.get("x"), &Json::Null);
         assert!(json.has("X") && !json.has("y"));
+    }
+
+    #[test]
+    fn keys_fold_as_go_folds_them() {
+        let json = parse("{\"ca\u{17f}e\":1,\"\u{212a}ey\":2,\"cäse\":3}");
+        assert_eq!((json.get("case").u32("case"), json.get("key").u32("key")), (Ok(Some(1)), Ok(Some(2))));
+        assert_eq!(json.get("cÄse"), &Json::Null, "only our keys matter, and they are ASCII");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_replaced_inside_strings_and_an_error_elsewhere() {
+        let json = Json::parse(b"{\"a\":\"x\xffy\"}").unwrap();
+        assert_eq!(json.get("a").text("a"), Ok("x\u{fffd}y"));
+        assert!(Json::parse(b"{\"a\":\xff}").is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use plat_cni::error::{Code, Error};
 use plat_cni::request::{self, Verb};
 use plat_cni::spec::SpecVersion;
 use plat_cni::{add, check, del, delegate, fail, gc, leases, status, version};
+use rustix::fs::OFlags;
 
 fn main() -> ExitCode {
     report_panics();
@@ -126,10 +127,21 @@ fn write_out(text: &str) -> io::Result<()> {
     out.flush()
 }
 
+/// Whether standard input was closed when we were started. Before `main`, Rust opens `/dev/null` in the place of
+/// a closed one, for reading and writing: a caller that means an empty input opens it for reading.
+fn was_closed(stdin: &std::fs::File) -> io::Result<bool> {
+    let null = rustix::fs::makedev(1, 3);
+    let is_null = std::os::unix::fs::MetadataExt::rdev(&stdin.metadata()?) == null;
+    Ok(is_null && rustix::fs::fcntl_getfl(stdin)?.contains(OFlags::RDWR))
+}
+
 /// Reads standard input to its end, or to one byte more than we would take.
 fn read_in() -> io::Result<Vec<u8>> {
     // Not io::stdin(), which takes a descriptor that cannot be read for an empty one.
     let stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    if was_closed(&stdin)? {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
     let mut input = Vec::new();
     stdin.take(MAX_INPUT as u64 + 1).read_to_end(&mut input)?;
     Ok(input)

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{Dns, RouteConf, parse_route};
 use crate::error::{Code, Error};
-use crate::json::Json;
+use crate::json::{Json, same_key};
 use crate::spec::SpecVersion;
 
 /// An interface of a result.
@@ -158,6 +158,26 @@ impl Reply {
         }
         Ok(())
     }
+}
+
+/// Another plugin's result as it came, keys that we do not know included, but without interface indexes that
+/// are out of range: containerd would panic over one. Pure.
+pub fn without_stray_indexes(mut result: Json) -> Json {
+    let count = result.get("interfaces").list("interfaces").map_or(0, <[Json]>::len);
+    let in_range = |index: &Json| {
+        let number = index.i64("interface").ok().flatten().and_then(|i| usize::try_from(i).ok());
+        index.is_null() || number.is_some_and(|i| i < count)
+    };
+    let Json::Object(fields) = &mut result else { return result };
+    for (_, ips) in fields.iter_mut().filter(|(key, _)| same_key(key, "ips")) {
+        let Json::List(ips) = ips else { continue };
+        for ip in ips {
+            if let Json::Object(fields) = ip {
+                fields.retain(|(key, value)| !same_key(key, "interface") || in_range(value));
+            }
+        }
+    }
+    result
 }
 
 fn set<T: Into<Value>>(object: &mut Value, key: &str, value: Option<T>) {

@@ -1,16 +1,18 @@
 //! STATUS: could an ADD be served now? Read-only, without the lease store's lock, in milliseconds: runtimes
 //! ask every few seconds and wait for the answer.
 //!
-//! A failure makes the node NotReady and in time evicts its pods. So only two things are failures: no block
-//! to lease from, and a lease store that cannot be written. A full block or an agent that is away is
-//! success (Events and metrics tell); `failStatusWhenFull` makes the former a failure too.
+//! A failure makes the node NotReady and in time evicts its pods. So only two things are failures, both code
+//! 50: no block to lease from, and a lease store that cannot be written (read-only, full, of a newer
+//! version). A full block or an agent that is away is success (Events and metrics tell);
+//! `failStatusWhenFull` makes the former a failure too. Code 51 ("and running pods may be impaired") is
+//! never said: what pods run on is in the kernel, and a node whose agent is dead forwards as before.
 
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 
 use plat_crds::lease::PoolId;
-use rustix::fs::{Access, access};
+use rustix::fs::{Access, access, statvfs};
 
 use crate::add::delegate_of;
 use crate::call::Call;
@@ -26,7 +28,7 @@ use crate::{delegate, pick};
 /// Says whether an ADD could be served.
 pub fn status(call: &Call) -> Result<(), Error> {
     call.network.require("STATUS", SpecVersion::V1_1_0)?;
-    check_store(&call.network.leases)?;
+    check_store(call)?;
     let sets = match call.network.ipam {
         IpamKind::Blocks => {
             let file = pool::read_blocks(&call.network.run_dir).map_err(not_available)?;
@@ -59,19 +61,37 @@ fn not_available(error: Error) -> Error {
     Error { code: Code::NotAvailable as u32, ..error }
 }
 
-/// Whether the store, or the folder in which it would be made, can be written.
-fn check_store(path: &Path) -> Result<(), Error> {
-    let mut place = path;
+/// Whether the store can be written, or made if it is missing.
+fn check_store(call: &Call) -> Result<(), Error> {
+    let path = &call.network.leases;
+    let cannot =
+        |why: String| Err(Error::because(Code::NotAvailable, "the lease store cannot be written", why));
+    let mut place = path.as_path();
     while fs::symlink_metadata(place).is_err() {
         match place.parent() {
             Some(parent) if parent != Path::new("") => place = parent,
             _ => break,
         }
     }
-    access(place, Access::WRITE_OK).map_err(|errno| {
-        let why = format!("{}: {}", place.display(), std::io::Error::from(errno).kind());
-        Error::because(Code::NotAvailable, "the lease store cannot be written", why)
-    })
+    if let Err(errno) = access(place, Access::WRITE_OK) {
+        return cannot(format!("{}: {}", place.display(), std::io::Error::from(errno).kind()));
+    }
+    let store = Store::at(path);
+    if let Some(newer) = store.newer() {
+        return cannot(newer.to_string());
+    }
+    if is_full(place) && !store.glance(&call.boot).is_some_and(|survey| survey.has_free_slot()) {
+        return cannot(format!("{}: the file system is full", place.display()));
+    }
+    Ok(())
+}
+
+/// Whether the file system has no room for one more lease. A slot that was in use before has its room already.
+/// One without limits (a tmpfs may have none) counts no blocks and is never full.
+fn is_full(place: &Path) -> bool {
+    // A page each for header, entry and record.
+    const ROOM: u64 = 3 * 4096;
+    statvfs(place).is_ok_and(|fs| fs.f_blocks > 0 && fs.f_bfree.saturating_mul(fs.f_frsize) < ROOM)
 }
 
 struct Unlocked<'a> {

@@ -144,12 +144,26 @@ impl Store {
     /// Reads the entries without the lock, for an answer that may be off by the changes of this moment;
     /// `None` if there is nothing to read or it does not fit.
     pub fn glance(&self, boot: &BootId) -> Option<Survey> {
+        let (file, header) = self.peek()?;
+        let header = header.ok().filter(|header| header.boot_id == boot.bytes)?;
+        let entries = Entries { file: &file, header };
+        entries.survey(0).ok().flatten()
+    }
+
+    /// That a newer program wrote the file, if one did; without the lock.
+    pub fn newer(&self) -> Option<Error> {
+        match self.peek()?.1 {
+            Err(source @ HeaderError::Newer(_)) => Some(Error::Newer { path: self.path.clone(), source }),
+            _ => None,
+        }
+    }
+
+    fn peek(&self) -> Option<(File, Result<Header, HeaderError>)> {
         let file = File::open(&self.path).ok()?;
         let mut bytes = [0; HEADER_SIZE];
         file.read_exact_at(&mut bytes, 0).ok()?;
-        let header = Header::decode(&bytes).ok().filter(|header| header.boot_id == boot.bytes)?;
-        let entries = Entries { file: &file, header };
-        entries.survey(0).ok().flatten()
+        let header = Header::decode(&bytes);
+        Some((file, header))
     }
 
     fn open_locked(&self, wait: Duration, missing: Missing) -> Result<Option<File>, Error> {
@@ -256,6 +270,11 @@ impl Survey {
     /// Whether the key that was looked for has a lease.
     pub fn has_lease(&self) -> bool {
         self.found.is_some()
+    }
+
+    /// Whether a slot that was in use before is free.
+    pub fn has_free_slot(&self) -> bool {
+        self.free.is_some()
     }
 
     /// Whether a lease of that pool, or one of unknown origin, holds the address.

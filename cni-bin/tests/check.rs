@@ -140,6 +140,52 @@ fn c82_status_fails_without_a_block_or_with_a_store_that_cannot_be_written() {
 }
 
 #[test]
+fn c82_after_a_status_that_failed_an_add_is_tried_all_the_same() {
+    lab::enter();
+    let _ = Plat::bare("STATUS").input(&cluster_conf()).run().error(50);
+    blocks(&["10.244.3.0/24"]);
+    add("c", &cluster_conf());
+}
+
+#[test]
+fn c82_a_full_file_system_fails_status_exactly_when_it_fails_add() {
+    lab::enter();
+    sh("mkdir /run/small; mount -t tmpfs -o size=64k tmpfs /run/small");
+    let conf = with(hand_conf(), json!({"runDir": "/run/small"}));
+    let status = || Plat::bare("STATUS").input(&conf).run();
+    let fill = "dd if=/dev/zero of=/run/small/junk bs=4k 2>/dev/null || true";
+    status().silent();
+    for id in ["a", "b"] {
+        add(id, &conf);
+    }
+    sh(fill);
+    assert!(status().error(50).contains("/run/small/leases: the file system is full"));
+    // The slot of a lease that ended has its room already.
+    Plat::call("DEL", "a", &conf).run().silent();
+    status().silent();
+    add("c", &conf);
+    assert!(status().error(50).contains("full"));
+    sh(&format!("rm /run/small/junk /run/small/leases; {fill}"));
+    assert!(status().error(50).contains("/run/small: the file system is full"), "no store yet");
+    lab::netns("d");
+    assert!(Plat::call("ADD", "d", &conf).run().error(5).contains("full"));
+}
+
+#[test]
+fn c82_a_store_of_a_newer_version_fails_status_as_it_fails_add() {
+    lab::enter();
+    add("a", &hand_conf());
+    let mut bytes = std::fs::read("/run/plat/leases").unwrap();
+    bytes[8] = 99;
+    let sum = plat_crds::lease::checksum(&bytes[..56]).to_le_bytes();
+    bytes[56..64].copy_from_slice(&sum);
+    std::fs::write("/run/plat/leases", &bytes).unwrap();
+    assert!(Plat::bare("STATUS").input(&hand_conf()).run().error(50).contains("install the CNI binary"));
+    lab::netns("b");
+    let _ = Plat::call("ADD", "b", &hand_conf()).run().error(11);
+}
+
+#[test]
 fn c82_a_full_block_fails_status_only_if_the_configuration_says_so() {
     lab::enter();
     blocks(&["10.244.3.0/30"]);
@@ -160,7 +206,23 @@ fn impatient(conf: Value) -> Value {
 }
 
 #[test]
-fn c83_and_c87_only_what_is_not_listed_of_this_network_goes() {
+fn c83_only_what_is_not_listed_goes() {
+    lab::enter();
+    let conf = impatient(hand_conf());
+    for id in ["stays", "goes"] {
+        add(id, &conf);
+    }
+    gc(&conf, json!({"cni.dev/valid-attachments": [{"containerID": "stays", "ifname": "eth0"}]})).silent();
+    assert_eq!(lab::leased(), ["10.22.0.2"]);
+    assert_eq!((lab::host_links().len(), lab::masqueraded().len()), (1, 1));
+    assert!(lab::ping("stays", "10.22.0.1"));
+    // The same container with another interface is another attachment.
+    gc(&conf, json!({"cni.dev/valid-attachments": [{"containerID": "stays", "ifname": "net1"}]})).silent();
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn c87_other_networks_are_left_alone() {
     lab::enter();
     let mine = impatient(hand_conf());
     let other = impatient(with(
@@ -176,8 +238,7 @@ fn c83_and_c87_only_what_is_not_listed_of_this_network_goes() {
     assert_eq!(lab::host_links().len(), 2);
     assert_eq!(lab::masqueraded().len(), 2);
     assert!(lab::ping("stays", "10.22.0.1") && lab::ping("other", "10.33.0.1"));
-    // The same container with another interface is another attachment.
-    gc(&mine, json!({"cni.dev/valid-attachments": [{"containerID": "stays", "ifname": "net1"}]})).silent();
+    gc(&mine, json!({"cni.dev/valid-attachments": []})).silent();
     assert_eq!(lab::leased(), ["10.33.0.2"]);
 }
 

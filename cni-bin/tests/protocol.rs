@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::process::Stdio;
 
-use lab::{Plat, add, cluster_conf, hand_conf, netns, with};
+use lab::{Plat, add, cluster_conf, hand_conf, netns, sh, with};
 use serde_json::{Value, json};
 
 const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -128,6 +128,23 @@ fn c13_standard_input_that_cannot_be_read_is_code_5() {
     let mut command = Plat::call("ADD", "c", &hand_conf()).command();
     let output = command.stdin(Stdio::from(File::open("/").unwrap())).output().unwrap();
     let _ = lab::Answer::of(output).error(5);
+    assert!(!lab::exists("/run/plat"), "nothing was begun");
+}
+
+#[test]
+fn c13_closed_standard_input_is_code_5_and_an_empty_one_code_6() {
+    lab::enter();
+    netns("c");
+    let run = |verb: &str, redirection: &str| {
+        let call = Plat::call(verb, "c", &hand_conf()).command();
+        let variables = call.get_envs().filter_map(|(name, value)| Some((name, value?)));
+        let mut shell = std::process::Command::new("/bin/sh");
+        shell.args(["-c", &format!("exec \"$0\" {redirection}")]).arg(call.get_program());
+        lab::Answer::of(shell.env_clear().envs(variables).output().unwrap())
+    };
+    let _ = run("ADD", "<&-").error(5);
+    let _ = run("ADD", "</dev/null").error(6);
+    assert_eq!(run("VERSION", "<&-").json()["cniVersion"], "1.1.0", "it needs no input");
 }
 
 #[test]
@@ -234,42 +251,26 @@ fn c26_arguments_come_in_any_order_and_shape() {
 }
 
 #[test]
-fn c27_to_c32_results_have_the_shape_of_their_version() {
+fn c16_a_failure_is_one_object_with_version_code_and_message() {
     lab::enter();
-    let conf = json!({"name": "n", "isDefaultGateway": true, "mtu": 1400,
-        "ipam": {"ranges": [[{"subnet": "10.22.0.0/24"}], [{"subnet": "fd22::/64"}]]}});
-    for (number, version) in VERSIONS.iter().enumerate() {
-        let id = format!("c{number}");
-        let result = add(&id, &with(conf.clone(), json!({"cniVersion": version})));
-        assert_eq!(result["cniVersion"], *version);
-        if number < 2 {
-            // 28: ip4 and ip6 only.
-            assert!(result["ip4"]["ip"].is_string() && result["ip6"]["ip"].is_string(), "{result}");
-            assert_eq!(result["ip4"]["routes"][0]["gw"], "10.22.0.1");
-            continue;
-        }
-        let interfaces = result["interfaces"].as_array().unwrap();
-        let ips = result["ips"].as_array().unwrap();
-        assert_eq!(ips.len(), 2);
-        // 28: version is a text up to 0.4.0 and gone after.
-        let ip_version = if number < 5 { json!("4") } else { json!(null) };
-        assert_eq!(ips[0]["version"], ip_version, "{version}");
-        // 29: mtu in 1.1.0 only.
-        assert_eq!(interfaces[2]["mtu"], if number == 6 { json!(1400) } else { json!(null) }, "{version}");
-        // 30: every index is within range, and the pod's.
-        assert!(ips.iter().all(|ip| ip["interface"] == 2));
-        // 31: sandbox is the path byte for byte, and the host's have none.
-        assert_eq!(interfaces[2]["sandbox"], format!("/run/netns/{id}"));
-        assert_eq!(interfaces[2]["name"], "eth0");
-        assert!(interfaces[..2].iter().all(|i| i.get("sandbox").is_none()), "{result}");
-        assert_eq!(interfaces[0]["name"], "cni0");
-        // 32: an empty dns is left out from 1.0.0 on.
-        assert_eq!(result.get("dns").is_none(), number >= 5, "{version}");
+    netns("c");
+    for (version, change, code) in [
+        ("0.4.0", json!({"vlan": 5}), 2),
+        ("1.0.0", json!({"ipam": {"subnet": "x"}}), 7),
+        ("1.1.0", json!({"mtu": "x"}), 6),
+        ("0.1.0", json!({"runDir": "/proc/none"}), 5),
+    ] {
+        let conf = with(with(hand_conf(), json!({"cniVersion": version})), change);
+        let answer = Plat::call("ADD", "c", &conf).run();
+        assert!(!answer.success && answer.stdout.lines().count() == 1, "{answer:?}");
+        let error: Value = serde_json::from_str(&answer.stdout).unwrap();
+        assert_eq!((error["cniVersion"].as_str(), error["code"].as_u64()), (Some(version), Some(code)));
+        assert!(error["msg"].as_str().is_some_and(|msg| !msg.is_empty()), "{error}");
     }
 }
 
 #[test]
-fn c16_and_c17_failures_are_one_object_and_successes_are_silent() {
+fn c17_success_of_every_verb_but_add_and_version_says_nothing() {
     lab::enter();
     netns("c");
     let conf = hand_conf();
@@ -278,10 +279,129 @@ fn c16_and_c17_failures_are_one_object_and_successes_are_silent() {
     Plat::bare("STATUS").input(&conf).run().silent();
     Plat::bare("GC").input(&conf).run().silent();
     Plat::call("DEL", "c", &conf).run().silent();
-    let failing = with(conf, json!({"cniVersion": "0.4.0", "vlan": 5}));
-    let answer = Plat::call("ADD", "c", &failing).run();
-    let error: Value = serde_json::from_str(&answer.stdout).unwrap();
-    assert_eq!((error["cniVersion"].as_str(), error["code"].as_u64()), (Some("0.4.0"), Some(2)));
+}
+
+/// Results of every version, with the path of the pod's namespace.
+fn results() -> Vec<(&'static str, String, Value)> {
+    lab::enter();
+    let conf = json!({"name": "n", "isDefaultGateway": true, "mtu": 1400,
+        "ipam": {"ranges": [[{"subnet": "10.22.0.0/24"}], [{"subnet": "fd22::/64"}]]}});
+    let one = |(number, version): (usize, &&'static str)| {
+        let id = format!("c{number}");
+        let result = add(&id, &with(conf.clone(), json!({"cniVersion": version})));
+        assert_eq!(result["cniVersion"], *version);
+        (*version, format!("/run/netns/{id}"), result)
+    };
+    VERSIONS.iter().enumerate().map(one).collect()
+}
+
+/// The same of the versions that list interfaces.
+fn results_with_interfaces() -> Vec<(&'static str, String, Value)> {
+    results().into_iter().filter(|(version, ..)| *version >= "0.3.0").collect()
+}
+
+#[test]
+fn c28_addresses_have_the_shape_of_their_version() {
+    for (version, _, result) in results() {
+        if version < "0.3.0" {
+            let keys: Vec<&String> = result.as_object().unwrap().keys().collect();
+            assert_eq!(keys, ["cniVersion", "dns", "ip4", "ip6"], "{version}");
+            assert_eq!(result["ip4"]["routes"][0]["gw"], "10.22.0.1");
+            assert!(result["ip6"]["ip"].as_str().unwrap().ends_with("/64"), "{result}");
+            continue;
+        }
+        let ips = result["ips"].as_array().unwrap();
+        let said: Vec<Option<&str>> = ips.iter().map(|ip| ip["version"].as_str()).collect();
+        let expected = if version < "1.0.0" { [Some("4"), Some("6")] } else { [None, None] };
+        assert_eq!(said, expected, "{version}");
+    }
+}
+
+#[test]
+fn c29_mtu_of_interfaces_came_with_1_1_0() {
+    for (version, _, result) in results_with_interfaces() {
+        for interface in result["interfaces"].as_array().unwrap() {
+            let mtu = if version == "1.1.0" { json!(1400) } else { json!(null) };
+            assert_eq!(interface["mtu"], mtu, "{version}: {interface}");
+            assert!(interface.get("socketPath").is_none() && interface.get("pciID").is_none(), "{interface}");
+        }
+    }
+}
+
+#[test]
+fn c30_every_index_is_that_of_the_pods_interface() {
+    for (version, _, result) in results_with_interfaces() {
+        let interfaces = result["interfaces"].as_array().unwrap();
+        let index = interfaces.iter().position(|i| i["name"] == "eth0").unwrap();
+        for ip in result["ips"].as_array().unwrap() {
+            assert_eq!(ip["interface"], index, "{version}: {result}");
+        }
+    }
+}
+
+#[test]
+fn c30_an_index_of_another_plugin_that_is_out_of_range_is_not_passed_on() {
+    lab::enter();
+    netns("c");
+    for index in [-1, 1, 7] {
+        // Of another version than ours, so that it is read and written anew, and of ours.
+        for version in ["1.0.0", "1.1.0"] {
+            let previous = json!({"cniVersion": version, "interfaces": [{"name": "eth0", "sandbox": "/run/netns/c"}],
+                "ips": [{"address": "10.1.0.2/24", "interface": index}, {"address": "fd01::2/64", "interface": 0}]});
+            let result = Plat::call("ADD", "c", &with(hand_conf(), json!({"prevResult": previous}))).result();
+            assert_eq!(result["ips"][0].get("interface"), None, "{result}");
+            assert_eq!(result["ips"][1]["interface"], 0);
+        }
+    }
+}
+
+#[test]
+fn c31_sandbox_is_the_path_byte_for_byte_and_the_hosts_interfaces_have_none() {
+    for (_, path, result) in results_with_interfaces() {
+        let interfaces = result["interfaces"].as_array().unwrap();
+        let sandboxes: Vec<Option<&str>> = interfaces.iter().map(|i| i["sandbox"].as_str()).collect();
+        assert_eq!(sandboxes, [None, None, Some(path.as_str())], "{result}");
+        assert_eq!((&interfaces[0]["name"], &interfaces[2]["name"]), (&json!("cni0"), &json!("eth0")));
+    }
+    // Not the shortest way to say it, but the way it was said.
+    netns("odd");
+    let odd = "/run/../run/netns//odd";
+    let result = Plat::call("ADD", "odd", &hand_conf()).set("CNI_NETNS", odd).result();
+    assert_eq!(result["interfaces"][2]["sandbox"], odd);
+}
+
+#[test]
+fn c32_an_empty_dns_is_left_out_from_1_0_0_on() {
+    for (version, _, result) in results() {
+        let expected = if version < "1.0.0" { Some(&json!({})) } else { None };
+        assert_eq!(result.get("dns"), expected, "{version}");
+    }
+}
+
+#[test]
+fn c33_nothing_but_the_result_is_on_standard_output_however_talkative_we_are_told_to_be() {
+    lab::enter();
+    netns("c");
+    let talkative = "#!/bin/sh\necho to standard error >&2\ncat >/dev/null\n\
+        echo '{\"cniVersion\":\"1.1.0\",\"ips\":[{\"address\":\"10.66.0.2/24\"}]}'\n";
+    std::fs::create_dir("/run/bin").unwrap();
+    std::fs::write("/run/bin/talkative", talkative).unwrap();
+    sh("chmod +x /run/bin/talkative");
+    let conf = with(hand_conf(), json!({"ipam": {"type": "talkative"}, "logLevel": "debug", "debug": true}));
+    let call = |verb: &str| {
+        Plat::call(verb, "c", &conf)
+            .set("RUST_LOG", "trace")
+            .set("RUST_BACKTRACE", "full")
+            .set("CNI_LOG_LEVEL", "debug")
+            .set("CNI_PATH", "/run/bin")
+            .set("PATH", "/bin:/usr/bin")
+    };
+    let answer = call("ADD").run();
+    assert_eq!(answer.json()["ips"][0]["address"], "10.66.0.2/24");
+    assert_eq!(answer.stdout.lines().count(), 1);
+    assert!(answer.stderr.contains("to standard error"), "{answer:?}");
+    let answer = call("DEL").run();
+    assert!(answer.success && answer.stdout.is_empty(), "{answer:?}");
 }
 
 #[test]
