@@ -32,7 +32,8 @@ use rustix::io::Errno;
 
 use crate::netlink::{Error, Protocol, Socket};
 use crate::nft::{
-    self, Addr, BaseChain, Batch, Element, Hook, KeyType, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
+    self, Addr, BaseChain, Batch, Element, Field, Hook, KeyType, Rule, SRCNAT, Set, Table, TableFamily,
+    Verdict,
 };
 
 const BASE_CHAIN: &str = "masq";
@@ -201,9 +202,9 @@ fn scaffold_rules(subnets: &BTreeSet<Block>) -> Vec<Rule> {
     let table = table();
     let mut rules = vec![
         // ip saddr vmap @masq4
-        Rule::new(&table, BASE_CHAIN).saddr_vmap(Family::IPv4, map(Family::IPv4).name()),
+        Rule::new(&table, BASE_CHAIN).vmap(&[Field::Saddr(Family::IPv4)], map(Family::IPv4).name()),
         // ip6 saddr vmap @masq6
-        Rule::new(&table, BASE_CHAIN).saddr_vmap(Family::IPv6, map(Family::IPv6).name()),
+        Rule::new(&table, BASE_CHAIN).vmap(&[Field::Saddr(Family::IPv6)], map(Family::IPv6).name()),
     ];
     for subnet in subnets {
         let rule = || Rule::new(&table, &chain_name(*subnet));

@@ -43,7 +43,7 @@ pub use crate::netlink::Error;
 pub use batch::Batch;
 pub use dump::{ChainInfo, HookInfo, RuleInfo, TableInfo, chains, elements, rules, tables};
 pub use expr::{Cmp, Expr, Verdict};
-pub use rule::{Addr, Name, Rule};
+pub use rule::{Addr, Field, Name, Rule};
 pub use set::{Element, KeyType, Set};
 
 /// Priority `dstnat` of a base chain.

@@ -205,7 +205,7 @@ fn a_verdict_map_sends_each_address_its_way() {
     batch.add_set(&map);
     batch.add_chain(&table, "net");
     batch.add_base_chain(&table, "masq", &BaseChain::nat(Hook::Postrouting, SRCNAT));
-    batch.add_rule(&Rule::new(&table, "masq").saddr_vmap(Family::IPv4, "masq4"));
+    batch.add_rule(&Rule::new(&table, "masq").vmap(&[Field::Saddr(Family::IPv4)], "masq4"));
     batch.add_elements(&map, &[element([10, 1, 0, 2]), element([10, 1, 0, 3])]);
     send(batch);
     let text = listed(&table);
@@ -225,8 +225,6 @@ fn maps_and_concatenations_list_as_what_they_are() {
     let ports =
         Set::map(&table, "ports", &[KeyType::Protocol, KeyType::Port], &[KeyType::Ipv4, KeyType::Port]);
     let macs = Set::of(&table, "macs", &[KeyType::Interface, KeyType::Ether]);
-    let mut name = b"eth0".to_vec();
-    name.resize(16, 0);
     let mut batch = Batch::new();
     batch.add_table(&table);
     batch.add_set(&ports);
@@ -235,12 +233,56 @@ fn maps_and_concatenations_list_as_what_they_are() {
         &ports,
         &[Element::key(&[&[6], &8080u16.to_be_bytes()]).value(&[&[10, 1, 0, 2], &80u16.to_be_bytes()])],
     );
-    batch.add_elements(&macs, &[Element::key(&[&name, &[2, 0, 0, 0, 0, 1]])]);
+    batch.add_elements(&macs, &[Element::key(&[&Element::interface("eth0"), &[2, 0, 0, 0, 0, 1]])]);
     send(batch);
     let text = listed(&table);
     assert!(text.contains("type inet_proto . inet_service : ipv4_addr . inet_service"), "{text}");
     assert!(text.contains("tcp . 8080 : 10.1.0.2 . 80"), "{text}");
     assert!(text.contains("\"eth0\" . 02:00:00:00:00:01"), "{text}");
+}
+
+#[test]
+fn looking_up_several_fields_at_once_lists_and_reads_back_as_what_it_is() {
+    lab::enter();
+    let bridge = Table::new(TableFamily::Bridge, "t");
+    let inet = Table::new(TableFamily::Inet, "t");
+    let mut batch = Batch::new();
+    use Field::*;
+    let v6 = Family::IPv6;
+    let rules = [
+        Rule::new(&bridge, "c")
+            .untagged(Family::IPv4)
+            .in_set(&[Iifname, EtherSaddr, Saddr(Family::IPv4)], "own4")
+            .accept(),
+        Rule::new(&bridge, "c").untagged_arp().in_set(&[Iifname, ArpSaddrEther, ArpSaddrIp], "own4").accept(),
+        Rule::new(&bridge, "c")
+            .untagged(v6)
+            .is_not(L4proto, &[58], "ipv6-icmp")
+            .is(Ip6Length, &24u16.to_be_bytes(), "24")
+            .in_set(&[Iifname, EtherSaddr, Saddr(v6)], "own6")
+            .accept(),
+        Rule::new(&bridge, "c").in_set(&[Iifname, EtherSaddr, Transport(8, 16)], "own6").drop(),
+        Rule::new(&inet, "c").iifname(Name::BeginsNot("plat")).vmap(&[L4proto, Dport], "ports"),
+    ];
+    for table in [&bridge, &inet] {
+        batch.add_table(table);
+        batch.add_base_chain(table, "c", &BaseChain::filter(Hook::Prerouting, RAW));
+    }
+    batch.add_set(&Set::of(&bridge, "own4", &[KeyType::Interface, KeyType::Ether, KeyType::Ipv4]));
+    batch.add_set(&Set::of(&bridge, "own6", &[KeyType::Interface, KeyType::Ether, KeyType::Ipv6]));
+    batch.add_set(&Set::verdicts(&inet, "ports", &[KeyType::Protocol, KeyType::Port]));
+    rules.iter().for_each(|rule| batch.add_rule(rule));
+    send(batch);
+    for table in [&bridge, &inet] {
+        let text = listed(table);
+        let found = plat_cni::nft::rules(&mut socket(), table, "c").unwrap();
+        let added: Vec<&Rule> = rules.iter().filter(|r| r.table() == table).collect();
+        assert_eq!(found.len(), added.len());
+        for (rule, found) in added.into_iter().zip(found) {
+            assert!(text.contains(rule.text()), "{} in {text}", rule.text());
+            assert_eq!(found.expressions, rule.expressions());
+        }
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@ pub(super) const META_IIFNAME: u32 = 6;
 pub(super) const META_OIFNAME: u32 = 7;
 pub(super) const META_NFPROTO: u32 = 15;
 pub(super) const META_L4PROTO: u32 = 16;
+pub(super) const BASE_LINK: u32 = 0;
 pub(super) const BASE_NETWORK: u32 = 1;
 pub(super) const BASE_TRANSPORT: u32 = 2;
 pub(super) const CT_STATE: u32 = 0;
@@ -130,6 +131,14 @@ pub enum Expr {
         /// Number of bytes.
         length: u32,
     },
+    /// Loads what the other expression ([`Expr::Meta`], [`Expr::Payload`]) would load into register 1 into
+    /// this register: the further parts of a concatenated key.
+    Into {
+        /// The register, as the kernel shows it.
+        register: u32,
+        /// What is loaded.
+        load: Box<Expr>,
+    },
     /// Goes on only if the register compares.
     Compare {
         /// How.
@@ -209,11 +218,20 @@ pub enum Expr {
     },
 }
 
+/// The number of the register `words` words of four bytes behind register 1. A register of 16 bytes, where
+/// one begins, goes by its own number; that is how the kernel shows it.
+fn register(words: u32) -> u32 {
+    /// `NFT_REG32_00`, the first word of register 1.
+    const WORD_0: u32 = 8;
+    if words.is_multiple_of(4) { REG_1 + words / 4 } else { WORD_0 + words }
+}
+
 impl Expr {
     fn name(&self) -> &str {
         match self {
             Expr::Meta { .. } => "meta",
             Expr::Payload { .. } => "payload",
+            Expr::Into { load, .. } => load.name(),
             Expr::Compare { .. } => "cmp",
             Expr::Bitwise { .. } => "bitwise",
             Expr::Lookup { .. } | Expr::MapLookup { .. } => "lookup",
@@ -237,12 +255,8 @@ impl Expr {
 
     fn encode_data(&self, m: &mut Message) {
         match self {
-            Expr::Meta { key } => {
-                m.attr_be32(2, *key).attr_be32(1, REG_1);
-            }
-            Expr::Payload { base, offset, length } => {
-                m.attr_be32(1, REG_1).attr_be32(2, *base).attr_be32(3, *offset).attr_be32(4, *length);
-            }
+            Expr::Meta { .. } | Expr::Payload { .. } => self.encode_load(REG_1, m),
+            Expr::Into { register, load } => load.encode_load(*register, m),
             Expr::Compare { op, value } => {
                 m.attr_be32(1, REG_1).attr_be32(2, op.number());
                 m.nest(3, |m| {
@@ -309,6 +323,32 @@ impl Expr {
         }
     }
 
+    /// Writes a load from the packet into a register.
+    fn encode_load(&self, register: u32, m: &mut Message) {
+        match self {
+            Expr::Meta { key } => {
+                m.attr_be32(2, *key).attr_be32(1, register);
+            }
+            Expr::Payload { base, offset, length } => {
+                m.attr_be32(1, register).attr_be32(2, *base).attr_be32(3, *offset).attr_be32(4, *length);
+            }
+            // Nothing else loads from the packet by a number alone.
+            _ => {}
+        }
+    }
+
+    /// The loads of a concatenated key, part by part: each goes behind the one before, from register 1 on,
+    /// at a multiple of four bytes. A part is a load and its length in bytes.
+    pub(super) fn concatenation(parts: impl IntoIterator<Item = (Expr, u32)>) -> Vec<Expr> {
+        let mut words = 0;
+        let mut place = |(load, length): (Expr, u32)| {
+            let register = register(words);
+            words += length.div_ceil(4);
+            if register == REG_1 { load } else { Expr::Into { register, load: Box::new(load) } }
+        };
+        parts.into_iter().map(&mut place).collect()
+    }
+
     /// Reads one element of a list of expressions. What is not exactly what [`Expr::encode`] would write
     /// (another register, another operation) comes back as [`Expr::Other`].
     pub(super) fn decode(element: Attribute<'_>) -> Option<Expr> {
@@ -324,10 +364,16 @@ impl Expr {
         let number = |kind| data.find(kind).and_then(|a| a.be32());
         let value = |kind| data.find(kind)?.nested().find(DATA_VALUE).map(|v| v.value.to_vec());
         let in_reg_1 = |kind| number(kind) == Some(REG_1);
+        let into = |register: Option<u32>, load: Expr| match register {
+            Some(REG_1) => Some(load),
+            other => Some(Expr::Into { register: other?, load: Box::new(load) }),
+        };
         Some(match name {
-            "meta" if in_reg_1(1) => Expr::Meta { key: number(2)? },
-            "payload" if in_reg_1(1) => {
-                Expr::Payload { base: number(2)?, offset: number(3)?, length: number(4)? }
+            "meta" => into(number(1), Expr::Meta { key: number(2)? })?,
+            "payload" => {
+                // Attribute 5 is the source register of a write into the packet, which has no attribute 1.
+                let load = Expr::Payload { base: number(2)?, offset: number(3)?, length: number(4)? };
+                into(number(1), load)?
             }
             "cmp" if in_reg_1(1) => {
                 let op = [Cmp::Eq, Cmp::Ne].into_iter().find(|op| Some(op.number()) == number(2))?;

@@ -37,6 +37,108 @@ pub enum Name<'a> {
     Is(&'a str),
     /// It is any other.
     IsNot(&'a str),
+    /// It does not begin so.
+    BeginsNot(&'a str),
+}
+
+/// A part of a packet that is looked up, alone or as a part of a concatenated key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// `iifname`
+    Iifname,
+    /// `ether saddr`
+    EtherSaddr,
+    /// `ether type`, as it stands in the frame: of a frame with a VLAN tag, that of the tag
+    EtherType,
+    /// `arp htype`, `arp ptype`, `arp hlen` and `arp plen`, which lie side by side
+    ArpHeader,
+    /// `arp saddr ether`
+    ArpSaddrEther,
+    /// `arp saddr ip`
+    ArpSaddrIp,
+    /// `arp daddr ip`
+    ArpDaddrIp,
+    /// `ip saddr` or `ip6 saddr`
+    Saddr(Family),
+    /// `ip daddr` or `ip6 daddr`
+    Daddr(Family),
+    /// `meta l4proto`
+    L4proto,
+    /// `th dport`
+    Dport,
+    /// `ip6 length`: what follows the IPv6 header, in bytes
+    Ip6Length,
+    /// `icmpv6 type`
+    Icmpv6Type,
+    /// Bytes of the transport header: offset, length.
+    Transport(u32, u32),
+}
+
+impl Field {
+    /// How it is loaded, and its length in bytes.
+    fn load(self) -> (Expr, u32) {
+        let payload = |base, offset, length| (Expr::Payload { base, offset, length }, length);
+        let address = |family: Family| u32::from(family.bits() / 8);
+        match self {
+            Field::Iifname => (Expr::Meta { key: expr::META_IIFNAME }, 16),
+            Field::EtherSaddr => payload(expr::BASE_LINK, 6, 6),
+            Field::EtherType => payload(expr::BASE_LINK, 12, 2),
+            Field::ArpHeader => payload(expr::BASE_NETWORK, 0, 6),
+            Field::ArpSaddrEther => payload(expr::BASE_NETWORK, 8, 6),
+            Field::ArpSaddrIp => payload(expr::BASE_NETWORK, 14, 4),
+            Field::ArpDaddrIp => payload(expr::BASE_NETWORK, 24, 4),
+            Field::Saddr(family) => payload(expr::BASE_NETWORK, saddr_offset(family), address(family)),
+            Field::Daddr(family) => payload(expr::BASE_NETWORK, daddr_offset(family), address(family)),
+            Field::L4proto => (Expr::Meta { key: expr::META_L4PROTO }, 1),
+            Field::Dport => payload(expr::BASE_TRANSPORT, 2, 2),
+            Field::Ip6Length => payload(expr::BASE_NETWORK, 4, 2),
+            Field::Icmpv6Type => payload(expr::BASE_TRANSPORT, 0, 1),
+            Field::Transport(offset, length) => payload(expr::BASE_TRANSPORT, offset, length),
+        }
+    }
+
+    /// The family that the packet must be of for the field to exist.
+    fn family(self) -> Option<Family> {
+        match self {
+            Field::Saddr(family) | Field::Daddr(family) => Some(family),
+            Field::Ip6Length => Some(Family::IPv6),
+            _ => None,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Field::Iifname => "iifname".to_owned(),
+            Field::EtherSaddr => "ether saddr".to_owned(),
+            Field::EtherType => "ether type".to_owned(),
+            // nft shows the four of them.
+            Field::ArpHeader => "arp htype . arp ptype . arp hlen . arp plen".to_owned(),
+            Field::ArpSaddrEther => "arp saddr ether".to_owned(),
+            Field::ArpSaddrIp => "arp saddr ip".to_owned(),
+            Field::ArpDaddrIp => "arp daddr ip".to_owned(),
+            Field::Saddr(family) => format!("{} saddr", keyword(family)),
+            Field::Daddr(family) => format!("{} daddr", keyword(family)),
+            Field::L4proto => "meta l4proto".to_owned(),
+            Field::Dport => "th dport".to_owned(),
+            Field::Ip6Length => "ip6 length".to_owned(),
+            Field::Icmpv6Type => "icmpv6 type".to_owned(),
+            Field::Transport(offset, length) => format!("@th,{},{}", offset * 8, length * 8),
+        }
+    }
+}
+
+fn saddr_offset(family: Family) -> u32 {
+    match family {
+        Family::IPv4 => 12,
+        Family::IPv6 => 8,
+    }
+}
+
+fn daddr_offset(family: Family) -> u32 {
+    match family {
+        Family::IPv4 => 16,
+        Family::IPv6 => 24,
+    }
 }
 
 /// One rule of one chain.
@@ -72,6 +174,11 @@ impl Rule {
         &self.text
     }
 
+    /// The chain's table.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
     /// The chain's name.
     pub fn chain(&self) -> &str {
         &self.chain
@@ -84,31 +191,63 @@ impl Rule {
 
     /// `ip saddr …` or `ip6 saddr …`
     pub fn saddr(self, addr: Addr<'_>) -> Rule {
-        let offset = match addr.family() {
-            Family::IPv4 => 12,
-            Family::IPv6 => 8,
-        };
-        self.address("saddr", offset, addr)
+        self.address("saddr", saddr_offset(addr.family()), addr)
     }
 
     /// `ip daddr …` or `ip6 daddr …`
     pub fn daddr(self, addr: Addr<'_>) -> Rule {
-        let offset = match addr.family() {
-            Family::IPv4 => 16,
-            Family::IPv6 => 24,
-        };
-        self.address("daddr", offset, addr)
+        self.address("daddr", daddr_offset(addr.family()), addr)
     }
 
-    /// `ip saddr vmap @map` (or `ip6 …`): goes where the map says for the source address.
-    pub fn saddr_vmap(self, family: Family, map: &str) -> Rule {
-        let offset = if family == Family::IPv4 { 12 } else { 8 };
-        let length = u32::from(family.bits() / 8);
-        let text = format!("{} saddr vmap @{map}", keyword(family));
-        self.of_family(family)
-            .push(Expr::Payload { base: expr::BASE_NETWORK, offset, length })
+    /// The field has that value (in network byte order), which nft shows so.
+    pub fn is(self, field: Field, value: &[u8], shown: &str) -> Rule {
+        self.compare(field, Cmp::Eq, value).say(&format!("{} {shown}", field.text()))
+    }
+
+    /// The field has any other value.
+    pub fn is_not(self, field: Field, value: &[u8], shown: &str) -> Rule {
+        self.compare(field, Cmp::Ne, value).say(&format!("{} != {shown}", field.text()))
+    }
+
+    fn compare(self, field: Field, op: Cmp, value: &[u8]) -> Rule {
+        self.load_fields(&[field]).push(Expr::Compare { op, value: value.to_vec() })
+    }
+
+    /// `ether type ip` or `ether type ip6`, in a bridge table: frames without a VLAN tag that carry that
+    /// family. ([`Addr`] and [`Field::Saddr`] alone look behind a tag.) nft does not show it where a match of
+    /// that family follows.
+    pub fn untagged(mut self, family: Family) -> Rule {
+        self.family = Some(family);
+        self.compare(Field::EtherType, Cmp::Eq, &ether_type(family).to_be_bytes())
+    }
+
+    /// `ether type arp` and `arp htype 1 arp ptype ip arp hlen 6 arp plen 4`, in a bridge table: frames
+    /// without a VLAN tag that carry ARP of IPv4 over Ethernet. Only then are sender and target where
+    /// [`Field::ArpSaddrIp`] and the others look for them.
+    pub fn untagged_arp(self) -> Rule {
+        self.compare(Field::EtherType, Cmp::Eq, &0x0806u16.to_be_bytes())
+            .compare(Field::ArpHeader, Cmp::Eq, &[0, 1, 8, 0, 6, 4])
+            .say("arp htype 1 arp ptype ip arp hlen 6 arp plen 4")
+    }
+
+    /// `… . … @set`: these fields together are in the set.
+    pub fn in_set(self, fields: &[Field], set: &str) -> Rule {
+        self.load_fields(fields)
+            .push(Expr::Lookup { set: set.to_owned(), inverted: false })
+            .say(&format!("{} @{set}", field_texts(fields)))
+    }
+
+    /// `… . … vmap @map`: goes where the map says for these fields together.
+    pub fn vmap(self, fields: &[Field], map: &str) -> Rule {
+        self.load_fields(fields)
             .push(Expr::MapLookup { map: map.to_owned(), to: 0 })
-            .say(&text)
+            .say(&format!("{} vmap @{map}", field_texts(fields)))
+    }
+
+    fn load_fields(self, fields: &[Field]) -> Rule {
+        let families = fields.iter().filter_map(|field| field.family());
+        let rule = families.fold(self, Rule::of_family);
+        Expr::concatenation(fields.iter().map(|field| field.load())).into_iter().fold(rule, Rule::push)
     }
 
     fn address(self, field: &str, offset: u32, addr: Addr<'_>) -> Rule {
@@ -168,6 +307,11 @@ impl Rule {
         let (op, sign, name) = match name {
             Name::Is(name) => (Cmp::Eq, "", name),
             Name::IsNot(name) => (Cmp::Ne, "!= ", name),
+            Name::BeginsNot(start) => {
+                let text = format!("{field} != \"{start}*\"");
+                let value = start.as_bytes().to_vec();
+                return self.push(Expr::Meta { key }).push(Expr::Compare { op: Cmp::Ne, value }).say(&text);
+            }
         };
         let mut value = name.as_bytes().to_vec();
         // nft compares the whole of the kernel's field, iptables-nft the name and its zero byte; after
@@ -306,9 +450,8 @@ impl Rule {
                     .push(Expr::Compare { op: Cmp::Eq, value: vec![number] })
             }
             TableFamily::Bridge | TableFamily::Netdev => {
-                let ether_type: u16 = if family == Family::IPv4 { 0x0800 } else { 0x86dd };
-                self.push(Expr::Meta { key: expr::META_PROTOCOL })
-                    .push(Expr::Compare { op: Cmp::Eq, value: ether_type.to_be_bytes().to_vec() })
+                let value = ether_type(family).to_be_bytes().to_vec();
+                self.push(Expr::Meta { key: expr::META_PROTOCOL }).push(Expr::Compare { op: Cmp::Eq, value })
             }
             TableFamily::Ip | TableFamily::Ip6 | TableFamily::Arp => self,
         }
@@ -325,6 +468,17 @@ impl Rule {
         let _ = write!(self.text, "{space}{text}");
         self
     }
+}
+
+fn ether_type(family: Family) -> u16 {
+    match family {
+        Family::IPv4 => 0x0800,
+        Family::IPv6 => 0x86dd,
+    }
+}
+
+fn field_texts(fields: &[Field]) -> String {
+    fields.iter().map(|field| field.text()).collect::<Vec<_>>().join(" . ")
 }
 
 fn keyword(family: Family) -> &'static str {

@@ -189,6 +189,13 @@ impl Element {
         Element::key(&[&octets(address)])
     }
 
+    /// The bytes of an interface's name as a key (`IFNAMSIZ`).
+    pub fn interface(name: &str) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes.iter_mut().zip(name.bytes().take(15)).for_each(|(to, from)| *to = from);
+        bytes
+    }
+
     /// A key of these parts, each in network byte order.
     pub fn key(parts: &[&[u8]]) -> Element {
         Element { key: concatenate(parts), ends_interval: false, value: ElementValue::Nothing }
