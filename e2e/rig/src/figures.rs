@@ -13,9 +13,26 @@ pub enum Unit {
     /// Per second: more is better.
     #[serde(rename = "1/s")]
     PerSecond,
+    /// Mebibytes: less is better.
+    #[serde(rename = "MiB")]
+    Mebibytes,
 }
 
-/// One comparison. Figures are medians.
+/// What a figure should reach.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Goal {
+    /// Ours by the peer's, at most.
+    RatioAtMost(f64),
+    /// Ours by the peer's, at least.
+    RatioAtLeast(f64),
+    /// Ours less the peer's, at most, in the figure's unit.
+    BeyondPeerAtMost(f64),
+    /// Ours, at most, in the figure's unit.
+    AtMost(f64),
+}
+
+/// One comparison. Figures are medians unless their name says otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Figure {
@@ -31,6 +48,9 @@ pub struct Figure {
     pub ratio: f64,
     /// Unit of both figures.
     pub unit: Unit,
+    /// What it should reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal: Option<Goal>,
 }
 
 impl Figure {
@@ -44,6 +64,40 @@ impl Figure {
             peers_figure: round(peers_figure),
             ratio: round(ours / peers_figure),
             unit,
+            goal: None,
+        }
+    }
+
+    /// The same with a goal.
+    pub fn reaching(self, goal: Goal) -> Figure {
+        Figure { goal: Some(goal), ..self }
+    }
+
+    /// Whether the goal is met; `None` without one.
+    pub fn meets_goal(&self) -> Option<bool> {
+        Some(match self.goal? {
+            Goal::RatioAtMost(most) => self.ratio <= most,
+            Goal::RatioAtLeast(least) => self.ratio >= least,
+            Goal::BeyondPeerAtMost(most) => self.ours - self.peers_figure <= most,
+            Goal::AtMost(most) => self.ours <= most,
+        })
+    }
+
+    fn show(&self, value: f64) -> String {
+        match self.unit {
+            Unit::Milliseconds => format!("{value:.2} ms"),
+            Unit::PerSecond => format!("{value:.0} /s"),
+            Unit::Mebibytes => format!("{value:.2} MiB"),
+        }
+    }
+
+    fn goal_in_words(&self) -> String {
+        match self.goal {
+            None => String::new(),
+            Some(Goal::RatioAtMost(most)) => format!("ratio ≤ {most}"),
+            Some(Goal::RatioAtLeast(least)) => format!("ratio ≥ {least}"),
+            Some(Goal::BeyondPeerAtMost(most)) => format!("≤ peer + {}", self.show(most)),
+            Some(Goal::AtMost(most)) => format!("≤ {}", self.show(most)),
         }
     }
 }
@@ -59,27 +113,60 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// A table for people.
+/// The value that 99 of 100 do not exceed; 0 of nothing.
+pub fn p99(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() * 99).div_ceil(100);
+    values.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+/// A table in Markdown, which people can read as it is.
 pub fn table(figures: &[Figure]) -> String {
-    let mut text = format!("{:<22} {:>12} {:>12}  {:<20} {:>7}\n", "", "plat", "peer", "", "ratio");
-    for figure in figures {
-        let unit = match figure.unit {
-            Unit::Milliseconds => "ms",
-            Unit::PerSecond => "/s",
+    let head = ["", "plat", "peer", "", "ratio", "goal", ""].map(str::to_owned);
+    let row = |figure: &Figure| {
+        let verdict = match figure.meets_goal() {
+            Some(true) => "met",
+            Some(false) => "missed",
+            None => "",
         };
-        let value = |value: f64| match figure.unit {
-            Unit::Milliseconds => format!("{value:.2} {unit}"),
-            Unit::PerSecond => format!("{value:.0} {unit}"),
-        };
-        let _ = writeln!(
-            text,
-            "{:<22} {:>12} {:>12}  {:<20} {:>7.2}",
-            figure.name,
-            value(figure.ours),
-            value(figure.peers_figure),
-            figure.peer,
-            figure.ratio
-        );
+        [
+            figure.name.clone(),
+            figure.show(figure.ours),
+            figure.show(figure.peers_figure),
+            figure.peer.clone(),
+            format!("{:.2}", figure.ratio),
+            figure.goal_in_words(),
+            verdict.to_owned(),
+        ]
+    };
+    let rows: Vec<[String; 7]> = std::iter::once(head).chain(figures.iter().map(row)).collect();
+    let mut widths = [3; 7];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        for (at, (cell, width)) in row.iter().zip(widths).enumerate() {
+            // Numbers stand to the right.
+            let padding = " ".repeat(width - cell.chars().count());
+            let _ = match at {
+                1 | 2 | 4 => write!(text, "| {padding}{cell} "),
+                _ => write!(text, "| {cell}{padding} "),
+            };
+        }
+        text.push_str("|\n");
+        if number == 0 {
+            for (at, width) in widths.iter().enumerate() {
+                let line = "-".repeat(*width - 1);
+                let _ = match at {
+                    1 | 2 | 4 => write!(text, "| {line}: "),
+                    _ => write!(text, "| {line}- "),
+                };
+            }
+            text.push_str("|\n");
+        }
     }
     text
 }
@@ -96,12 +183,31 @@ mod tests {
     }
 
     #[test]
+    fn one_of_a_hundred_may_exceed_the_99th_percentile() {
+        assert_eq!(p99((1..=100).map(f64::from).collect()), 99.0);
+        assert_eq!(p99((1..=200).map(f64::from).collect()), 198.0);
+        assert_eq!(p99(vec![7.0, 3.0]), 7.0);
+        assert_eq!(p99(vec![]), 0.0);
+    }
+
+    #[test]
     fn the_ratio_is_ours_by_theirs() {
         let figure = Figure::new("CNI ADD", 2.5, "reference", 12.5, Unit::Milliseconds);
         assert_eq!(
             serde_json::to_string(&figure).unwrap(),
             r#"{"name":"CNI ADD","ours":2.5,"peer":"reference","peersFigure":12.5,"ratio":0.2,"unit":"ms"}"#
         );
-        assert!(table(&[figure]).contains("2.50 ms     12.50 ms  reference               0.20"));
+        let table = table(&[figure]);
+        assert!(table.contains("| CNI ADD | 2.50 ms | 12.50 ms | reference |  0.20 |"), "{table}");
+    }
+
+    #[test]
+    fn a_goal_is_met_or_missed() {
+        let figure = |goal| Figure::new("x", 3.0, "y", 1.0, Unit::Milliseconds).reaching(goal).meets_goal();
+        assert_eq!(figure(Goal::RatioAtMost(3.0)), Some(true));
+        assert_eq!(figure(Goal::RatioAtLeast(5.0)), Some(false));
+        assert_eq!(figure(Goal::BeyondPeerAtMost(2.0)), Some(true));
+        assert_eq!(figure(Goal::AtMost(2.0)), Some(false));
+        assert_eq!(Figure::new("x", 3.0, "y", 1.0, Unit::Mebibytes).meets_goal(), None);
     }
 }
