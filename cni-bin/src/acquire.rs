@@ -11,13 +11,12 @@ use crate::boot::{boot_ms, since_now};
 use crate::call::Call;
 use crate::config::{Attachment, Dns, IpamKind};
 use crate::error::{Code, Error};
-use crate::link::Link;
 use crate::netns::Netns;
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
-use crate::store::{Held, Survey};
+use crate::store::{Held, Locked, Survey};
 use crate::wire::{self, PodNet, Style};
-use crate::{delegate, store};
+use crate::{delegate, netlink, pods, store};
 
 /// What a pod was given.
 #[derive(Debug)]
@@ -159,8 +158,8 @@ fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
 /// Writes the pod's link into its lease, and makes sure that the lease still stands: someone may have
 /// removed the store while we worked, and the next one rebuilt it when our link was not there yet to prove
 /// our addresses. Whoever has them now keeps them.
-pub fn confirm(call: &mut Call, held: &Held, host: &Link) -> Result<(), Error> {
-    let lease = Lease { veth: HostVeth { name: host.name.clone(), index: host.index }, ..held.lease.clone() };
+pub fn confirm(call: &mut Call, held: &Held) -> Result<(), Error> {
+    let lease = held.lease.clone();
     let mut store = call.lock()?;
     let found = store.find_at(held.slot, &lease.container_id, &lease.ifname)?;
     let as_written = |found: &Held| {
@@ -191,15 +190,42 @@ fn contradicts(ours: &Lease, other: &Lease) -> bool {
     !same_container && same_pool && shared && ours.pool != Pool::Delegated
 }
 
-/// Ends the container's lease, which was last seen in that slot. One that does not exist, or a store that
-/// does not, is fine.
-pub fn release(call: &mut Call, slot: u32) -> Result<(), store::Error> {
+/// Ends the container's lease, which was last seen in that slot, and what the pod has in nftables. One that
+/// does not exist, or a store that does not, is fine.
+pub fn release(call: &mut Call, slot: u32) -> Result<(), Error> {
     let container = call.container.clone();
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
     match store.find_at(slot, &container.id, &container.ifname)? {
-        Some(held) => store.remove(held.slot),
+        Some(held) => Ok(end(&mut store, &held)?),
         None => Ok(()),
     }
+}
+
+/// Why a lease could not be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum EndError {
+    /// The lease store cannot be used.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// What the pod has in nftables cannot be taken away.
+    #[error(transparent)]
+    Rules(#[from] netlink::Error),
+}
+
+impl From<EndError> for Error {
+    fn from(error: EndError) -> Error {
+        match error {
+            EndError::Store(error) => error.into(),
+            EndError::Rules(error) => error.into(),
+        }
+    }
+}
+
+/// Takes away what the pod has in nftables, and then its lease, under one lock: so nobody restores from the
+/// lease in between, and nothing is left behind that speaks of an address which another pod gets next.
+pub fn end(store: &mut Locked<'_>, held: &Held) -> Result<(), EndError> {
+    pods::remove(&held.lease)?;
+    Ok(store.remove(held.slot)?)
 }
 
 #[cfg(test)]

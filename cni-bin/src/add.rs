@@ -5,7 +5,7 @@
 //! pod could get too. Then the link ([`crate::attach`]). Then the lease is confirmed: should the store have
 //! been deleted or rebuilt meanwhile, so that someone else has the address, this ADD gives way.
 
-use plat_crds::lease::LeasedAddress;
+use plat_crds::lease::HostVeth;
 
 use crate::acquire::{self, Given};
 use crate::attach::{self, Attached};
@@ -15,7 +15,7 @@ use crate::error::{Code, Error};
 use crate::fail;
 use crate::netns::Netns;
 use crate::reply::{self, Interface, Ip, Reply};
-use crate::{delegate, link, masq, netlink};
+use crate::{delegate, link, netlink, pods};
 
 /// What an ADD has done so far.
 #[derive(Debug, Default)]
@@ -26,8 +26,6 @@ pub struct Done {
     pub leased: Option<u32>,
     /// The pod's link exists: number and name on the host.
     pub link: Option<(u32, String)>,
-    /// These are masqueraded.
-    pub masqueraded: Vec<LeasedAddress>,
 }
 
 /// Connects a container; returns the result's text. What `done` says stands in kernel and store, also
@@ -40,14 +38,14 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     let netns = Netns::open(&call.container.netns)?;
     refuse_host_netns(&netns)?;
     fail::point("start")?;
-    let given = acquire::acquire(call, &conf, &netns, done)?;
+    let mut given = acquire::acquire(call, &conf, &netns, done)?;
     fail::point("lease")?;
     let attached = attach::attach(call, &conf, &given, &netns, done)?;
     fail::point("attached")?;
-    masq::add(&given.held.lease.addresses)?;
-    done.masqueraded.clone_from(&given.held.lease.addresses);
-    fail::point("masquerade")?;
-    acquire::confirm(call, &given.held, &attached.host)?;
+    given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
+    pods::add(&given.held.lease)?;
+    fail::point("rules")?;
+    acquire::confirm(call, &given.held)?;
     attach::await_port(call, &attached.host)?;
     fail::point("confirm")?;
     describe(call, conf, given, &attached).render(call.network.version)
@@ -108,9 +106,6 @@ fn describe(call: &Call, conf: Attachment, given: Given, attached: &Attached) ->
 /// returned in words.
 pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
     let mut left = Vec::new();
-    if let Err(error) = masq::remove(&done.masqueraded) {
-        left.push(error.to_string());
-    }
     let mut link_is_gone = true;
     if let Some((index, name)) = done.link
         && let Err(error) = netlink::deleted(call.host().request(link::delete_link(index, &name)))

@@ -14,7 +14,7 @@ use crate::netlink::{Protocol, Socket};
 use crate::netns::Netns;
 use crate::reply::{Interface, Ip, Reply};
 use crate::spec::SpecVersion;
-use crate::{delegate, masq};
+use crate::{delegate, pods};
 use plat_crds::Family;
 
 /// Checks a container.
@@ -34,7 +34,7 @@ pub fn check(call: &mut Call) -> Result<(), Error> {
     let netns = Netns::open(&call.container.netns)?;
     let host = check_host_end(call, &conf, &lease)?;
     check_pod(call, &netns, &host, &previous)?;
-    if let Some(problem) = masq::missing(&lease.addresses)? {
+    if let Some(problem) = pods::missing(&lease)? {
         return Err(failed(&problem));
     }
     match delegate_of(call) {

@@ -1,4 +1,4 @@
-//! DEL: the link, then the lease; by container and interface alone, as often as the runtime likes.
+//! DEL: the link, then the rules and the lease; by container and interface alone, as often as the runtime likes.
 //!
 //! Missing interface, namespace, state, configuration of the ADD or `prevResult`: all fine. An error is
 //! returned only if something of ours remains and another try could help. It never contains "not found" or
@@ -10,7 +10,7 @@ use crate::call::Call;
 use crate::error::Error;
 use crate::fail;
 use crate::store::Held;
-use crate::{delegate, teardown};
+use crate::{delegate, pods, teardown};
 
 /// Disconnects a container.
 pub fn del(call: &mut Call) -> Result<(), Error> {
@@ -33,11 +33,12 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     let looked_up = find_lease(call);
     let lease = looked_up.as_ref().ok().and_then(Option::as_ref).map(|held| held.lease.clone());
     fail::point("del-start")?;
-    teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref())?;
+    let proven = teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref())?;
     fail::point("del-link")?;
     // Only now: an address must not be handed out while a link still has it.
-    if let Some(held) = looked_up? {
-        acquire::release(call, held.slot)?;
+    match looked_up? {
+        Some(held) => acquire::release(call, held.slot)?,
+        None => proven.map_or(Ok(()), |lease| pods::remove(&lease))?,
     }
     fail::point("del-lease")?;
     if let Some(plugin) = delegate_of(call) {

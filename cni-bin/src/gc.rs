@@ -15,7 +15,7 @@ use crate::call::Call;
 use crate::error::{Code, Error};
 use crate::json::Json;
 use crate::spec::SpecVersion;
-use crate::{delegate, fail, teardown};
+use crate::{acquire, delegate, fail, teardown};
 
 /// Container ID and interface.
 type Key = (String, String);
@@ -60,7 +60,7 @@ fn collect(call: &mut Call, lease: &Lease) -> Result<(), Error> {
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
     match store.find(&lease.container_id, &lease.ifname)? {
         // One that began since is another.
-        Some(held) if held.lease.since == lease.since => Ok(store.remove(held.slot)?),
+        Some(held) if held.lease.since == lease.since => Ok(acquire::end(&mut store, &held)?),
         _ => Ok(()),
     }
 }

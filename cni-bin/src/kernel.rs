@@ -4,7 +4,6 @@
 //! Nobody enters a pod's namespace: the addresses are asked for by the number under which this namespace
 //! knows the pod's (`IFA_TARGET_NETNSID`).
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -13,8 +12,8 @@ use plat_crds::names::parse_veth_alias;
 
 use crate::boot::since_now;
 use crate::link::{self, Address, Link};
-use crate::masq;
 use crate::netlink::{self, Socket};
+use crate::pods::Known;
 use crate::store::Kernel;
 
 /// A namespace that is being removed cannot be asked any more, but its link stays for some milliseconds.
@@ -42,12 +41,11 @@ impl HostKernel {
 
 impl Kernel for HostKernel {
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        // Where nftables cannot be asked, nothing is masqueraded by it either.
-        let masqueraded = masq::members().unwrap_or_default();
+        let known = Known::read();
         let mut tries = 0;
         loop {
             tries += 1;
-            match held_now(&mut self.route, &masqueraded) {
+            match held_now(&mut self.route, &known) {
                 Err(_) if tries < TRIES => std::thread::sleep(PAUSE),
                 result => return result,
             }
@@ -55,41 +53,37 @@ impl Kernel for HostKernel {
     }
 }
 
-fn held_now(socket: &mut Socket, masqueraded: &HashSet<IpAddr>) -> Result<Vec<Lease>, netlink::Error> {
+fn held_now(socket: &mut Socket, known: &Known) -> Result<Vec<Lease>, netlink::Error> {
     let mut leases = Vec::new();
     for link in link::links(socket, Some("veth"))? {
-        leases.extend(proven_by(socket, &link, masqueraded)?);
+        leases.extend(proven_by(socket, &link, known)?);
     }
     Ok(leases)
 }
 
-fn proven_by(
-    socket: &mut Socket,
-    link: &Link,
-    masqueraded: &HashSet<IpAddr>,
-) -> Result<Option<Lease>, netlink::Error> {
+fn proven_by(socket: &mut Socket, link: &Link, known: &Known) -> Result<Option<Lease>, netlink::Error> {
     let is_ours = link.alias.as_deref().and_then(parse_veth_alias).is_some();
     let Some(peer) = link.peer.filter(|_| is_ours) else { return Ok(None) };
     let addresses = match link.peer_netns {
         Some(netns) => link::addresses_in(socket, netns, peer)?,
         None => link::addresses(socket, peer)?,
     };
-    Ok(lease_of(link, &addresses, masqueraded))
+    Ok(lease_of(link, &addresses, known))
 }
 
 /// The lease that one host veth proves; `None` if it is not ours, or going away.
 pub fn prove(socket: &mut Socket, link: &Link) -> Option<Lease> {
-    proven_by(socket, link, &masq::members().unwrap_or_default()).ok().flatten()
+    proven_by(socket, link, &Known::read()).ok().flatten()
 }
 
 /// The lease that a host veth and the addresses behind it prove. Pure but for the time.
-fn lease_of(link: &Link, addresses: &[Address], masqueraded: &HashSet<IpAddr>) -> Option<Lease> {
+fn lease_of(link: &Link, addresses: &[Address], known: &Known) -> Option<Lease> {
     let (container_id, ifname) = link.alias.as_deref().and_then(parse_veth_alias)?;
     if container_id.len() > MAX_CONTAINER_ID {
         return None;
     }
     let leased = addresses.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr()));
-    Some(Lease {
+    let mut lease = Lease {
         container_id: container_id.to_owned(),
         ifname: ifname.to_owned(),
         network: None,
@@ -99,14 +93,16 @@ fn lease_of(link: &Link, addresses: &[Address], masqueraded: &HashSet<IpAddr>) -
             .map(|net| LeasedAddress {
                 address: net.addr(),
                 subnet_length: net.prefix_len(),
-                masquerade: masqueraded.contains(&net.addr()),
+                masquerade: false,
             })
             .collect(),
         veth: HostVeth { name: link.name.clone(), index: link.index },
         netns: None,
         since: since_now(),
         other: Vec::new(),
-    })
+    };
+    known.tell(&mut lease);
+    Some(lease)
 }
 
 fn is_link_local(address: &IpAddr) -> bool {
@@ -129,7 +125,8 @@ mod tests {
         let link =
             Link { name: "platab".into(), index: 9, alias: Some("plat c1 eth0".into()), ..Link::default() };
         let addresses = [address("10.244.3.7/32"), address("fe80::1/64"), address("fd00::7/128")];
-        let lease = lease_of(&link, &addresses, &HashSet::from(["10.244.3.7".parse().unwrap()])).unwrap();
+        let known = Known { masqueraded: ["10.244.3.7".parse().unwrap()].into() };
+        let lease = lease_of(&link, &addresses, &known).unwrap();
         assert_eq!((lease.container_id.as_str(), lease.ifname.as_str()), ("c1", "eth0"));
         let held: Vec<String> =
             lease.addresses.iter().map(|a| format!("{} {}", a.address, a.masquerade)).collect();
@@ -141,7 +138,7 @@ mod tests {
     fn a_veth_of_others_proves_nothing() {
         for alias in [None, Some("calico"), Some("plat x")] {
             let link = Link { alias: alias.map(str::to_owned), ..Link::default() };
-            assert_eq!(lease_of(&link, &[], &HashSet::new()), None);
+            assert_eq!(lease_of(&link, &[], &Known::default()), None);
         }
     }
 }

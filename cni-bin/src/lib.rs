@@ -11,10 +11,10 @@
 //! | verbs | [`add`] ([`acquire`], [`attach`]), [`del`] and [`gc`] ([`teardown`]), [`check`], [`status`], [`version`] |
 //! | decided by pure functions | [`request`], [`config`], [`spec`], [`pick`], [`pool`], [`wire`], [`reply`], [`sweep::dead`], [`mac`], [`json`], [`error`] |
 //! | leases | [`store`] (file), [`kernel`] (proof), [`leases`] (`plat leases`), format in [`plat_crds::lease`] |
-//! | kernel | [`netlink`], [`link`], [`nft`], [`bridge`], [`masq`], [`netns`], [`sysctl`], [`boot`] |
+//! | kernel | [`netlink`], [`link`], [`nft`], [`bridge`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
 //! | other plugins | [`delegate`] |
 //!
-//! The agent uses [`bridge`], [`nft`], [`masq`], [`store`] and [`sweep`]: what both programs make in the
+//! The agent uses [`bridge`], [`nft`], [`pods`], [`store`] and [`sweep`]: what both programs make in the
 //! kernel, one piece of code makes. Everything here is synchronous; an async caller uses a blocking thread.
 //! No Kubernetes client, async runtime or TLS is linked.
 
@@ -36,11 +36,11 @@ pub mod kernel;
 pub mod leases;
 pub mod link;
 pub mod mac;
-pub mod masq;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
 pub mod pick;
+pub mod pods;
 pub mod pool;
 pub mod reply;
 pub mod request;

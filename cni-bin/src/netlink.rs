@@ -437,16 +437,18 @@ impl Socket {
 
     /// Sends messages in one go and returns each one's outcome, in order.
     pub fn request_each(&mut self, messages: Vec<Message>) -> Result<Vec<Result<(), Error>>, Error> {
-        self.exchange(messages, |_| ())
+        self.ask_each(messages, |_| ())
     }
 
     /// Sends one message; hands what comes back besides the acknowledgement (the object of a get, or the
     /// [`ECHO`] of a new one) to `each`.
     pub fn ask(&mut self, message: Message, each: impl FnMut(Received<'_>)) -> Result<(), Error> {
-        self.exchange(vec![message], each)?.into_iter().collect()
+        self.ask_each(vec![message], each)?.into_iter().collect()
     }
 
-    fn exchange(
+    /// Sends messages in one go, hands what comes back besides the acknowledgements to `each`, and returns
+    /// each one's outcome, in order.
+    pub fn ask_each(
         &mut self,
         messages: Vec<Message>,
         mut each: impl FnMut(Received<'_>),

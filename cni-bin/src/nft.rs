@@ -41,7 +41,9 @@ use std::fmt;
 
 pub use crate::netlink::Error;
 pub use batch::Batch;
-pub use dump::{ChainInfo, HookInfo, RuleInfo, TableInfo, chains, elements, rules, tables};
+pub use dump::{
+    ChainInfo, HookInfo, RuleInfo, TableInfo, chains, contents, elements, find, rules, table_rules, tables,
+};
 pub use expr::{Cmp, Expr, Verdict};
 pub use rule::{Addr, Field, Name, Rule};
 pub use set::{Element, KeyType, Set};

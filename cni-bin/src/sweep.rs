@@ -11,10 +11,10 @@ use std::time::Duration;
 use plat_crds::lease::{Lease, Since};
 use plat_crds::names::veth_alias;
 
+use crate::acquire::{self, EndError};
 use crate::boot::{BootId, boot_ms};
 use crate::kernel::HostKernel;
 use crate::link::{self, Link};
-use crate::masq;
 use crate::store::{self, Missing, Store};
 
 /// How long a lease's link must have been gone.
@@ -36,9 +36,18 @@ pub enum Error {
     /// The lease store cannot be used.
     #[error(transparent)]
     Store(#[from] store::Error),
-    /// The kernel would not say which links there are.
+    /// The kernel would not say which links there are, or keeps the rules of a pod.
     #[error(transparent)]
     Netlink(#[from] crate::netlink::Error),
+}
+
+impl From<EndError> for Error {
+    fn from(error: EndError) -> Error {
+        match error {
+            EndError::Store(error) => Error::Store(error),
+            EndError::Rules(error) => Error::Netlink(error),
+        }
+    }
 }
 
 /// What a sweep saw and did.
@@ -116,18 +125,14 @@ impl Sweeper {
         Ok((leases, locked.repaired()))
     }
 
-    fn end(&mut self, dead: Vec<Lease>, wait: Duration) -> Result<Vec<Lease>, store::Error> {
+    fn end(&mut self, dead: Vec<Lease>, wait: Duration) -> Result<Vec<Lease>, Error> {
         let mut ended = Vec::new();
         for lease in dead {
             let locked = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)?;
             let Some(mut locked) = locked else { break };
             match locked.find(&lease.container_id, &lease.ifname)? {
-                Some(held)
-                    if held.lease.since == lease.since
-                    // Rules left behind would speak of an address that another pod gets next.
-                    && masq::remove(&lease.addresses).is_ok() =>
-                {
-                    locked.remove(held.slot)?;
+                Some(held) if held.lease.since == lease.since => {
+                    acquire::end(&mut locked, &held)?;
                     ended.push(lease);
                 }
                 _ => {}

@@ -1,4 +1,4 @@
-//! Takes a pod's link and rules away, found by container and interface alone: the runtime may know neither
+//! Takes a pod's link away, found by container and interface alone: the runtime may know neither
 //! namespace nor result any more. Used by DEL, GC and the agent's sweep.
 //!
 //! The pod's namespace is never entered and nothing in it touched: a path that was recycled could lead to
@@ -9,16 +9,17 @@ use plat_crds::names::veth_alias;
 
 use crate::link::{self, Link};
 use crate::netlink::{self, Socket};
-use crate::{kernel, masq, wire};
+use crate::{kernel, wire};
 
-/// Deletes the link, then the rules. What is not there is fine. The lease is the caller's, and may end only
-/// after this: its address lives as long as the link.
+/// Deletes the link. What is not there is fine. The lease is the caller's, and may end only after this: its
+/// address lives as long as the link. If there is none, what the kernel proved in its place is returned, by
+/// which the pod's rules can be taken away.
 pub fn teardown(
     host: &mut Socket,
     container_id: &str,
     ifname: &str,
     lease: Option<&Lease>,
-) -> Result<(), netlink::Error> {
+) -> Result<Option<Lease>, netlink::Error> {
     let links = host_ends(host, container_id, ifname, lease)?;
     // A lease that was lost is asked from the kernel, as long as the link is there to prove it.
     let proven = match (lease, links.first()) {
@@ -28,7 +29,7 @@ pub fn teardown(
     for link in links {
         netlink::deleted(host.request(link::delete_link(link.index, &link.name)))?;
     }
-    masq::remove(lease.or(proven.as_ref()).map(|l| l.addresses.as_slice()).unwrap_or_default())
+    Ok(proven)
 }
 
 /// The host's end of a container's link: by the name in the lease, else by the name that it would have,

@@ -104,7 +104,7 @@ fn c38_a_failure_at_any_step_leaves_nothing() {
     lab::enter();
     netns("c");
     let conf = with(hand_conf(), json!({"ipMasq": true}));
-    for point in ["start", "lease", "bridge", "link", "alias", "attached", "masquerade", "confirm", "reply"] {
+    for point in ["start", "lease", "bridge", "link", "alias", "attached", "rules", "confirm", "reply"] {
         let answer = Plat::call("ADD", "c", &conf).set("PLAT_FAIL", &format!("{point}:error")).run();
         assert!(answer.error(100).contains(point));
         lab::assert_nothing_left();
@@ -118,7 +118,7 @@ fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_onc
     lab::enter();
     // A block of five addresses for pods.
     let conf = with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}}));
-    for point in ["start", "lease", "bridge", "link", "alias", "attached", "masquerade", "confirm", "reply"] {
+    for point in ["start", "lease", "bridge", "link", "alias", "attached", "rules", "confirm", "reply"] {
         let id = format!("k-{point}");
         netns(&id);
         let answer = Plat::call("ADD", &id, &conf).set("PLAT_FAIL", &format!("{point}:kill")).run();

@@ -253,7 +253,7 @@ fn the_masquerade_of_all_leases_can_be_written_again_after_a_flush() {
             .unwrap()
             .unwrap();
         let leases: Vec<_> = locked.leases().unwrap().into_iter().map(|held| held.lease).collect();
-        plat_cni::masq::restore(leases.iter()).unwrap();
+        plat_cni::pods::restore(leases.iter()).unwrap();
         assert_eq!(sh("nft list ruleset"), before, "{damage}");
     }
 }

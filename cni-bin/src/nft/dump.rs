@@ -1,10 +1,10 @@
 //! Reading tables, chains, rules and elements back.
 
 use super::{
-    Error, Expr, GENERIC_HEADER, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE, Policy, Set, Table,
+    Element, Error, Expr, GENERIC_HEADER, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE, Policy, Set, Table,
     TableFamily, header,
 };
-use crate::netlink::{Attributes, Message, Received, Socket};
+use crate::netlink::{Attributes, Message, Received, Socket, deleted};
 
 /// A table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,10 +90,24 @@ fn read_hook(chain: &Attributes<'_>) -> Option<HookInfo> {
 
 /// The rules of a chain, in order; empty if there is no such chain or table.
 pub fn rules(socket: &mut Socket, table: &Table, chain: &str) -> Result<Vec<RuleInfo>, Error> {
-    let what = format!("list rules of chain {table} {chain}");
+    let mut get = get_rules(table, format!("list rules of chain {table} {chain}"));
+    get.attr_str(2, chain);
+    read_rules(socket, &get).map(|rules| rules.into_iter().filter(|r| r.chain == chain).collect())
+}
+
+/// The rules of all chains of a table, each chain's in order; empty if there is no such table.
+pub fn table_rules(socket: &mut Socket, table: &Table) -> Result<Vec<RuleInfo>, Error> {
+    read_rules(socket, &get_rules(table, format!("list rules of table {table}")))
+}
+
+fn get_rules(table: &Table, what: String) -> Message {
     let mut get = Message::new(GET_RULE, 0, &header(table.family.number()), what);
-    get.attr_str(1, &table.name).attr_str(2, chain);
-    let rules = socket.dump(&get, |received| {
+    get.attr_str(1, &table.name);
+    get
+}
+
+fn read_rules(socket: &mut Socket, get: &Message) -> Result<Vec<RuleInfo>, Error> {
+    let rules = socket.dump(get, |received| {
         let (_, attributes) = open(&received)?;
         let in_chain = attributes.find(2)?.text().into_owned();
         Some(RuleInfo {
@@ -103,7 +117,7 @@ pub fn rules(socket: &mut Socket, table: &Table, chain: &str) -> Result<Vec<Rule
             chain: in_chain,
         })
     });
-    or_empty(rules).map(|rules| rules.into_iter().filter(|r| r.chain == chain).collect())
+    or_empty(rules)
 }
 
 fn read_comment(mut userdata: &[u8]) -> Option<String> {
@@ -120,18 +134,42 @@ fn read_comment(mut userdata: &[u8]) -> Option<String> {
 
 /// The keys of a set's elements, as bytes in network order; empty if there is no such set or table.
 pub fn elements(socket: &mut Socket, set: &Set) -> Result<Vec<Vec<u8>>, Error> {
-    let what = format!("list elements of set {} {}", set.table, set.name);
+    Ok(contents(socket, set)?.iter().map(|element| element.key_bytes().to_vec()).collect())
+}
+
+/// The elements of a set or map; empty if there is no such set or table.
+pub fn contents(socket: &mut Socket, set: &Set) -> Result<Vec<Element>, Error> {
+    let get = get_elements(set, format!("list elements of set {} {}", set.table, set.name));
+    or_empty(socket.dump(&get, |received| read_elements(&received)))
+        .map(|lists| lists.into_iter().flatten().collect())
+}
+
+/// Of these elements those whose keys are in the set or map, with the values that they have there.
+pub fn find(socket: &mut Socket, set: &Set, keys: &[Element]) -> Result<Vec<Element>, Error> {
+    let ask = |element: &Element| {
+        let key = set.key_text(element);
+        let mut get = get_elements(set, format!("look up {key} in set {} {}", set.table, set.name));
+        get.nest(3, |m| element.key_only().encode(m));
+        get
+    };
+    let mut found = Vec::new();
+    let messages = keys.iter().map(ask).collect();
+    let each = |received: Received<'_>| found.extend(read_elements(&received).unwrap_or_default());
+    for outcome in socket.ask_each(messages, each)? {
+        deleted(outcome)?;
+    }
+    Ok(found)
+}
+
+fn get_elements(set: &Set, what: String) -> Message {
     let mut get = Message::new(GET_ELEMENTS, 0, &header(set.table.family.number()), what);
     get.attr_str(1, &set.table.name).attr_str(2, &set.name);
-    let lists = socket.dump(&get, |received| {
-        let (_, attributes) = open(&received)?;
-        let list = attributes.find(3)?.nested();
-        let key = |element: crate::netlink::Attribute<'_>| {
-            element.nested().find(1)?.nested().find(1).map(|value| value.value.to_vec())
-        };
-        Some(list.filter_map(key).collect::<Vec<_>>())
-    });
-    or_empty(lists).map(|lists| lists.into_iter().flatten().collect())
+    get
+}
+
+fn read_elements(received: &Received<'_>) -> Option<Vec<Element>> {
+    let (_, attributes) = open(received)?;
+    Some(attributes.find(3)?.nested().filter_map(Element::decode).collect())
 }
 
 fn or_empty<T>(result: Result<Vec<T>, Error>) -> Result<Vec<T>, Error> {

@@ -7,7 +7,7 @@ use plat_crds::{Block, Family};
 use super::Table;
 use super::expr::Verdict;
 use super::rule::octets;
-use crate::netlink::Message;
+use crate::netlink::{Attribute, Message};
 
 const FLAG_INTERVAL: u32 = 4;
 const FLAG_MAP: u32 = 8;
@@ -58,6 +58,27 @@ impl KeyType {
             KeyType::Ether => 6,
             KeyType::Protocol => 1,
             KeyType::Port => 2,
+        }
+    }
+
+    fn text(self, bytes: &[u8]) -> String {
+        let hex =
+            |separator: &str| bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(separator);
+        match (self, bytes) {
+            (KeyType::Protocol, [6]) => "tcp".to_owned(),
+            (KeyType::Protocol, [17]) => "udp".to_owned(),
+            (KeyType::Protocol, [132]) => "sctp".to_owned(),
+            (KeyType::Protocol, [number]) => number.to_string(),
+            (KeyType::Port, [high, low]) => u16::from_be_bytes([*high, *low]).to_string(),
+            (KeyType::Interface, name) => {
+                let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+                format!("\"{}\"", String::from_utf8_lossy(name.get(..end).unwrap_or_default()))
+            }
+            (KeyType::Ether, _) => hex(":"),
+            (KeyType::Ipv4 | KeyType::Ipv6, _) => {
+                to_address(bytes).map_or_else(|| hex(""), |a| a.to_string())
+            }
+            (KeyType::Protocol | KeyType::Port, _) => hex(""),
         }
     }
 
@@ -122,6 +143,21 @@ impl Set {
     /// The set's table.
     pub fn table(&self) -> &Table {
         &self.table
+    }
+
+    /// An element's key in nft's words.
+    pub fn key_text(&self, element: &Element) -> String {
+        let mut rest = element.key.as_slice();
+        let mut parts = Vec::new();
+        for part in &self.key {
+            let length = part.length();
+            let whole = if self.key.len() > 1 { length.next_multiple_of(4) } else { length };
+            let take = |length: u32| usize::try_from(length).unwrap_or(usize::MAX).min(rest.len());
+            let (bytes, behind) = rest.split_at(take(whole));
+            parts.push(part.text(bytes.get(..take(length)).unwrap_or_default()));
+            rest = behind;
+        }
+        parts.join(" . ")
     }
 
     /// Writes the attributes of `NFT_MSG_NEWSET`; `id` is its number inside the transaction.
@@ -216,6 +252,34 @@ impl Element {
         &self.key
     }
 
+    /// The bytes of the value, if it is data.
+    pub fn value_bytes(&self) -> Option<&[u8]> {
+        match &self.value {
+            ElementValue::Data(bytes) => Some(bytes),
+            ElementValue::Nothing | ElementValue::Verdict(_) => None,
+        }
+    }
+
+    /// The same key without a value.
+    pub(super) fn key_only(&self) -> Element {
+        Element::key(&[&self.key])
+    }
+
+    /// Reads one element of `NFTA_SET_ELEM_LIST_ELEMENTS`.
+    pub(super) fn decode(element: Attribute<'_>) -> Option<Element> {
+        let element = element.nested();
+        let key = element.find(ELEMENT_KEY)?.nested().find(DATA_VALUE)?.value.to_vec();
+        let flags = element.find(ELEMENT_FLAGS).and_then(|f| f.be32()).unwrap_or(0);
+        let value = match element.find(ELEMENT_DATA) {
+            None => ElementValue::Nothing,
+            Some(data) => match data.nested().find(DATA_VALUE) {
+                Some(value) => ElementValue::Data(value.value.to_vec()),
+                None => ElementValue::Verdict(Verdict::decode(data)?),
+            },
+        };
+        Some(Element { key, ends_interval: flags & ELEMENT_INTERVAL_END != 0, value })
+    }
+
     /// Writes one element of `NFTA_SET_ELEM_LIST_ELEMENTS`.
     pub(super) fn encode(&self, message: &mut Message) {
         message.nest(1, |m| {
@@ -277,6 +341,12 @@ pub(super) fn intervals(family: Family, prefixes: &[Block]) -> Vec<Element> {
         }
     }
     elements
+}
+
+/// The address of these bytes in network order.
+fn to_address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
+    v4().or_else(|| <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from))
 }
 
 fn to_int(address: IpAddr) -> u128 {
