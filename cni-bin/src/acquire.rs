@@ -151,7 +151,7 @@ fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
         veth: HostVeth { name: wire::host_name(&container.id, &container.ifname, 0), index: 0 },
         netns: Some(netns),
         since: since_now(),
-        other: Vec::new(),
+        ..Lease::default()
     }
 }
 
@@ -247,7 +247,7 @@ mod tests {
             veth: HostVeth::default(),
             netns: None,
             since: Since::default(),
-            other: Vec::new(),
+            ..Lease::default()
         }
     }
 

@@ -104,7 +104,7 @@ mod tests {
             veth: HostVeth::default(),
             netns: None,
             since: Since { boot_ms, unix_seconds: 0 },
-            other: vec![],
+            ..Lease::default()
         }
     }
 

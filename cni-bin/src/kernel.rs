@@ -99,7 +99,7 @@ fn lease_of(link: &Link, addresses: &[Address], known: &Known) -> Option<Lease> 
         veth: HostVeth { name: link.name.clone(), index: link.index },
         netns: None,
         since: since_now(),
-        other: Vec::new(),
+        ..Lease::default()
     };
     known.tell(&mut lease);
     Some(lease)

@@ -152,7 +152,7 @@ mod tests {
             veth: HostVeth { name: "plat0badcafe".into(), index: 3 },
             netns: None,
             since: Since::default(),
-            other: vec![],
+            ..Lease::default()
         };
         assert_eq!(
             table(&[lease]),

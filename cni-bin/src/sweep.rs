@@ -157,7 +157,7 @@ mod tests {
             veth: HostVeth { name: format!("plat{id}"), index: 7 },
             netns: None,
             since: Since { boot_ms: since, unix_seconds: 0 },
-            other: vec![],
+            ..Lease::default()
         }
     }
 

@@ -46,7 +46,7 @@ fn lease(container: u8, address: u8) -> Lease {
         veth: HostVeth { name: format!("plat{container}"), index: u32::from(container) + 1 },
         netns: None,
         since: Since { boot_ms: u64::from(container), unix_seconds: 1 },
-        other: vec![],
+        ..Lease::default()
     }
 }
 

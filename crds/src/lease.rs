@@ -39,6 +39,7 @@
 //! | 6 | host veth: `u32` interface index (0: not made yet), name |
 //! | 7 | pod's network namespace: `u64` device, `u64` inode; for people, no proof of life (inodes are reused) |
 //! | 8 | since: `u64` ms of `CLOCK_BOOTTIME`, `u64` seconds since 1970 |
+//! | 10 | guard: `u8` what is checked of each packet's source (1: hardware address, 2: that and the IP addresses), hardware address (6 bytes); absent if nothing is |
 //!
 //! **Cursor**: 0 `u64` hash of pool and range set · 8 the address handed out last (IPv4 as `::ffff:a.b.c.d`)
 //! · 24 `u64` checksum. Its place is its hash modulo 126. A lost cursor costs only the order in which
@@ -128,10 +129,11 @@ pub fn key_hash(container_id: &str, ifname: &str) -> u64 {
 }
 
 /// Where an address comes from. Two pools may hold the same address (networks on different bridges).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Pool {
     /// Not known, as the lease was rebuilt from the kernel: its addresses are taken in every pool.
+    #[default]
     Unknown,
     /// The blocks that the node holds.
     Blocks,
@@ -209,6 +211,31 @@ pub struct NetnsId {
     pub inode: u64,
 }
 
+/// What a pod's packets may come from; everything else that it sends is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Guard {
+    /// The pod's hardware address.
+    #[serde(serialize_with = "mac_text")]
+    pub mac: [u8; 6],
+    /// What must be the pod's own.
+    pub scope: GuardScope,
+}
+
+/// What of a packet's source must be the pod's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum GuardScope {
+    /// The hardware address.
+    Hardware,
+    /// The hardware address and the IP address: one of the lease's, or the link-local one.
+    Addresses,
+}
+
+fn mac_text<S: serde::Serializer>(mac: &[u8; 6], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&mac.map(|byte| format!("{byte:02x}")).join(":"))
+}
+
 /// When a lease began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -220,7 +247,7 @@ pub struct Since {
 }
 
 /// Who holds what, since when.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Lease {
     /// The runtime's ID of the pod's sandbox. With [`Lease::ifname`] the key.
@@ -240,6 +267,8 @@ pub struct Lease {
     pub netns: Option<NetnsId>,
     /// When it began.
     pub since: Since,
+    /// What the pod's packets may come from; `None` if nobody looks.
+    pub guard: Option<Guard>,
     /// Fields of later versions, kept as they are: type and value.
     #[serde(skip)]
     pub other: Vec<(u8, Vec<u8>)>,
@@ -470,6 +499,7 @@ impl Lease {
         fields.extend(self.netns.map(|n| (7, [n.device, n.inode].map(u64::to_le_bytes).concat())));
         let since = [self.since.boot_ms, self.since.unix_seconds].map(u64::to_le_bytes).concat();
         fields.push((8, since));
+        fields.extend(self.guard.map(|guard| (10, guard_field(&guard))));
         fields.extend(self.other.iter().cloned());
         fields
     }
@@ -481,17 +511,7 @@ impl Lease {
         if checksum(record) != entry.record {
             return None;
         }
-        let mut lease = Lease {
-            container_id: String::new(),
-            ifname: String::new(),
-            network: None,
-            pool: Pool::Unknown,
-            addresses: Vec::new(),
-            veth: HostVeth::default(),
-            netns: None,
-            since: Since::default(),
-            other: Vec::new(),
-        };
+        let mut lease = Lease::default();
         let mut rest = record;
         while let [kind, low, high, behind @ ..] = rest {
             if *kind == 0 {
@@ -541,10 +561,29 @@ impl Lease {
                 let (boot_ms, unix_seconds) = pair()?;
                 self.since = Since { boot_ms, unix_seconds };
             }
+            10 => self.guard = Some(read_guard(value)?),
             _ => self.other.push((kind, value.to_vec())),
         }
         Some(())
     }
+}
+
+fn guard_field(guard: &Guard) -> Vec<u8> {
+    let scope = match guard.scope {
+        GuardScope::Hardware => 1,
+        GuardScope::Addresses => 2,
+    };
+    [&[scope], guard.mac.as_slice()].concat()
+}
+
+fn read_guard(value: &[u8]) -> Option<Guard> {
+    let (scope, mac) = value.split_first()?;
+    let scope = match scope {
+        1 => GuardScope::Hardware,
+        2 => GuardScope::Addresses,
+        _ => return None,
+    };
+    Some(Guard { mac: mac.try_into().ok()?, scope })
 }
 
 #[cfg(test)]
@@ -569,6 +608,7 @@ mod tests {
             veth: HostVeth { name: "plat0badcafe".into(), index: 17 },
             netns: Some(NetnsId { device: 4, inode: 4_026_532_409 }),
             since: Since { boot_ms: 1234, unix_seconds: 1_790_000_000 },
+            guard: Some(Guard { mac: [0x0a, 0x70, 10, 244, 3, 7], scope: GuardScope::Addresses }),
             other: vec![(200, vec![1, 2, 3])],
         }
     }
@@ -584,6 +624,12 @@ mod tests {
     fn a_lease_comes_back_as_it_was_with_fields_of_later_versions() {
         let (entry, record) = lease().encode().unwrap();
         assert_eq!(Lease::decode(&used(&entry), &record), Some(lease()));
+    }
+
+    #[test]
+    fn a_hardware_address_is_shown_as_people_write_it() {
+        let shown = serde_json::to_value(lease()).unwrap();
+        assert_eq!(shown["guard"], serde_json::json!({"mac": "0a:70:0a:f4:03:07", "scope": "addresses"}));
     }
 
     #[test]

@@ -153,7 +153,7 @@ mod tests {
             veth: HostVeth::default(),
             netns: None,
             since: Since::default(),
-            other: vec![],
+            ..Lease::default()
         }
     }
 

@@ -91,7 +91,7 @@ fn store(boot_id: &str, file: &BlocksFile, held: u32) -> Result<Vec<u8>> {
             veth: HostVeth::default(),
             netns: None,
             since: Since::default(),
-            other: Vec::new(),
+            ..Lease::default()
         };
         let (entry, record) = lease.encode()?;
         put(entry_offset(slot), &entry)?;
