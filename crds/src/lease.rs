@@ -40,6 +40,7 @@
 //! | 7 | pod's network namespace: `u64` device, `u64` inode; for people, no proof of life (inodes are reused) |
 //! | 8 | since: `u64` ms of `CLOCK_BOOTTIME`, `u64` seconds since 1970 |
 //! | 10 | guard: `u8` what is checked of each packet's source (1: hardware address, 2: that and the IP addresses), hardware address (6 bytes); absent if nothing is |
+//! | 12 | datapath `u8`: 1 bridge (as when absent), 2 routed; the host's routes to the addresses follow from it |
 //!
 //! **Cursor**: 0 `u64` hash of pool and range set · 8 the address handed out last (IPv4 as `::ffff:a.b.c.d`)
 //! · 24 `u64` checksum. Its place is its hash modulo 126. A lost cursor costs only the order in which
@@ -49,7 +50,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The format's version.
 pub const VERSION: u32 = 1;
@@ -211,6 +212,17 @@ pub struct NetnsId {
     pub inode: u64,
 }
 
+/// How a pod's link is joined to the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Datapath {
+    /// The host's end is a port of a bridge.
+    #[default]
+    Bridge,
+    /// The host's end stands alone, with a host route (/32, /128) to each of the pod's addresses.
+    Routed,
+}
+
 /// What a pod's packets may come from; everything else that it sends is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -267,6 +279,8 @@ pub struct Lease {
     pub netns: Option<NetnsId>,
     /// When it began.
     pub since: Since,
+    /// How the link is joined to the host.
+    pub datapath: Datapath,
     /// What the pod's packets may come from; `None` if nobody looks.
     pub guard: Option<Guard>,
     /// Fields of later versions, kept as they are: type and value.
@@ -500,6 +514,7 @@ impl Lease {
         let since = [self.since.boot_ms, self.since.unix_seconds].map(u64::to_le_bytes).concat();
         fields.push((8, since));
         fields.extend(self.guard.map(|guard| (10, guard_field(&guard))));
+        fields.extend((self.datapath == Datapath::Routed).then(|| (12, vec![2])));
         fields.extend(self.other.iter().cloned());
         fields
     }
@@ -562,6 +577,13 @@ impl Lease {
                 self.since = Since { boot_ms, unix_seconds };
             }
             10 => self.guard = Some(read_guard(value)?),
+            12 => {
+                self.datapath = match value {
+                    [1] => Datapath::Bridge,
+                    [2] => Datapath::Routed,
+                    _ => return None,
+                }
+            }
             _ => self.other.push((kind, value.to_vec())),
         }
         Some(())
@@ -609,6 +631,7 @@ mod tests {
             netns: Some(NetnsId { device: 4, inode: 4_026_532_409 }),
             since: Since { boot_ms: 1234, unix_seconds: 1_790_000_000 },
             guard: Some(Guard { mac: [0x0a, 0x70, 10, 244, 3, 7], scope: GuardScope::Addresses }),
+            datapath: Datapath::Routed,
             other: vec![(200, vec![1, 2, 3])],
         }
     }
