@@ -39,6 +39,7 @@
 //! | 6 | host veth: `u32` interface index (0: not made yet), name |
 //! | 7 | pod's network namespace: `u64` device, `u64` inode; for people, no proof of life (inodes are reused) |
 //! | 8 | since: `u64` ms of `CLOCK_BOOTTIME`, `u64` seconds since 1970 |
+//! | 9 | host ports, one field per `hostIP`: see [`host_port::encode`] |
 //! | 10 | guard: `u8` what is checked of each packet's source (1: hardware address, 2: that and the IP addresses), hardware address (6 bytes); absent if nothing is |
 //! | 12 | datapath `u8`: 1 bridge (as when absent), 2 routed; the host's routes to the addresses follow from it |
 //!
@@ -51,6 +52,8 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
+
+use crate::host_port::{self, HostPort};
 
 /// The format's version.
 pub const VERSION: u32 = 1;
@@ -279,6 +282,9 @@ pub struct Lease {
     pub netns: Option<NetnsId>,
     /// When it began.
     pub since: Since,
+    /// Ports of the node that lead to the pod by rules of this lease, without repetitions. Of an address
+    /// family that the pod has, the first address is meant.
+    pub host_ports: Vec<HostPort>,
     /// How the link is joined to the host.
     pub datapath: Datapath,
     /// What the pod's packets may come from; `None` if nobody looks.
@@ -294,9 +300,16 @@ pub enum EncodeError {
     /// Too many addresses.
     #[error("a lease holds at most {MAX_ADDRESSES} addresses, not {0}")]
     TooManyAddresses(usize),
-    /// Too long texts.
-    #[error("the lease of container {0} does not fit into a record of {RECORD_SIZE} bytes")]
-    TooLong(String),
+    /// Too long texts, or too many host ports (some 150 fit beside the usual names).
+    #[error(
+        "the lease of container {container_id} with {host_ports} host ports does not fit into a record of {RECORD_SIZE} bytes"
+    )]
+    TooLong {
+        /// Whose lease.
+        container_id: String,
+        /// How many host ports it has.
+        host_ports: usize,
+    },
 }
 
 /// The header.
@@ -465,7 +478,10 @@ impl Lease {
         if self.addresses.len() > MAX_ADDRESSES {
             return Err(EncodeError::TooManyAddresses(self.addresses.len()));
         }
-        let too_long = || EncodeError::TooLong(self.container_id.clone());
+        let too_long = || EncodeError::TooLong {
+            container_id: self.container_id.clone(),
+            host_ports: self.host_ports.len(),
+        };
         let mut bytes = Vec::with_capacity(RECORD_SIZE);
         for (kind, value) in self.fields() {
             let length = u16::try_from(value.len()).map_err(|_| too_long())?;
@@ -513,6 +529,7 @@ impl Lease {
         fields.extend(self.netns.map(|n| (7, [n.device, n.inode].map(u64::to_le_bytes).concat())));
         let since = [self.since.boot_ms, self.since.unix_seconds].map(u64::to_le_bytes).concat();
         fields.push((8, since));
+        fields.extend(host_port::encode(&self.host_ports).into_iter().map(|value| (9, value)));
         fields.extend(self.guard.map(|guard| (10, guard_field(&guard))));
         fields.extend((self.datapath == Datapath::Routed).then(|| (12, vec![2])));
         fields.extend(self.other.iter().cloned());
@@ -576,6 +593,7 @@ impl Lease {
                 let (boot_ms, unix_seconds) = pair()?;
                 self.since = Since { boot_ms, unix_seconds };
             }
+            9 => self.host_ports.extend(host_port::decode(value)?),
             10 => self.guard = Some(read_guard(value)?),
             12 => {
                 self.datapath = match value {
@@ -611,6 +629,7 @@ fn read_guard(value: &[u8]) -> Option<Guard> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_port::{HostIp, Transport};
     use proptest::prelude::*;
 
     fn lease() -> Lease {
@@ -630,10 +649,17 @@ mod tests {
             veth: HostVeth { name: "plat0badcafe".into(), index: 17 },
             netns: Some(NetnsId { device: 4, inode: 4_026_532_409 }),
             since: Since { boot_ms: 1234, unix_seconds: 1_790_000_000 },
+            host_ports: host_ports(2),
             guard: Some(Guard { mac: [0x0a, 0x70, 10, 244, 3, 7], scope: GuardScope::Addresses }),
             datapath: Datapath::Routed,
             other: vec![(200, vec![1, 2, 3])],
         }
+    }
+
+    fn host_ports(count: u16) -> Vec<HostPort> {
+        let protocol = Transport::Tcp;
+        let port = |n| HostPort { host_ip: HostIp::Any, protocol, host_port: n, container_port: n };
+        (8000..8000 + count).map(port).collect()
     }
 
     fn used(bytes: &[u8]) -> UsedEntry {
@@ -706,7 +732,20 @@ mod tests {
         let more = Lease { addresses: vec![long.addresses[0]; 5], ..long.clone() };
         assert_eq!(more.encode(), Err(EncodeError::TooManyAddresses(5)));
         let longer = Lease { other: vec![(99, vec![0; 600])], ..long };
-        assert!(matches!(longer.encode(), Err(EncodeError::TooLong(_))));
+        assert!(matches!(longer.encode(), Err(EncodeError::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_hundred_host_ports_fit_and_what_does_not_is_refused_with_its_number() {
+        let with = |count| Lease { container_id: "c".repeat(64), host_ports: host_ports(count), ..lease() };
+        assert!(with(100).encode().is_ok());
+        assert_eq!(
+            with(200).encode().unwrap_err().to_string(),
+            format!(
+                "the lease of container {} with 200 host ports does not fit into a record of 1024 bytes",
+                "c".repeat(64)
+            )
+        );
     }
 
     #[test]

@@ -6,13 +6,14 @@
 //! | [`names`] | everyone: API group, field managers, route protocol and metrics, tables, file paths |
 //! | [`blocks_file`] | agent (writes `/run/plat/blocks.json`) and CNI binary (reads it) |
 //! | [`lease`] | CNI binary (writes `/run/plat/leases`) and agent (sweeps it) |
+//! | [`host_port`] | as [`lease`], of which it is a part |
 //! | [`cni_conf`] | agent (writes the conflist) and CNI binary (reads one plugin of it) |
 //! | [`cluster_cidr`], [`pod_cidr`], [`node_network`] | operator, agents and users, through the API server |
 //! | [`routing`] | users (write it), operator and agents (resolve it) |
 //! | [`digest`] | agents (report it) and operator (compares it) |
 //!
 //! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
-//! build) only the first five modules exist and no Kubernetes crate is linked.
+//! build) only the first six modules exist and no Kubernetes crate is linked.
 
 #![cfg_attr(
     feature = "k8s",
@@ -22,6 +23,7 @@
 pub mod block;
 pub mod blocks_file;
 pub mod cni_conf;
+pub mod host_port;
 pub mod lease;
 pub mod names;
 
