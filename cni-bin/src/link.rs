@@ -31,6 +31,8 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_EXT_MASK: u16 = 29;
+const IFLA_NUM_TX_QUEUES: u16 = 31;
+const IFLA_NUM_RX_QUEUES: u16 = 32;
 const IFLA_LINK_NETNSID: u16 = 37;
 const INFO_KIND: u16 = 1;
 const INFO_DATA: u16 = 2;
@@ -168,10 +170,14 @@ pub struct NewVeth<'a> {
 /// Makes a pod's link: the host's end up and a port of its bridge, the pod's end in its namespace, still
 /// down (the kernel cannot raise it in the same request). The answer carries the new link
 /// ([`crate::netlink::ECHO`]) where the kernel is new enough.
+///
+/// Each end has one queue: the kernel would make one for each processor, with a folder in sysfs for each,
+/// though a veth sends without queueing, from whichever processor.
 pub fn new_veth(veth: &NewVeth<'_>) -> Message {
     let what = format!("create link {} to {} of the pod", veth.host_name, veth.pod_name);
     let mut m = Message::new(RTM_NEWLINK, CREATE | EXCL | ECHO, &link_header(0, IFF_UP, IFF_UP), what);
     m.attr_str(IFLA_IFNAME, veth.host_name).attr(IFLA_ADDRESS, &veth.host_mac.0);
+    m.attr_u32(IFLA_NUM_TX_QUEUES, 1).attr_u32(IFLA_NUM_RX_QUEUES, 1);
     if let Some(mtu) = veth.mtu {
         m.attr_u32(IFLA_MTU, mtu);
     }
@@ -183,6 +189,7 @@ pub fn new_veth(veth: &NewVeth<'_>) -> Message {
             m.nest(VETH_PEER, |m| {
                 m.raw(&link_header(0, 0, 0)).attr_str(IFLA_IFNAME, veth.pod_name);
                 m.attr(IFLA_ADDRESS, &veth.pod_mac.0);
+                m.attr_u32(IFLA_NUM_TX_QUEUES, 1).attr_u32(IFLA_NUM_RX_QUEUES, 1);
                 m.attr(IFLA_NET_NS_FD, &veth.pod_netns.as_raw_fd().to_ne_bytes());
                 if let Some(mtu) = veth.mtu {
                     m.attr_u32(IFLA_MTU, mtu);

@@ -142,7 +142,7 @@ fn read_in() -> io::Result<Vec<u8>> {
     if was_closed(&stdin)? {
         return Err(io::ErrorKind::NotConnected.into());
     }
-    let mut input = Vec::new();
+    let mut input = Vec::with_capacity(4096);
     stdin.take(MAX_INPUT as u64 + 1).read_to_end(&mut input)?;
     Ok(input)
 }
