@@ -144,13 +144,28 @@ fn vanished(name: &str) -> Error {
     Error::because(Code::Kernel, format!("link {name} vanished"), why)
 }
 
-/// Writes who holds the link onto it: the kernel's own record of the lease. It must stand before the pod
-/// has an address, as it proves who has it. At the link's creation the kernel would ignore it.
+/// Writes who holds the link onto it and raises it. The alias is the kernel's own record of the lease: it must
+/// stand before the pod has an address, as it proves who has it. At the link's creation the kernel would
+/// ignore it.
 fn mark_link(call: &mut Call, conf: &Attachment, host: &Link) -> Result<(), Error> {
     let alias = veth_alias(&call.container.id, &call.container.ifname);
-    let hairpin = conf.bridge.hairpin.then_some(true);
-    let change = LinkChange { alias: Some(&alias), hairpin, ..LinkChange::default() };
-    call.host().request(link::set_link(host.index, &host.name, &change))?;
+    let mark = LinkChange {
+        alias: Some(&alias),
+        hairpin: conf.bridge.hairpin.then_some(true),
+        ..LinkChange::default()
+    };
+    // The port of a bridge has no use for an address of its own, and a DEL would wait for the end of it: for
+    // several grace periods of the kernel, most of what it takes.
+    let quiet = LinkChange { link_local: Some(false), ..mark.clone() };
+    let up = LinkChange { up: Some(true), ..LinkChange::default() };
+    let set = |change| link::set_link(host.index, &host.name, change);
+    let outcomes = call.host().request_each(vec![set(&quiet), set(&up)])?;
+    for outcome in outcomes {
+        match outcome {
+            Err(error) if error.errno() == Some(Errno::AFNOSUPPORT) => call.host().request(set(&mark))?,
+            other => other?,
+        }
+    }
     // The host must not take a default route from a pod.
     Ok(Sysctls::default().set(&format!("ipv6/conf/{}/accept_ra", host.name), "0")?)
 }

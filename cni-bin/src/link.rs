@@ -30,6 +30,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_AF_SPEC: u16 = 26;
 const IFLA_EXT_MASK: u16 = 29;
 const IFLA_NUM_TX_QUEUES: u16 = 31;
 const IFLA_NUM_RX_QUEUES: u16 = 32;
@@ -42,6 +43,9 @@ const VETH_PEER: u16 = 1;
 const PORT_STATE: u16 = 1;
 const PORT_HAIRPIN: u16 = 4;
 const PORT_FORWARDING: u8 = 3;
+const INET6_ADDR_GEN_MODE: u16 = 8;
+const ADDR_GEN_EUI64: u8 = 0;
+const ADDR_GEN_NONE: u8 = 1;
 const IFF_UP: u32 = 1;
 const IFF_PROMISC: u32 = 0x100;
 /// Leave the counters out of a link's description: they are most of it.
@@ -167,15 +171,15 @@ pub struct NewVeth<'a> {
     pub pod_netns: BorrowedFd<'a>,
 }
 
-/// Makes a pod's link: the host's end up and a port of its bridge, the pod's end in its namespace, still
-/// down (the kernel cannot raise it in the same request). The answer carries the new link
+/// Makes a pod's link: the host's end a port of its bridge, the pod's end in its namespace, both still down.
+/// The answer carries the new link
 /// ([`crate::netlink::ECHO`]) where the kernel is new enough.
 ///
 /// Each end has one queue: the kernel would make one for each processor, with a folder in sysfs for each,
 /// though a veth sends without queueing, from whichever processor.
 pub fn new_veth(veth: &NewVeth<'_>) -> Message {
     let what = format!("create link {} to {} of the pod", veth.host_name, veth.pod_name);
-    let mut m = Message::new(RTM_NEWLINK, CREATE | EXCL | ECHO, &link_header(0, IFF_UP, IFF_UP), what);
+    let mut m = Message::new(RTM_NEWLINK, CREATE | EXCL | ECHO, &link_header(0, 0, 0), what);
     m.attr_str(IFLA_IFNAME, veth.host_name).attr(IFLA_ADDRESS, &veth.host_mac.0);
     m.attr_u32(IFLA_NUM_TX_QUEUES, 1).attr_u32(IFLA_NUM_RX_QUEUES, 1);
     if let Some(mtu) = veth.mtu {
@@ -215,6 +219,9 @@ pub struct LinkChange<'a> {
     pub bridge: Option<u32>,
     /// As a bridge port: send frames back out of this port.
     pub hairpin: Option<bool>,
+    /// Whether the kernel gives it an IPv6 link-local address when it comes up. An error `EAFNOSUPPORT` if the
+    /// link, or the kernel, has no IPv6.
+    pub link_local: Option<bool>,
 }
 
 /// Changes a link.
@@ -236,6 +243,13 @@ pub fn set_link(index: u32, name: &str, change: &LinkChange<'_>) -> Message {
     }
     if let Some(bridge) = change.bridge {
         m.attr_u32(IFLA_MASTER, bridge);
+    }
+    if let Some(link_local) = change.link_local {
+        m.nest(IFLA_AF_SPEC, |m| {
+            m.nest(u16::from(family_number(Family::IPv6)), |m| {
+                m.attr_u8(INET6_ADDR_GEN_MODE, if link_local { ADDR_GEN_EUI64 } else { ADDR_GEN_NONE });
+            });
+        });
     }
     if let Some(hairpin) = change.hairpin {
         m.nest(IFLA_LINKINFO, |m| {

@@ -41,13 +41,14 @@ impl Sysctls {
         fs::read_to_string(self.dir.join(key)).ok().map(|text| text.trim().to_owned())
     }
 
-    /// Writes a sysctl. One of IPv6 is left alone where the kernel has no IPv6.
+    /// Writes a sysctl. One of IPv6 that is not there is left alone: the kernel has no IPv6, or the link is too
+    /// narrow for it (an MTU below 1,280 bytes).
     pub fn set(&self, key: &str, value: &str) -> Result<(), Error> {
         // One write of the whole value, into the file that is there: nothing is created or cut.
         let write =
             || fs::OpenOptions::new().write(true).open(self.dir.join(key))?.write_all(value.as_bytes());
         write().or_else(|source| {
-            let no_ipv6 = key.starts_with("ipv6/") && !self.has_ipv6();
+            let no_ipv6 = key.starts_with("ipv6/") && source.kind() == io::ErrorKind::NotFound;
             if no_ipv6 { Ok(()) } else { Err(Error { key: key.to_owned(), value: value.to_owned(), source }) }
         })
     }
@@ -56,13 +57,8 @@ impl Sysctls {
     pub fn ensure(&self, key: &str, value: &str) -> Result<bool, Error> {
         match self.get(key) {
             Some(current) if current == value => Ok(false),
-            None if key.starts_with("ipv6/") && !self.has_ipv6() => Ok(false),
+            None if key.starts_with("ipv6/") => Ok(false),
             _ => self.set(key, value).map(|()| true),
         }
-    }
-
-    /// Whether the kernel has IPv6 (`ipv6.disable=1` takes it out whole).
-    pub fn has_ipv6(&self) -> bool {
-        self.dir.join("ipv6").is_dir()
     }
 }

@@ -345,6 +345,28 @@ fn c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default() {
 }
 
 #[test]
+fn a_link_too_narrow_for_ipv6_is_made_all_the_same() {
+    lab::enter();
+    let result = add("c", &with(hand_conf(), json!({"mtu": 1000})));
+    let links = lab::json_of("ip -j link show type veth");
+    assert_eq!((&links[0]["mtu"], &links[0]["ifalias"]), (&json!(1000), &json!("plat c eth0")));
+    assert_eq!(links[0]["operstate"], "UP");
+    assert_eq!(result["interfaces"][2]["mtu"], 1000);
+    assert!(ping("c", "10.22.0.1"));
+}
+
+#[test]
+fn the_hosts_end_of_a_link_has_no_address_that_a_del_would_wait_for() {
+    lab::enter();
+    let result = add("c", &hand_conf());
+    let host = result["interfaces"][1]["name"].as_str().unwrap();
+    lab::eventually("the bridge has its own link-local address", || {
+        lab::json_of("ip -j -6 addr show dev cni0")[0]["addr_info"][0]["scope"] == "link"
+    });
+    assert_eq!(sh(&format!("ip -6 addr show dev {host}")), "");
+}
+
+#[test]
 fn c56_hardware_addresses_are_set_by_us_so_that_udev_leaves_them_alone() {
     lab::enter();
     add("c", &hand_conf());
