@@ -8,6 +8,8 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here fails the test")]
 
+pub mod network;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
-// gocni calls a CNI network as containerd does: by go-cni, of the version that the containerd of these
-// tests is built with (this folder's go.mod), with the options of containerd's CRI plugin in their order.
+// gocni calls a CNI network as containerd does: by go-cni, with the options of containerd's CRI plugin in their
+// order. It is built twice: with the go-cni of the containerd of these tests (the go.mod above this folder),
+// and with that of containerd 1.7 (../../containerd-1.7).
 //
 //	NETCONFPATH=/etc/cni/net.d CNI_PATH=/opt/cni/bin gocni status
 //	... gocni setup ID NETNS   <pod.json    prints what containerd takes from the result
@@ -55,15 +56,15 @@ func (p pod) options(id string) []cni.NamespaceOpts {
 
 func run(arguments []string) error {
 	network, err := cni.New(
-		// The pod's network and loopback, which containerd counts too (criService.initPlatform).
-		cni.WithMinNetworkCount(2),
+		cni.WithMinNetworkCount(1),
 		cni.WithPluginConfDir(os.Getenv("NETCONFPATH")),
 		cni.WithPluginMaxConfNum(1),
 		cni.WithPluginDir([]string{os.Getenv("CNI_PATH")}))
 	if err != nil {
 		return err
 	}
-	if err := network.Load(cni.WithLoNetwork, cni.WithDefaultConf); err != nil {
+	// As with use_internal_loopback = true: without the loopback plugin beside the pod's network.
+	if err := network.Load(cni.WithDefaultConf); err != nil {
 		return err
 	}
 	if len(arguments) == 1 && arguments[0] == "status" {
