@@ -14,9 +14,9 @@ use crate::call::Call;
 use crate::config::Attachment;
 use crate::error::{Code, Error};
 use crate::fail;
-use crate::link::{self, Link, LinkChange, NewVeth};
+use crate::link::{self, Link, LinkChange, NewVeth, Route};
 use crate::mac::Mac;
-use crate::netlink::{Protocol, Socket, created};
+use crate::netlink::{self, Protocol, Socket, created};
 use crate::netns::Netns;
 use crate::sysctl::Sysctls;
 use crate::wire::{self, Style};
@@ -185,14 +185,27 @@ fn configure_pod(call: &Call, given: &Given, netns: &Netns, host: &Link) -> Resu
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
     let mut messages = vec![link::set_link(peer, ifname, &up)];
     messages.extend(given.net.ips.iter().map(|ip| link::new_address(peer, ip.address, 0)));
+    let routes = given.net.kernel_routes(peer);
     let routes_start = messages.len();
-    messages.extend(given.net.kernel_routes(peer).iter().map(link::new_route));
-    for (number, outcome) in pod.request_each(messages)?.into_iter().enumerate() {
-        if number < routes_start {
-            outcome?;
-        } else {
-            // A pod with several interfaces may have that route already: the first one wins.
-            created(outcome)?;
+    messages.extend(routes.iter().map(link::new_route));
+    let mut outcomes = pod.request_each(messages)?;
+    let of_routes = outcomes.split_off(routes_start.min(outcomes.len()));
+    outcomes.into_iter().collect::<Result<(), _>>()?;
+    Ok(accept_routes(&routes, of_routes)?)
+}
+
+/// A pod with several interfaces may have a route already: the first one wins. And so it does for what leads
+/// through a gateway that is on the link of the first one, as with two attachments of one network.
+fn accept_routes(routes: &[Route], outcomes: Vec<Result<(), netlink::Error>>) -> Result<(), netlink::Error> {
+    let mut on_other_link: Vec<IpNet> = Vec::new();
+    for (route, outcome) in routes.iter().zip(outcomes) {
+        let unreachable = |error: &netlink::Error| {
+            matches!(error.errno(), Some(Errno::NETUNREACH | Errno::HOSTUNREACH))
+                && route.gateway.is_some_and(|gateway| on_other_link.iter().any(|net| net.contains(&gateway)))
+        };
+        let leads_elsewhere = outcome.as_ref().is_err_and(unreachable);
+        if !leads_elsewhere && !created(outcome)? {
+            on_other_link.push(route.destination);
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ mod lab;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use lab::{Answer, Plat, add, hand_conf, netns, sh, with};
+use lab::{Answer, Plat, hand_conf, netns, sh, with};
 use serde_json::{Value, json};
 
 fn plugins() -> String {
@@ -194,34 +194,31 @@ fn a_delegate_dies_with_us() {
 }
 
 #[test]
-fn chained_portmap_finds_what_it_needs_in_the_result() {
+fn c88_every_verb_reaches_the_delegate_with_our_input_unchanged() {
     lab::enter();
-    let conf = hand_conf();
-    let result = add("c", &conf);
-    let portmap = json!({"cniVersion": "1.0.0", "name": "hand", "type": "portmap", "prevResult": with(result, json!({"cniVersion": "1.0.0"})),
-        "capabilities": {"portMappings": true}, "runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}});
-    let run = |verb: &str| {
-        let call = Plat::call(verb, "c", &portmap);
-        let mut child = call.command();
-        let path = std::env::var("PATH").unwrap();
-        let mut portmap_child = std::process::Command::new(format!("{}/portmap", plugins()));
-        portmap_child
-            .env_clear()
-            .env("PATH", path)
-            .envs(child.get_envs().filter_map(|(k, v)| Some((k.to_owned(), v?.to_owned()))));
-        child = portmap_child;
-        let mut child = child
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        std::io::Write::write_all(&mut child.stdin.take().unwrap(), portmap.to_string().as_bytes()).unwrap();
-        Answer::of(child.wait_with_output().unwrap())
-    };
-    assert_eq!(run("ADD").json()["ips"][0]["address"], "10.22.0.2/24");
-    assert!(sh("nft list ruleset").contains("8080"));
-    run("DEL").silent();
-    Plat::call("DEL", "c", &conf).run().silent();
+    netns("c");
+    let script = "echo $CNI_COMMAND >>/run/verbs; cat >/run/stdin-$CNI_COMMAND; [ $CNI_COMMAND != ADD ] || \
+        echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"10.66.0.2/24\"}]}'";
+    let conf = plugin(script);
+    let result = odd("ADD", &conf).json();
+    let checked = with(conf.clone(), json!({"prevResult": result}));
+    let collected =
+        with(conf.clone(), json!({"cni.dev/valid-attachments": [{"containerID": "c", "ifname": "eth0"}]}));
+    for (verb, conf) in [("CHECK", &checked), ("STATUS", &conf), ("GC", &collected), ("DEL", &checked)] {
+        odd(verb, conf).silent();
+        assert_eq!(fs::read_to_string(format!("/run/stdin-{verb}")).unwrap(), conf.to_string());
+    }
+    assert_eq!(fs::read_to_string("/run/verbs").unwrap(), "ADD\nCHECK\nSTATUS\nGC\nDEL\n");
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn c88_a_delegate_whose_add_fails_gets_its_del() {
+    lab::enter();
+    netns("c");
+    let script = "cat >/dev/null; echo $CNI_COMMAND >>/run/verbs; [ $CNI_COMMAND != ADD ] || \
+        { echo '{\"cniVersion\":\"1.0.0\",\"code\":999,\"msg\":\"half done\"}'; exit 1; }";
+    assert!(odd("ADD", &plugin(script)).error(999).contains("half done"));
+    assert_eq!(fs::read_to_string("/run/verbs").unwrap(), "ADD\nDEL\n");
     lab::assert_nothing_left();
 }

@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here fails the test")]
 
 pub mod network;
+pub mod traffic;
 
 use std::fs;
 use std::io::Write;
