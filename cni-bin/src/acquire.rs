@@ -98,7 +98,7 @@ fn reserve(
     netns: NetnsId,
     done: &mut Done,
 ) -> Result<(Held, Vec<Chosen>), Error> {
-    let mut lease = blank_lease(call, netns, source.pool.clone());
+    let mut lease = blank_lease(call, netns, source.pool);
     let pool = lease.pool_id();
     let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;

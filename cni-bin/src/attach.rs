@@ -4,7 +4,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use plat_crds::names::veth_alias;
+use plat_crds::alias;
+use plat_crds::lease::Lease;
 use rustix::io::Errno;
 
 use crate::acquire::Given;
@@ -53,7 +54,7 @@ pub fn attach(
     fail::point("bridge")?;
     let attached = make_link(call, conf, given, netns, bridge, done)?;
     fail::point("link")?;
-    mark_link(call, conf, &attached.host)?;
+    mark_link(call, conf, &given.held.lease, &attached.host)?;
     fail::point("alias")?;
     configure_pod(call, given, netns, &attached.host)?;
     Ok(attached)
@@ -144,11 +145,11 @@ fn vanished(name: &str) -> Error {
     Error::because(Code::Kernel, format!("link {name} vanished"), why)
 }
 
-/// Writes who holds the link onto it and raises it. The alias is the kernel's own record of the lease: it must
+/// Writes the lease onto its link and raises it. The alias is the kernel's own copy of the lease: it must
 /// stand before the pod has an address, as it proves who has it. At the link's creation the kernel would
 /// ignore it.
-fn mark_link(call: &mut Call, conf: &Attachment, host: &Link) -> Result<(), Error> {
-    let alias = veth_alias(&call.container.id, &call.container.ifname);
+fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> Result<(), Error> {
+    let alias = alias::of(lease);
     let mark = LinkChange {
         alias: Some(&alias),
         hairpin: conf.bridge.hairpin.then_some(true),

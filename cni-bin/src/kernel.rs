@@ -1,14 +1,16 @@
-//! What the kernel knows about leases: each host veth carries its container and interface as alias, and
-//! behind it are the addresses. This proves who holds what when the lease store cannot.
+//! What the kernel knows about leases: each host veth carries its lease as alias ([`plat_crds::alias`]). This
+//! proves who holds what when the lease store cannot.
 //!
-//! Nobody enters a pod's namespace: the addresses are asked for by the number under which this namespace
-//! knows the pod's (`IFA_TARGET_NETNSID`).
+//! Where the alias had no room for the addresses, they are those of the pod's end. Nobody enters a pod's
+//! namespace for that: they are asked for by the number under which this namespace knows the pod's
+//! (`IFA_TARGET_NETNSID`).
 
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
+use plat_crds::alias::{self, Alias, Leased};
 use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
-use plat_crds::names::parse_veth_alias;
 
 use crate::boot::since_now;
 use crate::link::{self, Address, Link};
@@ -62,13 +64,13 @@ fn held_now(socket: &mut Socket, known: &Known) -> Result<Vec<Lease>, netlink::E
 }
 
 fn proven_by(socket: &mut Socket, link: &Link, known: &Known) -> Result<Option<Lease>, netlink::Error> {
-    let is_ours = link.alias.as_deref().and_then(parse_veth_alias).is_some();
-    let Some(peer) = link.peer.filter(|_| is_ours) else { return Ok(None) };
-    let addresses = match link.peer_netns {
-        Some(netns) => link::addresses_in(socket, netns, peer)?,
-        None => link::addresses(socket, peer)?,
+    let Some(alias) = link.alias.as_deref().and_then(alias::parse) else { return Ok(None) };
+    let behind = match (&alias.leased, link.peer, link.peer_netns) {
+        (Some(_), _, _) | (None, None, _) => Vec::new(),
+        (None, Some(peer), Some(netns)) => link::addresses_in(socket, netns, peer)?,
+        (None, Some(peer), None) => link::addresses(socket, peer)?,
     };
-    Ok(lease_of(link, &addresses, known))
+    Ok(lease_of(link, &alias, &behind, known))
 }
 
 /// The lease that one host veth proves; `None` if it is not ours, or going away.
@@ -76,26 +78,24 @@ pub fn prove(socket: &mut Socket, link: &Link) -> Option<Lease> {
     proven_by(socket, link, &Known::read()).ok().flatten()
 }
 
-/// The lease that a host veth and the addresses behind it prove. Pure but for the time.
-fn lease_of(link: &Link, addresses: &[Address], known: &Known) -> Option<Lease> {
-    let (container_id, ifname) = link.alias.as_deref().and_then(parse_veth_alias)?;
-    if container_id.len() > MAX_CONTAINER_ID {
+/// The lease that a host veth proves; `behind` are the addresses of the pod's end, if they were asked. Pure
+/// but for the time.
+fn lease_of(link: &Link, alias: &Alias<'_>, behind: &[Address], known: &Known) -> Option<Lease> {
+    if alias.container_id.len() > MAX_CONTAINER_ID {
         return None;
     }
-    let leased = addresses.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr()));
+    let behind = behind.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr()));
+    let (network, pool, mut addresses) = match &alias.leased {
+        Some(Leased { network, pool, addresses }) => (Some((*network).to_owned()), *pool, addresses.clone()),
+        None => (None, Pool::Unknown, behind.map(leased).collect()),
+    };
+    addresses.truncate(MAX_ADDRESSES);
     let mut lease = Lease {
-        container_id: container_id.to_owned(),
-        ifname: ifname.to_owned(),
-        network: None,
-        pool: Pool::Unknown,
-        addresses: leased
-            .take(MAX_ADDRESSES)
-            .map(|net| LeasedAddress {
-                address: net.addr(),
-                subnet_length: net.prefix_len(),
-                masquerade: false,
-            })
-            .collect(),
+        container_id: alias.container_id.to_owned(),
+        ifname: alias.ifname.to_owned(),
+        network,
+        pool,
+        addresses,
         veth: HostVeth { name: link.name.clone(), index: link.index },
         netns: None,
         since: since_now(),
@@ -103,6 +103,10 @@ fn lease_of(link: &Link, addresses: &[Address], known: &Known) -> Option<Lease> 
     };
     known.tell(&mut lease);
     Some(lease)
+}
+
+fn leased(net: IpNet) -> LeasedAddress {
+    LeasedAddress { address: net.addr(), subnet_length: net.prefix_len(), masquerade: false }
 }
 
 fn is_link_local(address: &IpAddr) -> bool {
@@ -120,25 +124,39 @@ mod tests {
         Address { link: 2, net: text.parse().unwrap(), tentative: false, protocol: 0 }
     }
 
+    fn prove(alias: &str, behind: &[Address], known: &Known) -> Option<Lease> {
+        let link = Link { name: "platab".into(), index: 9, ..Link::default() };
+        lease_of(&link, &alias::parse(alias)?, behind, known)
+    }
+
+    fn texts(lease: &Lease) -> Vec<String> {
+        let text = |a: &LeasedAddress| format!("{}/{} {}", a.address, a.subnet_length, a.masquerade);
+        lease.addresses.iter().map(text).collect()
+    }
+
     #[test]
-    fn a_veth_with_our_alias_proves_the_addresses_behind_it() {
-        let link =
-            Link { name: "platab".into(), index: 9, alias: Some("plat c1 eth0".into()), ..Link::default() };
-        let addresses = [address("10.244.3.7/32"), address("fe80::1/64"), address("fd00::7/128")];
+    fn the_alias_proves_the_lease_whatever_a_pod_does_at_its_end() {
+        let alias = "plat c1 eth0 net blocks 10.244.3.7/24 fd00::7/64";
         let known = Known { masqueraded: ["10.244.3.7".parse().unwrap()].into() };
-        let lease = lease_of(&link, &addresses, &known).unwrap();
+        let lease = prove(alias, &[], &known).unwrap();
         assert_eq!((lease.container_id.as_str(), lease.ifname.as_str()), ("c1", "eth0"));
-        let held: Vec<String> =
-            lease.addresses.iter().map(|a| format!("{} {}", a.address, a.masquerade)).collect();
-        assert_eq!(held, ["10.244.3.7 true", "fd00::7 false"]);
-        assert_eq!((lease.pool, lease.veth.index), (Pool::Unknown, 9));
+        assert_eq!(texts(&lease), ["10.244.3.7/24 true", "fd00::7/64 false"]);
+        assert_eq!((lease.network.as_deref(), lease.pool, lease.veth.index), (Some("net"), Pool::Blocks, 9));
+        assert_eq!(prove(alias, &[address("10.244.3.9/32")], &known).unwrap().addresses, lease.addresses);
+    }
+
+    #[test]
+    fn without_room_in_the_alias_the_addresses_behind_it_are_the_proof() {
+        let behind = [address("10.244.3.7/32"), address("fe80::1/64"), address("fd00::7/128")];
+        let lease = prove("plat c1 eth0", &behind, &Known::default()).unwrap();
+        assert_eq!(texts(&lease), ["10.244.3.7/32 false", "fd00::7/128 false"]);
+        assert_eq!((lease.network, lease.pool), (None, Pool::Unknown));
     }
 
     #[test]
     fn a_veth_of_others_proves_nothing() {
-        for alias in [None, Some("calico"), Some("plat x")] {
-            let link = Link { alias: alias.map(str::to_owned), ..Link::default() };
-            assert_eq!(lease_of(&link, &[], &Known::default()), None);
+        for alias in ["", "calico", "plat x"] {
+            assert_eq!(prove(alias, &[], &Known::default()), None);
         }
     }
 }

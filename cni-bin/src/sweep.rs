@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
+use plat_crds::alias;
 use plat_crds::lease::{Lease, Since};
-use plat_crds::names::veth_alias;
 
 use crate::acquire::{self, EndError};
 use crate::boot::{BootId, boot_ms};
@@ -66,10 +66,11 @@ pub struct Report {
 /// Which of these leases are dead, and what to remember for the next sighting. `links` are the host's links
 /// now. Pure.
 pub fn dead(leases: &[Lease], links: &[Link], seen: &Sightings, now_ms: u64) -> (Vec<Lease>, Sightings) {
-    let aliases: HashSet<&str> = links.iter().filter_map(|l| l.alias.as_deref()).collect();
+    let marked = links.iter().filter_map(|link| alias::parse(link.alias.as_deref()?));
+    let marked: HashSet<(&str, &str)> = marked.map(|alias| (alias.container_id, alias.ifname)).collect();
     let known: HashSet<(&str, u32)> = links.iter().map(|l| (l.name.as_str(), l.index)).collect();
     let lives = |lease: &Lease| {
-        aliases.contains(veth_alias(&lease.container_id, &lease.ifname).as_str())
+        marked.contains(&(lease.container_id.as_str(), lease.ifname.as_str()))
             || known.contains(&(lease.veth.name.as_str(), lease.veth.index))
     };
     let patience = u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX);

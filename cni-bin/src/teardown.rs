@@ -4,8 +4,8 @@
 //! The pod's namespace is never entered and nothing in it touched: a path that was recycled could lead to
 //! the host's own. With the host's end of a veth the pod's end goes too.
 
+use plat_crds::alias;
 use plat_crds::lease::Lease;
-use plat_crds::names::veth_alias;
 
 use crate::link::{self, Link};
 use crate::netlink::{self, Socket};
@@ -40,22 +40,26 @@ fn host_ends(
     ifname: &str,
     lease: Option<&Lease>,
 ) -> Result<Vec<Link>, netlink::Error> {
-    let alias = veth_alias(container_id, ifname);
     let own_name = wire::host_name(container_id, ifname, 0);
     let recorded = lease.map(|l| l.veth.name.as_str()).filter(|name| *name != own_name);
     for name in recorded.into_iter().chain([own_name.as_str()]) {
-        if let Some(link) = link::link_by_name(host, name)?.filter(|link| is_end_of(link, &alias)) {
+        if let Some(link) =
+            link::link_by_name(host, name)?.filter(|link| is_end_of(link, container_id, ifname))
+        {
             return Ok(vec![link]);
         }
     }
-    let marked = |link: &Link| link.alias.as_deref() == Some(&alias);
+    let marked =
+        |link: &Link| link.alias.as_deref().is_some_and(|alias| alias::is_of(alias, container_id, ifname));
     Ok(link::links(host, Some("veth"))?.into_iter().filter(marked).collect())
 }
 
 /// Whether a link that has our name for a container is that container's. One without alias was left by an
 /// ADD that was killed between making and marking it.
-fn is_end_of(link: &Link, alias: &str) -> bool {
-    link.kind.as_deref() == Some("veth") && link.alias.as_deref().is_none_or(|found| found == alias)
+fn is_end_of(link: &Link, container_id: &str, ifname: &str) -> bool {
+    let marked = link.alias.as_deref();
+    link.kind.as_deref() == Some("veth")
+        && marked.is_none_or(|alias| alias::is_of(alias, container_id, ifname))
 }
 
 #[cfg(test)]
@@ -69,9 +73,9 @@ mod tests {
             alias: alias.map(str::to_owned),
             ..Link::default()
         };
-        assert!(is_end_of(&link("veth", Some("plat a eth0")), "plat a eth0"));
-        assert!(is_end_of(&link("veth", None), "plat a eth0"));
-        assert!(!is_end_of(&link("veth", Some("plat b eth0")), "plat a eth0"));
-        assert!(!is_end_of(&link("bridge", None), "plat a eth0"));
+        assert!(is_end_of(&link("veth", Some("plat a eth0 n blocks 10.0.0.2/24")), "a", "eth0"));
+        assert!(is_end_of(&link("veth", None), "a", "eth0"));
+        assert!(!is_end_of(&link("veth", Some("plat b eth0")), "a", "eth0"));
+        assert!(!is_end_of(&link("bridge", None), "a", "eth0"));
     }
 }

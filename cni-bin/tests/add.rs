@@ -62,7 +62,10 @@ fn c37_by_hand_the_kernel_has_what_the_result_says_and_pods_reach_each_other() {
     let host = a["interfaces"][1]["name"].as_str().unwrap();
     let host_link = lab::json_of(&format!("ip -j -d link show {host}"))[0].clone();
     assert_eq!(host_link["address"], a["interfaces"][1]["mac"]);
-    assert_eq!((&host_link["master"], &host_link["ifalias"]), (&json!("cni0"), &json!("plat a eth0")));
+    assert_eq!(
+        (&host_link["master"], &host_link["ifalias"]),
+        (&json!("cni0"), &json!("plat a eth0 hand ranges 10.22.0.2/24"))
+    );
     assert!(ping("a", "10.22.0.1") && ping("a", "10.22.0.3") && ping("b", "10.22.0.2"));
     assert_eq!(sh("cat /proc/sys/net/ipv4/ip_forward").trim(), "1", "isGateway makes a router");
 }

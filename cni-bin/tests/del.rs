@@ -202,6 +202,7 @@ fn c75_after_a_reboot_no_lease_is_left() {
     add("c", &hand_conf());
     // What a reboot ends: links and namespaces. What a /run on disk would keep: the store.
     sh("ip link del cni0; ip netns del c");
+    lab::eventually("the link goes with its namespace", || lab::host_links().is_empty());
     let file = File::options().read(true).write(true).open("/run/plat/leases").unwrap();
     let mut bytes = [0; HEADER_SIZE];
     file.read_exact_at(&mut bytes, 0).unwrap();

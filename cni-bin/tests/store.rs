@@ -154,13 +154,45 @@ fn something_else_in_its_place_is_named() {
 }
 
 #[test]
-fn a_rebuilt_lease_counts_in_every_network() {
+fn a_rebuilt_lease_is_the_one_that_was_lost() {
     lab::enter();
-    add("a", &hand_conf());
+    blocks(&["10.244.3.0/24", "fd00:3::/64"]);
+    add("a", &with(hand_conf(), json!({"ipMasq": true})));
+    add("b", &cluster_conf());
+    let facts = || -> Vec<Value> {
+        let fact = |l: Value| json!([l["containerID"], l["network"], l["pool"], l["addresses"], l["veth"]]);
+        lab::leases().into_iter().map(fact).collect()
+    };
+    let before = facts();
+    fs::remove_file(FILE).unwrap();
+    let other = with(hand_conf(), json!({"name": "other", "bridge": "br1"}));
+    assert_eq!(address(&add("c", &other)), "10.22.0.2", "of another network");
+    assert_eq!(facts().iter().filter(|fact| fact[0] != "c").cloned().collect::<Vec<_>>(), before);
+}
+
+#[test]
+fn a_rebuilt_lease_without_room_for_its_network_counts_in_every_network() {
+    lab::enter();
+    let long = "a".repeat(230);
+    netns("a");
+    let call = Plat::call("ADD", &long, &hand_conf()).set("CNI_NETNS", "/run/netns/a");
+    assert_eq!(address(&call.result()), "10.22.0.2");
     fs::remove_file(FILE).unwrap();
     let other = with(hand_conf(), json!({"name": "other", "bridge": "br1"}));
     assert_eq!(address(&add("b", &other)), "10.22.0.3", "nobody knows any more which network .2 is of");
-    assert_eq!(lab::leases()[0]["network"], Value::Null);
+    let rebuilt = &lab::leases()[0];
+    assert_eq!((&rebuilt["network"], &rebuilt["pool"]), (&Value::Null, &json!("unknown")));
+}
+
+#[test]
+fn a_pod_that_changes_its_own_addresses_changes_no_lease() {
+    lab::enter();
+    blocks(&["10.244.3.0/28"]);
+    add("a", &cluster_conf());
+    sh("ip -n a addr flush dev eth0; for n in 3 4 5 6; do ip -n a addr add 10.244.3.$n/32 dev eth0; done");
+    fs::remove_file(FILE).unwrap();
+    assert_eq!(address(&add("b", &cluster_conf())), "10.244.3.3");
+    assert_eq!(lab::leased(), ["10.244.3.2", "10.244.3.3"]);
 }
 
 #[test]

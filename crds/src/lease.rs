@@ -1,7 +1,7 @@
 //! The lease store's format: `/run/plat/leases`, written by the CNI binary, read and swept by the agent.
 //!
 //! Pure: bytes to values and back. Opening, locking and repairing the file is the CNI crate's `store`.
-//! The file is a fast copy of what the kernel knows (each host veth's alias and the addresses behind it);
+//! The file is a fast copy of what the kernel knows (each host veth's alias, [`crate::alias`]);
 //! whatever in it cannot be read is rebuilt from there and never taken for "no lease".
 //!
 //! # Layout (all numbers little-endian)
@@ -33,7 +33,7 @@
 //! |---|---|
 //! | 1 | container ID |
 //! | 2 | interface in the pod |
-//! | 3 | network name; absent if unknown (rebuilt from the kernel) |
+//! | 3 | network name; absent if unknown (rebuilt from a link without room for it) |
 //! | 4 | pool `u8`: 0 unknown, 1 the node's blocks, 2 inline ranges of the network, 3 another IPAM plugin's |
 //! | 5 | address, repeated: `u8` flags (1: masqueraded), `u8` prefix length of its subnet, 4 or 16 bytes |
 //! | 6 | host veth: `u32` interface index (0: not made yet), name |
@@ -133,10 +133,11 @@ pub fn key_hash(container_id: &str, ifname: &str) -> u64 {
 }
 
 /// Where an address comes from. Two pools may hold the same address (networks on different bridges).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Pool {
-    /// Not known, as the lease was rebuilt from the kernel: its addresses are taken in every pool.
+    /// Not known, as the lease was rebuilt from a link without room for it: its addresses are taken in
+    /// every pool.
     #[default]
     Unknown,
     /// The blocks that the node holds.
@@ -270,7 +271,7 @@ pub struct Lease {
     pub container_id: String,
     /// The interface in the pod.
     pub ifname: String,
-    /// The network's name; `None` if unknown (rebuilt from the kernel).
+    /// The network's name; `None` if unknown (rebuilt from a link without room for it).
     pub network: Option<String>,
     /// Where the addresses come from.
     pub pool: Pool,
@@ -728,7 +729,6 @@ mod tests {
             ..lease()
         };
         assert!(long.encode().is_ok());
-        assert!(crate::names::veth_alias(&long.container_id, &long.ifname).len() <= 255);
         let more = Lease { addresses: vec![long.addresses[0]; 5], ..long.clone() };
         assert_eq!(more.encode(), Err(EncodeError::TooManyAddresses(5)));
         let longer = Lease { other: vec![(99, vec![0; 600])], ..long };

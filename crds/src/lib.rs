@@ -20,6 +20,7 @@
     expect(clippy::duplicated_attributes, reason = "columns of `#[kube(printcolumn(...))]` repeat keys")
 )]
 
+pub mod alias;
 pub mod block;
 pub mod blocks_file;
 pub mod cni_conf;

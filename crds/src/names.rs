@@ -63,28 +63,3 @@ pub const SYSCTLS_FILE: &str = "sysctls.json";
 pub const CNI_BIN_DIR: &str = "/opt/cni/bin";
 /// Default folder of CNI configurations.
 pub const CNI_CONF_DIR: &str = "/etc/cni/net.d";
-
-/// The `ifalias` that the CNI binary sets on each host veth: the kernel's own proof of who holds what.
-pub fn veth_alias(container_id: &str, ifname: &str) -> String {
-    format!("{CNI_TYPE} {container_id} {ifname}")
-}
-
-/// Takes an [`veth_alias`] apart into container ID and interface name; `None` if it is not one of ours.
-pub fn parse_veth_alias(alias: &str) -> Option<(&str, &str)> {
-    let (container_id, ifname) = alias.strip_prefix(CNI_TYPE)?.strip_prefix(' ')?.split_once(' ')?;
-    (!container_id.is_empty() && !ifname.is_empty() && !ifname.contains(' '))
-        .then_some((container_id, ifname))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_alias_comes_back_as_its_parts() {
-        assert_eq!(parse_veth_alias(&veth_alias("abc.1_2-3", "eth0")), Some(("abc.1_2-3", "eth0")));
-        for foreign in ["", "plat", "plat a", "plat  eth0", "platx a b", "cali a b", "plat a b c"] {
-            assert_eq!(parse_veth_alias(foreign), None, "{foreign:?}");
-        }
-    }
-}
