@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use crate::acquire::Given;
 use crate::add::Done;
+use crate::bandwidth;
 use crate::bridge::{self, Bridge};
 use crate::call::Call;
 use crate::config::Attachment;
@@ -56,7 +57,7 @@ pub fn attach(
     fail::point("link")?;
     mark_link(call, conf, &given.held.lease, &attached.host)?;
     fail::point("alias")?;
-    configure_pod(call, given, netns, &attached.host)?;
+    configure_pod(call, conf, given, netns, &attached.host)?;
     Ok(attached)
 }
 
@@ -160,7 +161,9 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
     let quiet = LinkChange { link_local: Some(false), ..mark.clone() };
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
     let set = |change| link::set_link(host.index, &host.name, change);
-    let outcomes = call.host().request_each(vec![set(&quiet), set(&up)])?;
+    let mut messages = vec![set(&quiet), set(&up)];
+    messages.extend(bandwidth::hold_back(conf.bandwidth.ingress, host.index, &host.name, host.mtu));
+    let outcomes = call.host().request_each(messages)?;
     for outcome in outcomes {
         match outcome {
             Err(error) if error.errno() == Some(Errno::AFNOSUPPORT) => call.host().request(set(&mark))?,
@@ -171,9 +174,15 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
     Ok(Sysctls::default().set(&format!("ipv6/conf/{}/accept_ra", host.name), "0")?)
 }
 
-/// Sysctls, then link up, addresses and routes: one visit to the pod's namespace, one exchange with its
+/// Sysctls, then link up, limit, addresses and routes: one visit to the pod's namespace, one exchange with its
 /// side of the kernel.
-fn configure_pod(call: &Call, given: &Given, netns: &Netns, host: &Link) -> Result<(), Error> {
+fn configure_pod(
+    call: &Call,
+    conf: &Attachment,
+    given: &Given,
+    netns: &Netns,
+    host: &Link,
+) -> Result<(), Error> {
     let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
     let ifname = &call.container.ifname;
     let sysctls = wire::pod_sysctls(ifname, &given.net, given.style);
@@ -185,6 +194,7 @@ fn configure_pod(call: &Call, given: &Given, netns: &Netns, host: &Link) -> Resu
     })?;
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
     let mut messages = vec![link::set_link(peer, ifname, &up)];
+    messages.extend(bandwidth::hold_back(conf.bandwidth.egress, peer, ifname, host.mtu));
     messages.extend(given.net.ips.iter().map(|ip| link::new_address(peer, ip.address, 0)));
     let routes = given.net.kernel_routes(peer);
     let routes_start = messages.len();

@@ -6,6 +6,7 @@
 use plat_crds::lease::Lease;
 
 use crate::add::delegate_of;
+use crate::bandwidth;
 use crate::call::Call;
 use crate::config::{Attachment, RouteConf};
 use crate::error::{Code, Error};
@@ -33,7 +34,10 @@ pub fn check(call: &mut Call) -> Result<(), Error> {
     let lease = find_lease(call)?;
     let netns = Netns::open(&call.container.netns)?;
     let host = check_host_end(call, &conf, &lease)?;
-    check_pod(call, &netns, &host, &previous)?;
+    if let Some(problem) = bandwidth::problem(call.host(), conf.bandwidth.ingress, host.index, &host.name)? {
+        return Err(failed(&format!("link {} on the host {problem}", host.name)));
+    }
+    check_pod(call, &conf, &netns, &host, &previous)?;
     if let Some(problem) = pods::missing(&lease)? {
         return Err(failed(&problem));
     }
@@ -86,7 +90,13 @@ fn check_host_end(call: &mut Call, conf: &Attachment, lease: &Lease) -> Result<L
     Err(failed(&format!("link {name} on the host {problem}")))
 }
 
-fn check_pod(call: &Call, netns: &Netns, host: &Link, previous: &Reply) -> Result<(), Error> {
+fn check_pod(
+    call: &Call,
+    conf: &Attachment,
+    netns: &Netns,
+    host: &Link,
+    previous: &Reply,
+) -> Result<(), Error> {
     let ifname = &call.container.ifname;
     let mut pod = netns.inside(|| Ok(Socket::open(Protocol::Route)?))?;
     let link = link::link_by_name(&mut pod, ifname)?;
@@ -101,6 +111,9 @@ fn check_pod(call: &Call, netns: &Netns, host: &Link, previous: &Reply) -> Resul
     }
     if !link.up {
         return Err(failed(&format!("interface {ifname} is down")));
+    }
+    if let Some(problem) = bandwidth::problem(&mut pod, conf.bandwidth.egress, link.index, ifname)? {
+        return Err(failed(&format!("interface {ifname} {problem}")));
     }
     let addresses = link::addresses(&mut pod, link.index)?;
     let of_pod = |ip: &&Ip| ip.interface.is_none() || ip.interface == listed;

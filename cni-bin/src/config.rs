@@ -18,6 +18,7 @@ use ipnet::IpNet;
 use plat_crds::lease::MAX_NETWORK_NAME;
 use plat_crds::names;
 
+use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error};
 use crate::json::Json;
 use crate::mac::Mac;
@@ -166,6 +167,8 @@ pub struct Attachment {
     pub requested_ips: Vec<IpAddr>,
     /// The hardware address that someone asked for.
     pub requested_mac: Option<Mac>,
+    /// How much the pod may receive and send.
+    pub bandwidth: Bandwidth,
 }
 
 /// The reference bridge plugin's options.
@@ -281,6 +284,7 @@ impl Attachment {
             ipam_dns: resolv_conf(ipam)?,
             requested_ips: requested_ips(json, runtime, args)?,
             requested_mac: requested_mac(json, runtime, args)?,
+            bandwidth: Bandwidth::parse(json, runtime)?,
         })
     }
 }
@@ -462,6 +466,7 @@ mod tests {
         .unwrap();
         assert_eq!(conf.dns.nameservers, ["10.0.0.10"]);
         assert_eq!(conf.dns.options, ["ndots:5"]);
+        assert_eq!(conf.bandwidth.ingress.map(|limit| limit.rate), Some(125_000));
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! | verbs | [`add`] ([`acquire`], [`attach`]), [`del`] and [`gc`] ([`teardown`]), [`check`], [`status`], [`version`] |
 //! | decided by pure functions | [`request`], [`config`], [`spec`], [`pick`], [`pool`], [`wire`], [`reply`], [`sweep::dead`], [`mac`], [`json`], [`error`] |
 //! | leases | [`store`] (file), [`kernel`] (proof), [`leases`] (`plat leases`), format in [`plat_crds::lease`] |
-//! | kernel | [`netlink`], [`link`], [`nft`], [`bridge`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
+//! | kernel | [`netlink`], [`link`], [`nft`], [`bridge`], [`tc`], [`bandwidth`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
 //! | other plugins | [`delegate`] |
 //!
 //! The agent uses [`bridge`], [`nft`], [`pods`], [`store`] and [`sweep`]: what both programs make in the
@@ -21,6 +21,7 @@
 pub mod acquire;
 pub mod add;
 pub mod attach;
+pub mod bandwidth;
 pub mod boot;
 pub mod bridge;
 pub mod call;
@@ -49,6 +50,7 @@ pub mod status;
 pub mod store;
 pub mod sweep;
 pub mod sysctl;
+pub mod tc;
 pub mod teardown;
 pub mod version;
 pub mod wire;
