@@ -9,7 +9,7 @@ use plat_crds::lease::{HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
 use crate::add::Done;
 use crate::boot::{boot_ms, since_now};
 use crate::call::Call;
-use crate::config::{Attachment, Dns, IpamKind};
+use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
 use crate::error::{Code, Error};
 use crate::netns::Netns;
 use crate::pool::{self, Chosen, Source, StoreView};
@@ -40,10 +40,11 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
     match call.network.ipam.clone() {
         IpamKind::Blocks => from_blocks(call, conf, netns.id(), done),
         IpamKind::Ranges => {
+            let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
             let source = Source { pool: Pool::Ranges, sets: conf.ranges.clone() };
             let (held, chosen) = reserve(call, conf, &source, netns.id(), done)?;
             let net = PodNet::leased(&chosen, Style::Subnet, &conf.bridge, &conf.routes);
-            Ok(Given { dns: conf.ipam_dns.clone(), ..given(net, Style::Subnet, held) })
+            Ok(Given { dns, ..given(net, Style::Subnet, held) })
         }
         IpamKind::Delegated(plugin) => from_delegate(call, conf, &plugin, netns.id(), done),
         IpamKind::None => {
@@ -60,11 +61,11 @@ fn given(net: PodNet, style: Style, held: Held) -> Given {
 }
 
 fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Done) -> Result<Given, Error> {
+    let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
     let file = pool::read_blocks(&call.network.run_dir)?;
     let source = pool::from_blocks(&file, &call.boot, boot_ms())?;
     let (held, chosen) = reserve(call, conf, &source, netns, done)?;
     let net = PodNet::leased(&chosen, Style::Host, &conf.bridge, &conf.routes);
-    let dns = conf.ipam_dns.clone();
     Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, Style::Host, held) })
 }
 

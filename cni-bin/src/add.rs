@@ -10,7 +10,7 @@ use plat_crds::lease::HostVeth;
 use crate::acquire::{self, Given};
 use crate::attach::{self, Attached};
 use crate::call::Call;
-use crate::config::{Attachment, IpamKind};
+use crate::config::{Attachment, IpamKind, Network};
 use crate::error::{Code, Error};
 use crate::fail;
 use crate::netns::Netns;
@@ -31,7 +31,7 @@ pub struct Done {
 /// Connects a container; returns the result's text. What `done` says stands in kernel and store, also
 /// after an error: unless the result reaches the runtime, the caller must [`undo`] it.
 pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
-    if let Some(passed_on) = pass_through(call)? {
+    if let Some(passed_on) = pass_through(&call.network)? {
         return Ok(passed_on);
     }
     let conf = Attachment::parse(&call.network, &call.container.args)?;
@@ -51,13 +51,13 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     describe(call, conf, given, &attached).render(call.network.version)
 }
 
-/// Behind another interface plugin there is nothing for us to do: its result is passed on.
-fn pass_through(call: &Call) -> Result<Option<String>, Error> {
-    let previous = call.network.json.get("prevResult").object("prevResult")?;
+/// Behind another interface plugin there is nothing for us to do: its result is passed on. Pure.
+pub fn pass_through(network: &Network) -> Result<Option<String>, Error> {
+    let previous = network.json.get("prevResult").object("prevResult")?;
     if previous.is_null() {
         return Ok(None);
     }
-    let version = call.network.version;
+    let version = network.version;
     if previous.get("cniVersion").text("cniVersion")? == version.text() {
         // As it came, with keys that we do not know.
         let text = serde_json::to_string(&reply::without_stray_indexes(previous.clone()));

@@ -10,8 +10,11 @@
 pub mod ranges;
 pub mod refused;
 
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Read;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -28,6 +31,8 @@ use ranges::RangeSet;
 
 /// Standard input larger than this is refused: a configuration has a few kilobytes.
 pub const MAX_INPUT: usize = 1 << 20;
+/// A `resolv.conf` larger than this is none; the C library reads a few lines.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// How long to wait for the lease store's lock by default.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How young a lease GC leaves alone by default: the runtime's list may be older than it.
@@ -161,8 +166,9 @@ pub struct Attachment {
     pub routes: Vec<RouteConf>,
     /// Resolvers for the pod: the configuration's own, which replace the IPAM's.
     pub dns: Dns,
-    /// Resolvers that the IPAM part names.
-    pub ipam_dns: Dns,
+    /// The file that names the pod's resolvers where the configuration itself names none
+    /// ([`read_resolv_conf`]).
+    pub resolv_conf: Option<PathBuf>,
     /// Addresses that someone asked for.
     pub requested_ips: Vec<IpAddr>,
     /// The hardware address that someone asked for.
@@ -261,7 +267,7 @@ impl Dns {
 }
 
 impl Attachment {
-    /// Reads what ADD and CHECK need, and refuses what is not implemented.
+    /// Reads what ADD and CHECK need, and refuses what is not implemented. Pure.
     pub fn parse(network: &Network, args: &Args) -> Result<Attachment, Error> {
         let json = &network.json;
         refused::check(json)?;
@@ -276,12 +282,13 @@ impl Attachment {
             _ => Vec::new(),
         };
         let routes = ipam.get("routes").list("ipam.routes")?;
+        let resolv_conf = ipam.get("resolvConf").text("ipam.resolvConf")?;
         Ok(Attachment {
             bridge: BridgeConf::parse(json)?,
             ranges,
             routes: routes.iter().map(|r| parse_route(r, "ipam.routes")).collect::<Result<_, _>>()?,
             dns,
-            ipam_dns: resolv_conf(ipam)?,
+            resolv_conf: Some(resolv_conf).filter(|path| !path.is_empty()).map(PathBuf::from),
             requested_ips: requested_ips(json, runtime, args)?,
             requested_mac: requested_mac(json, runtime, args)?,
             bandwidth: Bandwidth::parse(json, runtime)?,
@@ -388,19 +395,26 @@ fn requested_mac(json: &Json, runtime: &Json, args: &Args) -> Result<Option<Mac>
     Ok(Some(mac))
 }
 
-/// Resolvers from the file that `ipam.resolvConf` names (host-local's option).
-fn resolv_conf(ipam: &Json) -> Result<Dns, Error> {
-    let path = ipam.get("resolvConf").text("ipam.resolvConf")?;
-    if path.is_empty() {
-        return Ok(Dns::default());
+/// Resolvers from the file that `ipam.resolvConf` names (host-local's option), if it names one. Something
+/// without end, or that waits for a writer, is refused: it would keep the ADD for ever.
+pub fn read_resolv_conf(path: Option<&Path>) -> Result<Dns, Error> {
+    let Some(path) = path else { return Ok(Dns::default()) };
+    let failed = |why: &dyn Display| {
+        Error::because(Code::Io, format!("cannot read ipam.resolvConf {}", path.display()), why)
+    };
+    if !std::fs::metadata(path).map_err(|e| failed(&e.kind()))?.is_file() {
+        return Err(failed(&"it is not a file"));
     }
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Error::because(Code::Io, format!("cannot read ipam.resolvConf {path}"), e.kind()))?;
-    Ok(parse_resolv_conf(&text))
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_RESOLV_CONF + 1).read_to_end(&mut text));
+    if read.map_err(|e| failed(&e.kind()))? as u64 > MAX_RESOLV_CONF {
+        return Err(failed(&format!("it is larger than {MAX_RESOLV_CONF} bytes")));
+    }
+    Ok(parse_resolv_conf(&String::from_utf8_lossy(&text)))
 }
 
 /// Reads a `resolv.conf` (resolv.conf(5)). Pure.
-fn parse_resolv_conf(text: &str) -> Dns {
+pub fn parse_resolv_conf(text: &str) -> Dns {
     let mut dns = Dns::default();
     for line in text.lines() {
         let mut words = line.split_whitespace();

@@ -66,7 +66,7 @@ pub fn run(plugin: &str, path: &str, verb: &str, input: &[u8]) -> Result<Vec<u8>
 }
 
 /// Reads the error object of a plugin; what is none becomes one. Pure.
-fn plugin_error(plugin: &str, verb: &str, stdout: &[u8], stderr: &[u8]) -> Error {
+pub fn plugin_error(plugin: &str, verb: &str, stdout: &[u8], stderr: &[u8]) -> Error {
     let told = Json::parse(stdout).ok().and_then(|json| {
         let text = |key| json.get(key).text(key).unwrap_or_default().to_owned();
         let msg = text("msg");

@@ -18,7 +18,7 @@ use crate::spec::SpecVersion;
 use crate::{acquire, delegate, fail, teardown};
 
 /// Container ID and interface.
-type Key = (String, String);
+pub type Key = (String, String);
 
 /// Collects.
 pub fn gc(call: &mut Call) -> Result<(), Error> {
@@ -66,8 +66,8 @@ fn collect(call: &mut Call, lease: &Lease) -> Result<(), Error> {
 }
 
 /// The attachments that are to stay; `None` if the runtime says nothing about them. `null` is an empty list:
-/// a runtime without pods sends it.
-fn valid_attachments(json: &Json) -> Result<Option<HashSet<Key>>, Error> {
+/// a runtime without pods sends it. Pure.
+pub fn valid_attachments(json: &Json) -> Result<Option<HashSet<Key>>, Error> {
     // The second is the name of a draft, which libcni sends beside the first.
     let key = ["cni.dev/valid-attachments", "cni.dev/attachments"].into_iter().find(|key| json.has(key));
     let Some(key) = key else { return Ok(None) };

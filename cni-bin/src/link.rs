@@ -303,7 +303,7 @@ pub fn links(socket: &mut Socket, kind: Option<&str>) -> Result<Vec<Link>, Error
     Ok(links.into_iter().filter(|l| kind.is_none() || l.kind.as_deref() == kind).collect())
 }
 
-/// Reads an `RTM_NEWLINK`.
+/// Reads an `RTM_NEWLINK`. Pure.
 pub fn read_link(received: &Received<'_>) -> Option<Link> {
     if received.kind != RTM_NEWLINK {
         return None;
@@ -407,7 +407,8 @@ pub fn addresses_in(socket: &mut Socket, netns: u32, link: u32) -> Result<Vec<Ad
     Ok(all.into_iter().filter(|a| a.link == link).collect())
 }
 
-fn read_address(received: &Received<'_>, netns: Option<u32>) -> Option<Address> {
+/// Reads an `RTM_NEWADDR`; with `netns`, only one that says that it is about that namespace. Pure.
+pub fn read_address(received: &Received<'_>, netns: Option<u32>) -> Option<Address> {
     if received.kind != RTM_NEWADDR {
         return None;
     }
@@ -540,7 +541,8 @@ pub fn routes(socket: &mut Socket, family: Family) -> Result<Vec<Route>, Error> 
     socket.dump(&get, |received| read_route(&received))
 }
 
-fn read_route(received: &Received<'_>) -> Option<Route> {
+/// Reads an `RTM_NEWROUTE` of a unicast route through a single link. Pure.
+pub fn read_route(received: &Received<'_>) -> Option<Route> {
     if received.kind != RTM_NEWROUTE {
         return None;
     }

@@ -248,6 +248,13 @@ impl Message {
         }
     }
 
+    /// The message as it goes to the kernel, without sequence number.
+    pub fn encode(self) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        self.finish(0, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Writes length, additional flags and sequence number, and appends the whole to `buffer`.
     fn finish(mut self, flags: u16, sequence: u32, buffer: &mut Vec<u8>) -> Result<(), Error> {
         let length = u32::try_from(self.bytes.len()).ok().filter(|_| !self.oversized);
@@ -350,8 +357,8 @@ pub struct Received<'a> {
     pub payload: &'a [u8],
 }
 
-/// Splits what one `recv` brought into messages; ends at the first one that is cut off.
-fn split(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
+/// Splits what one `recv` brought into messages; ends at the first one that is cut off. Pure.
+pub fn split(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(number(bytes, 0)?)).ok()?;
         let received = Received {
@@ -366,16 +373,24 @@ fn split(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
 }
 
 /// What the kernel said about one message.
-struct Answer {
-    errno: Option<Errno>,
-    detail: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Why it refused; `None` if it did not.
+    pub errno: Option<Errno>,
+    /// Its own words about that, if it had any.
+    pub detail: String,
 }
 
-/// Reads `nlmsgerr`: the error number, then the request's header (or, unless capped, the request), then
-/// the kernel's words.
-fn read_answer(received: &Received<'_>) -> Option<Answer> {
+/// Reads `nlmsgerr`: the error number (negative; 0 is success), then the request's header (or, unless capped, the request), then
+/// the kernel's words. Pure.
+pub fn read_answer(received: &Received<'_>) -> Option<Answer> {
     let code = i32::from_ne_bytes(number(received.payload, 0)?);
-    let errno = (code != 0).then(|| Errno::from_raw_os_error(code.wrapping_neg()));
+    // Beyond that range the kernel has no error numbers, and rustix no place for one.
+    let errno = match code {
+        0 => None,
+        -4095..=-1 => Some(Errno::from_raw_os_error(-code)),
+        _ => return None,
+    };
     let mut detail = String::new();
     if received.flags & ACK_TLVS != 0 {
         let request = u32::from_ne_bytes(number(received.payload, 4)?);
@@ -663,6 +678,19 @@ mod tests {
             }
         });
         assert!(matches!(message.finish(0, 1, &mut Vec::new()), Err(Error::Oversized { .. })));
+    }
+
+    #[test]
+    fn an_answer_with_a_number_that_is_no_error_is_none() {
+        let answer = |code: i32| {
+            let payload = [code.to_ne_bytes().as_slice(), &[0; 16]].concat();
+            read_answer(&Received { kind: MSG_ERROR, flags: 0, sequence: 1, payload: &payload })
+        };
+        assert_eq!(answer(0).map(|a| a.errno), Some(None));
+        assert_eq!(answer(-17).map(|a| a.errno), Some(Some(Errno::EXIST)));
+        for code in [1, i32::MAX, i32::MIN, -4096] {
+            assert_eq!(answer(code), None, "{code}");
+        }
     }
 
     proptest! {

@@ -42,7 +42,8 @@ use std::fmt;
 pub use crate::netlink::Error;
 pub use batch::Batch;
 pub use dump::{
-    ChainInfo, HookInfo, RuleInfo, TableInfo, chains, contents, elements, find, rules, table_rules, tables,
+    ChainInfo, HookInfo, RuleInfo, TableInfo, chains, contents, elements, find, read_chain, read_elements,
+    read_rule, read_table, rules, table_rules, tables,
 };
 pub use expr::{Cmp, Expr, Verdict};
 pub use rule::{Addr, Field, Name, Rule};

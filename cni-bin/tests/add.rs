@@ -332,6 +332,25 @@ fn c54_dns_of_the_configuration_replaces_that_of_the_ipam_part() {
 }
 
 #[test]
+fn a_resolv_conf_that_never_ends_fails_the_add_and_does_not_keep_it() {
+    lab::enter();
+    sh("mkfifo /run/fifo");
+    sh("head -c 70000 /dev/zero >/run/large");
+    netns("c");
+    for (file, words) in [
+        ("/dev/zero", "it is not a file"),
+        ("/run/fifo", "it is not a file"),
+        ("/run/large", "larger than 65536 bytes"),
+        ("/run/none", "cannot read ipam.resolvConf /run/none"),
+    ] {
+        let conf = with(hand_conf(), json!({"ipam": {"subnet": "10.22.0.0/24", "resolvConf": file}}));
+        let error = Plat::call("ADD", "c", &conf).run().error(5);
+        assert!(error.contains(words), "{file}: {error}");
+    }
+    lab::assert_nothing_left();
+}
+
+#[test]
 fn c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default() {
     lab::enter();
     blocks(&["fd00:10:244:3::/64"]);

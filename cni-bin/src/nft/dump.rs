@@ -54,25 +54,31 @@ pub struct RuleInfo {
 
 /// All tables of all families.
 pub fn tables(socket: &mut Socket) -> Result<Vec<TableInfo>, Error> {
-    const FLAG_OWNER: u32 = 2;
     let get = Message::new(GET_TABLE, 0, &header(0), "list nftables tables");
-    socket.dump(&get, |received| {
-        let (family, attributes) = open(&received)?;
-        let name = attributes.find(1)?.text().into_owned();
-        let flags = attributes.find(2).and_then(|f| f.be32()).unwrap_or(0);
-        Some(TableInfo { table: Table { family, name }, has_owner: flags & FLAG_OWNER != 0 })
-    })
+    socket.dump(&get, |received| read_table(&received))
+}
+
+/// Reads an `NFT_MSG_NEWTABLE`. Pure.
+pub fn read_table(received: &Received<'_>) -> Option<TableInfo> {
+    const FLAG_OWNER: u32 = 2;
+    let (family, attributes) = open(received)?;
+    let name = attributes.find(1)?.text().into_owned();
+    let flags = attributes.find(2).and_then(|f| f.be32()).unwrap_or(0);
+    Some(TableInfo { table: Table { family, name }, has_owner: flags & FLAG_OWNER != 0 })
 }
 
 /// All chains of all tables.
 pub fn chains(socket: &mut Socket) -> Result<Vec<ChainInfo>, Error> {
     let get = Message::new(GET_CHAIN, 0, &header(0), "list nftables chains");
-    socket.dump(&get, |received| {
-        let (family, attributes) = open(&received)?;
-        let table = Table { family, name: attributes.find(1)?.text().into_owned() };
-        let name = attributes.find(3)?.text().into_owned();
-        Some(ChainInfo { table, name, hook: read_hook(&attributes) })
-    })
+    socket.dump(&get, |received| read_chain(&received))
+}
+
+/// Reads an `NFT_MSG_NEWCHAIN`. Pure.
+pub fn read_chain(received: &Received<'_>) -> Option<ChainInfo> {
+    let (family, attributes) = open(received)?;
+    let table = Table { family, name: attributes.find(1)?.text().into_owned() };
+    let name = attributes.find(3)?.text().into_owned();
+    Some(ChainInfo { table, name, hook: read_hook(&attributes) })
 }
 
 fn read_hook(chain: &Attributes<'_>) -> Option<HookInfo> {
@@ -107,17 +113,18 @@ fn get_rules(table: &Table, what: String) -> Message {
 }
 
 fn read_rules(socket: &mut Socket, get: &Message) -> Result<Vec<RuleInfo>, Error> {
-    let rules = socket.dump(get, |received| {
-        let (_, attributes) = open(&received)?;
-        let in_chain = attributes.find(2)?.text().into_owned();
-        Some(RuleInfo {
-            handle: attributes.find(3)?.be64()?,
-            expressions: attributes.find(4)?.nested().filter_map(Expr::decode).collect(),
-            comment: attributes.find(7).and_then(|u| read_comment(u.value)),
-            chain: in_chain,
-        })
-    });
-    or_empty(rules)
+    or_empty(socket.dump(get, |received| read_rule(&received)))
+}
+
+/// Reads an `NFT_MSG_NEWRULE`. Pure.
+pub fn read_rule(received: &Received<'_>) -> Option<RuleInfo> {
+    let (_, attributes) = open(received)?;
+    Some(RuleInfo {
+        chain: attributes.find(2)?.text().into_owned(),
+        handle: attributes.find(3)?.be64()?,
+        expressions: attributes.find(4)?.nested().filter_map(Expr::decode).collect(),
+        comment: attributes.find(7).and_then(|u| read_comment(u.value)),
+    })
 }
 
 fn read_comment(mut userdata: &[u8]) -> Option<String> {
@@ -167,7 +174,8 @@ fn get_elements(set: &Set, what: String) -> Message {
     get
 }
 
-fn read_elements(received: &Received<'_>) -> Option<Vec<Element>> {
+/// Reads the elements of an `NFT_MSG_NEWSETELEM`. Pure.
+pub fn read_elements(received: &Received<'_>) -> Option<Vec<Element>> {
     let (_, attributes) = open(received)?;
     Some(attributes.find(3)?.nested().filter_map(Element::decode).collect())
 }

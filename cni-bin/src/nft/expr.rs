@@ -246,7 +246,7 @@ impl Expr {
     }
 
     /// Writes the expression as one element of a list of expressions.
-    pub(super) fn encode(&self, message: &mut Message) {
+    pub fn encode(&self, message: &mut Message) {
         message.nest(LIST_ELEMENT, |m| {
             m.attr_str(EXPR_NAME, self.name());
             m.nest(EXPR_DATA, |m| self.encode_data(m));
@@ -351,7 +351,7 @@ impl Expr {
 
     /// Reads one element of a list of expressions. What is not exactly what [`Expr::encode`] would write
     /// (another register, another operation) comes back as [`Expr::Other`].
-    pub(super) fn decode(element: Attribute<'_>) -> Option<Expr> {
+    pub fn decode(element: Attribute<'_>) -> Option<Expr> {
         let expression = element.nested();
         let name = expression.find(EXPR_NAME)?.text().into_owned();
         let data = expression.find(EXPR_DATA);
