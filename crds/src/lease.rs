@@ -537,8 +537,8 @@ impl Lease {
         fields
     }
 
-    /// Reads the record of a slot whose entry is `entry`; `None` if the two do not fit or the record cannot
-    /// be read.
+    /// Reads the record of a slot whose entry is `entry`; `None` if the two do not fit, or if the record
+    /// cannot be read or could not be written again: a repair writes all that was read.
     pub fn decode(entry: &UsedEntry, record: &[u8]) -> Option<Lease> {
         let record = record.get(..RECORD_SIZE)?;
         if checksum(record) != entry.record {
@@ -554,7 +554,8 @@ impl Lease {
             lease.read_field(*kind, behind.get(..length)?)?;
             rest = behind.get(length..)?;
         }
-        (key_hash(&lease.container_id, &lease.ifname) == entry.key).then_some(lease)
+        let fits = key_hash(&lease.container_id, &lease.ifname) == entry.key;
+        (fits && lease.encode().is_ok()).then_some(lease)
     }
 
     fn read_field(&mut self, kind: u8, value: &[u8]) -> Option<()> {
@@ -746,6 +747,22 @@ mod tests {
                 "c".repeat(64)
             )
         );
+    }
+
+    #[test]
+    fn a_record_that_could_not_be_written_again_is_not_read() {
+        let address = [5, 6, 0, 0, 24, 10, 244, 3, 7];
+        for (fields, fits) in [
+            (vec![address.to_vec(); MAX_ADDRESSES], true),
+            (vec![address.to_vec(); MAX_ADDRESSES + 1], false),
+            // With what is absent here, and would be written, it is too long.
+            (vec![[vec![200, 0xf0, 3], vec![0; 0x3f0]].concat()], false),
+        ] {
+            let mut record = fields.concat();
+            record.resize(RECORD_SIZE, 0);
+            let entry = UsedEntry { key: key_hash("", ""), tags: [0; 4], record: checksum(&record) };
+            assert_eq!(Lease::decode(&entry, &record).is_some(), fits, "{fields:?}");
+        }
     }
 
     #[test]
