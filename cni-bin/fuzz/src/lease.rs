@@ -1,0 +1,89 @@
+//! The lease store's format: header, entries, records, cursors.
+
+use std::net::IpAddr;
+
+use plat_crds::lease::{
+    CURSOR_SIZE, ENTRY_SIZE, Entry, HEADER_SIZE, Header, HostVeth, Lease, LeasedAddress, NetnsId, Pool,
+    RECORD_SIZE, Since, UsedEntry, checksum, decode_cursor, encode_cursor, key_hash,
+};
+
+/// Any bytes are read or refused, as they are and with the checksum that belongs to them; what was read
+/// can be written and reads the same again.
+pub fn check(input: &[u8]) {
+    for header in [cut(input), sealed::<HEADER_SIZE>(input)] {
+        if let Ok(header) = Header::decode(&header) {
+            assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+    }
+    for entry in [cut(input), sealed::<ENTRY_SIZE>(input)] {
+        Entry::decode(&entry);
+    }
+    let cursor = sealed::<CURSOR_SIZE>(input);
+    let hash = u64::from_le_bytes(*cursor.first_chunk().unwrap());
+    if let Some(address) = decode_cursor(&cursor, hash) {
+        assert_eq!(decode_cursor(&encode_cursor(hash, address), hash), Some(address));
+    }
+    let mut record = [0; RECORD_SIZE];
+    record.iter_mut().zip(input).for_each(|(to, from)| *to = *from);
+    if let Some(lease) = Lease::decode(&entry_of(&record), &record) {
+        must_come_back(&lease);
+    }
+}
+
+/// Writes a lease and reads it again.
+fn must_come_back(lease: &Lease) {
+    let (entry, record) = lease.encode().unwrap_or_else(|e| panic!("{e}: {lease:?}"));
+    let Entry::Used(entry) = Entry::decode(&entry) else { panic!("{lease:?}") };
+    assert_eq!(Lease::decode(&entry, &record).as_ref(), Some(lease));
+    serde_json::to_string(lease).unwrap();
+}
+
+/// The first bytes, filled up with zeros.
+fn cut<const N: usize>(input: &[u8]) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.iter_mut().zip(input).for_each(|(to, from)| *to = *from);
+    bytes
+}
+
+/// The same with the checksum at its end that belongs to it.
+pub fn sealed<const N: usize>(input: &[u8]) -> [u8; N] {
+    let mut bytes = cut::<N>(input);
+    let (body, sum) = bytes.split_last_chunk_mut::<8>().unwrap();
+    *sum = checksum(body).to_le_bytes();
+    bytes
+}
+
+/// The entry that fits a record.
+pub fn entry_of(record: &[u8; RECORD_SIZE]) -> UsedEntry {
+    let text =
+        |kind| String::from_utf8(last_field(record, kind).unwrap_or_default().to_vec()).unwrap_or_default();
+    UsedEntry { key: key_hash(&text(1), &text(2)), tags: [0; 4], record: checksum(record) }
+}
+
+fn last_field(mut record: &[u8], wanted: u8) -> Option<&[u8]> {
+    let mut found = None;
+    while let [kind, low, high, rest @ ..] = record
+        && *kind != 0
+    {
+        let (value, behind) = rest.split_at_checked(u16::from_le_bytes([*low, *high]).into())?;
+        found = if *kind == wanted { Some(value) } else { found };
+        record = behind;
+    }
+    found
+}
+
+/// A lease of these addresses.
+pub fn of(container_id: &str, ifname: &str, addresses: &[IpAddr]) -> Lease {
+    let leased = |address: &IpAddr| LeasedAddress { address: *address, subnet_length: 24, masquerade: true };
+    Lease {
+        container_id: container_id.to_owned(),
+        ifname: ifname.to_owned(),
+        network: Some("plat".to_owned()),
+        pool: Pool::Blocks,
+        addresses: addresses.iter().map(leased).collect(),
+        veth: HostVeth { name: "plat0badcafe".to_owned(), index: 7 },
+        netns: Some(NetnsId { device: 4, inode: 4_026_532_409 }),
+        since: Since { boot_ms: 1234, unix_seconds: 1_790_000_000 },
+        other: vec![],
+    }
+}

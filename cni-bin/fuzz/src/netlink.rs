@@ -1,0 +1,49 @@
+//! rtnetlink messages: what one `recv` brings.
+
+use plat_cni::link::{Address, Route, new_address, new_route, read_address, read_link, read_route};
+use plat_cni::netlink::{Received, read_answer, split};
+use plat_crds::Family;
+
+/// Any bytes are read or passed over. An address or route that was read and is asked for again is the same.
+pub fn check(input: &[u8]) {
+    for received in split(input) {
+        read_answer(&received);
+        if let Some(link) = read_link(&received) {
+            assert!(!link.name.contains('\0') && !link.alias.unwrap_or_default().contains('\0'));
+        }
+        read_address(&received, Some(1));
+        if let Some(address) = read_address(&received, None) {
+            assert_eq!(address_again(&address), Some(address));
+        }
+        if let Some(route) = read_route(&received) {
+            let usual = as_asked_for(route);
+            assert_eq!(route_again(&usual), Some(usual));
+        }
+    }
+}
+
+/// A new address is always usable, and only an IPv4 one says so by silence.
+fn address_again(address: &Address) -> Option<Address> {
+    let bytes = new_address(address.link, address.net, address.protocol).encode().unwrap();
+    let read = reread(&bytes, |received| read_address(received, None))?;
+    assert!(!read.tentative);
+    Some(Address { tentative: address.tentative, ..read })
+}
+
+/// What a request cannot say: host bits in the destination, and scopes of IPv6.
+fn as_asked_for(route: Route) -> Route {
+    let scope = match Family::of(&route.destination.addr()) {
+        Family::IPv4 => route.scope,
+        Family::IPv6 => 0,
+    };
+    Route { scope, destination: route.destination.trunc(), ..route }
+}
+
+fn route_again(route: &Route) -> Option<Route> {
+    let bytes = new_route(route).encode().unwrap();
+    reread(&bytes, read_route)
+}
+
+fn reread<T>(bytes: &[u8], read: impl Fn(&Received<'_>) -> Option<T>) -> Option<T> {
+    split(bytes).next().and_then(|received| read(&received))
+}
