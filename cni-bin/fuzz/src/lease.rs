@@ -1,10 +1,11 @@
-//! The lease store's format: header, entries, records, cursors.
+//! A lease wherever it is written: header, entries, records and cursors of the store, alias of the link.
 
 use std::net::IpAddr;
 
+use plat_crds::alias::{self, Alias};
 use plat_crds::lease::{
-    CURSOR_SIZE, ENTRY_SIZE, Entry, HEADER_SIZE, Header, HostVeth, Lease, LeasedAddress, NetnsId, Pool,
-    RECORD_SIZE, Since, UsedEntry, checksum, decode_cursor, encode_cursor, key_hash,
+    CURSOR_SIZE, ENTRY_SIZE, Entry, Guard, GuardScope, HEADER_SIZE, Header, HostVeth, Lease, LeasedAddress,
+    NetnsId, Pool, RECORD_SIZE, Since, UsedEntry, checksum, decode_cursor, encode_cursor, key_hash,
 };
 
 /// Any bytes are read or refused, as they are and with the checksum that belongs to them; what was read
@@ -23,11 +24,30 @@ pub fn check(input: &[u8]) {
     if let Some(address) = decode_cursor(&cursor, hash) {
         assert_eq!(decode_cursor(&encode_cursor(hash, address), hash), Some(address));
     }
-    let mut record = [0; RECORD_SIZE];
-    record.iter_mut().zip(input).for_each(|(to, from)| *to = *from);
+    if let Some(alias) = std::str::from_utf8(input).ok().and_then(alias::parse) {
+        must_be_written_as(&alias);
+    }
+    let record = cut(input);
     if let Some(lease) = Lease::decode(&entry_of(&record), &record) {
         must_come_back(&lease);
     }
+}
+
+/// The lease that an alias proves has an alias that says the same.
+fn must_be_written_as(alias: &Alias<'_>) {
+    let Some(leased) = &alias.leased else { return };
+    let lease = Lease {
+        container_id: alias.container_id.to_owned(),
+        ifname: alias.ifname.to_owned(),
+        network: Some(leased.network.to_owned()),
+        pool: leased.pool,
+        addresses: leased.addresses.clone(),
+        ..Lease::default()
+    };
+    let again = alias::of(&lease);
+    let read = alias::parse(&again);
+    // An address may be written shorter than it is shown.
+    assert!(read.as_ref() == Some(alias) || again == alias::of(&Lease { network: None, ..lease }), "{again}");
 }
 
 /// Writes a lease and reads it again.
@@ -84,6 +104,7 @@ pub fn of(container_id: &str, ifname: &str, addresses: &[IpAddr]) -> Lease {
         veth: HostVeth { name: "plat0badcafe".to_owned(), index: 7 },
         netns: Some(NetnsId { device: 4, inode: 4_026_532_409 }),
         since: Since { boot_ms: 1234, unix_seconds: 1_790_000_000 },
-        other: vec![],
+        guard: Some(Guard { mac: [0x0a, 0x70, 10, 244, 3, 7], scope: GuardScope::Addresses }),
+        ..Lease::default()
     }
 }

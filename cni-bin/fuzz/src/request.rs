@@ -3,8 +3,8 @@
 use plat_cni::config::{Attachment, Network};
 use plat_cni::request::{Args, Container, Verb, is_name, read_container};
 use plat_cni::wire::host_name;
-use plat_crds::lease::{Entry, MAX_CONTAINER_ID};
-use plat_crds::names::{parse_veth_alias, veth_alias};
+use plat_crds::alias::{self, MAX_ALIAS};
+use plat_crds::lease::{Entry, Lease, MAX_CONTAINER_ID};
 
 use super::must_be_reportable;
 
@@ -35,15 +35,15 @@ pub fn check(input: &[u8]) {
 fn must_be_usable(container: &Container) {
     let Container { id, ifname, args, .. } = container;
     assert!(is_name(id) && id.len() <= MAX_CONTAINER_ID);
-    let alias = veth_alias(id, ifname);
-    assert_eq!(parse_veth_alias(&alias), Some((id.as_str(), ifname.as_str())));
-    assert!(alias.len() <= 255 && ifname.len() <= 15 && !ifname.contains(['\0', '/']));
+    assert!(ifname.len() <= 15 && !ifname.contains(['\0', '/']));
     assert!((0..3).all(|attempt| host_name(id, ifname, attempt).len() == 12));
 
-    let lease = super::lease::of(id, ifname, &[]);
+    let lease = super::lease::of(id, ifname, &[[10, 244, 3, 7].into()]);
+    let alias = alias::of(&lease);
+    assert!(alias.len() <= MAX_ALIAS && alias::is_of(&alias, id, ifname), "{alias}");
     let (entry, record) = lease.encode().unwrap();
     let Entry::Used(entry) = Entry::decode(&entry) else { panic!("{entry:?}") };
-    assert_eq!(plat_crds::lease::Lease::decode(&entry, &record), Some(lease));
+    assert_eq!(Lease::decode(&entry, &record), Some(lease));
 
     let written = format!("IP={};MAC={}", args.ips.join(","), args.mac.as_deref().unwrap_or_default());
     assert_eq!(Args::parse(&written), *args, "{written:?}");

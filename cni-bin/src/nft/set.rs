@@ -266,7 +266,7 @@ impl Element {
     }
 
     /// Reads one element of `NFTA_SET_ELEM_LIST_ELEMENTS`.
-    pub(super) fn decode(element: Attribute<'_>) -> Option<Element> {
+    pub fn decode(element: Attribute<'_>) -> Option<Element> {
         let element = element.nested();
         let key = element.find(ELEMENT_KEY)?.nested().find(DATA_VALUE)?.value.to_vec();
         let flags = element.find(ELEMENT_FLAGS).and_then(|f| f.be32()).unwrap_or(0);
@@ -281,7 +281,7 @@ impl Element {
     }
 
     /// Writes one element of `NFTA_SET_ELEM_LIST_ELEMENTS`.
-    pub(super) fn encode(&self, message: &mut Message) {
+    pub fn encode(&self, message: &mut Message) {
         message.nest(1, |m| {
             if self.ends_interval {
                 m.attr_be32(ELEMENT_FLAGS, ELEMENT_INTERVAL_END);
