@@ -301,6 +301,14 @@ mod tests {
     }
 
     #[test]
+    fn a_fraction_is_passed_on_to_its_last_digit() {
+        // Read the quick way, this one is off by one in its last place.
+        let json = parse("3.3333e62");
+        assert_eq!(parse(&serde_json::to_string(&json).unwrap()), json);
+        assert_eq!(serde_json::to_string(&json).unwrap(), "3.3333e+62");
+    }
+
+    #[test]
     fn deep_nesting_is_an_error_and_not_the_end_of_the_stack() {
         assert!(Json::parse("[".repeat(100_000).as_bytes()).is_err());
     }
