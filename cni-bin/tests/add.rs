@@ -371,7 +371,8 @@ fn a_link_too_narrow_for_ipv6_is_made_all_the_same() {
     lab::enter();
     let result = add("c", &with(hand_conf(), json!({"mtu": 1000})));
     let links = lab::json_of("ip -j link show type veth");
-    assert_eq!((&links[0]["mtu"], &links[0]["ifalias"]), (&json!(1000), &json!("plat c eth0")));
+    assert_eq!(links[0]["mtu"], 1000);
+    assert!(links[0]["ifalias"].as_str().unwrap().starts_with("plat c eth0"), "{links}");
     assert_eq!(links[0]["operstate"], "UP");
     assert_eq!(result["interfaces"][2]["mtu"], 1000);
     assert!(ping("c", "10.22.0.1"));
