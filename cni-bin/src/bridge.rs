@@ -237,6 +237,10 @@ pub fn add_subnet_gateway(
         deleted(socket.request(link::delete_address(bridge.index, conflict)))?;
     }
     created(socket.request(link::new_address(bridge.index, gateway, 0)))?;
+    // A bridge that someone made without saying a hardware address takes that of one of its ports, and another one
+    // when that port goes. As a gateway it must keep the one that it has.
+    let keep = LinkChange { mac: bridge.mac, ..LinkChange::default() };
+    socket.request(link::set_link(bridge.index, &bridge.name, &keep))?;
     Ok(())
 }
 

@@ -211,6 +211,8 @@ pub struct LinkChange<'a> {
     pub up: Option<bool>,
     /// Take all frames.
     pub promiscuous: Option<bool>,
+    /// Hardware address.
+    pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: Option<u32>,
     /// Alias; at most 255 bytes.
@@ -235,6 +237,9 @@ pub fn set_link(index: u32, name: &str, change: &LinkChange<'_>) -> Message {
     }
     let mut m =
         Message::new(RTM_NEWLINK, 0, &link_header(index, flags, mask), format!("configure link {name}"));
+    if let Some(mac) = change.mac {
+        m.attr(IFLA_ADDRESS, &mac.0);
+    }
     if let Some(mtu) = change.mtu {
         m.attr_u32(IFLA_MTU, mtu);
     }

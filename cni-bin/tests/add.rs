@@ -413,6 +413,22 @@ fn c57_the_bridge_keeps_its_hardware_address() {
 }
 
 #[test]
+fn c57_so_does_one_that_was_there_before_us() {
+    lab::enter();
+    sh("ip link add cni0 type bridge; ip link set cni0 up");
+    let mac = || lab::json_of("ip -j link show cni0")[0]["address"].clone();
+    let first = mac();
+    for id in ["a", "b"] {
+        add(id, &hand_conf());
+        assert_eq!(mac(), first);
+    }
+    for id in ["a", "b"] {
+        Plat::call("DEL", id, &hand_conf()).run().silent();
+        assert_eq!(mac(), first);
+    }
+}
+
+#[test]
 fn c58_an_address_on_the_bridge_that_contradicts_is_an_error_or_replaced() {
     lab::enter();
     sh("ip link add cni0 type bridge; ip addr add 10.99.0.1/24 dev cni0");
