@@ -4,13 +4,14 @@
 use std::net::IpAddr;
 
 use plat_crds::Block;
-use plat_crds::lease::{HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
+use plat_crds::lease::{Guard, HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
 
 use crate::add::Done;
 use crate::boot::{boot_ms, since_now};
 use crate::call::Call;
 use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
 use crate::error::{Code, Error};
+use crate::mac::Mac;
 use crate::netns::Netns;
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
@@ -49,7 +50,8 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
         IpamKind::Delegated(plugin) => from_delegate(call, conf, &plugin, netns.id(), done),
         IpamKind::None => {
             // Without an address there still is a link, which DEL finds by the lease.
-            let lease = blank_lease(call, netns.id(), Pool::Delegated);
+            let mut lease = blank_lease(call, netns.id(), Pool::Delegated);
+            lease.guard = guard(conf, &lease);
             let held = record(call, lease, done)?;
             Ok(given(PodNet::default(), Style::Subnet, held))
         }
@@ -86,7 +88,8 @@ fn from_delegate(
         masquerade: conf.bridge.ip_masq,
     };
     let addresses = net.ips.iter().map(leased).collect();
-    let lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
+    let mut lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
+    lease.guard = guard(conf, &lease);
     let held = record(call, lease, done)?;
     Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, held) })
 }
@@ -114,6 +117,7 @@ fn reserve(
         masquerade: conf.bridge.ip_masq,
     };
     lease.addresses = chosen.iter().map(leased).collect();
+    lease.guard = guard(conf, &lease);
     let slot = store.insert(&survey, &lease)?;
     for (set, picked) in (0..).zip(&chosen).filter(|(_, c)| !c.requested) {
         // A lost cursor costs only the order in which addresses come back; the lease stands.
@@ -139,6 +143,14 @@ fn refuse_second(survey: &Survey, lease: &Lease) -> Result<(), Error> {
     }
     let msg = format!("container {} already has a lease for {}", lease.container_id, lease.ifname);
     Err(Error::because(Code::Exists, msg, "a DEL must come before another ADD"))
+}
+
+/// What the pod of that lease is held to.
+fn guard(conf: &Attachment, lease: &Lease) -> Option<Guard> {
+    let scope = conf.guard?;
+    let first = lease.addresses.first().map(|leased| leased.address);
+    let (_, Mac(mac)) = wire::macs(&lease.container_id, &lease.ifname, first, conf.requested_mac);
+    Some(Guard { mac, scope })
 }
 
 fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {

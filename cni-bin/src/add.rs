@@ -43,10 +43,13 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     let attached = attach::attach(call, &conf, &given, &netns, done)?;
     fail::point("attached")?;
     given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
+    // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
     pods::add(&given.held.lease)?;
     fail::point("rules")?;
+    attach::raise(call, &conf, &given, &netns, &attached.host)?;
+    fail::point("raised")?;
     acquire::confirm(call, &given.held)?;
-    attach::await_port(call, &attached.host)?;
+    attach::await_use(call, &conf, &netns, &attached.host)?;
     fail::point("confirm")?;
     describe(call, conf, given, &attached).render(call.network.version)
 }

@@ -4,8 +4,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use plat_crds::alias;
-use plat_crds::lease::Lease;
+use plat_crds::lease::{GuardScope, Lease};
+use plat_crds::{Family, alias};
 use rustix::io::Errno;
 
 use crate::acquire::Given;
@@ -42,8 +42,11 @@ pub struct Attached {
 /// How long to wait for the bridge to serve the pod's port, and how often to look.
 const PORT_PATIENCE: Duration = Duration::from_secs(2);
 const PORT_PAUSE: Duration = Duration::from_micros(500);
+/// The same for duplicate address detection, which takes a second or two.
+const DUPLICATES_PATIENCE: Duration = Duration::from_secs(5);
+const DUPLICATES_PAUSE: Duration = Duration::from_millis(10);
 
-/// Connects the pod's namespace with the bridge and gives its interface what was acquired.
+/// Connects the pod's namespace with the bridge. The pod's end of the link is still down.
 pub fn attach(
     call: &mut Call,
     conf: &Attachment,
@@ -57,7 +60,6 @@ pub fn attach(
     fail::point("link")?;
     mark_link(call, conf, &given.held.lease, &attached.host)?;
     fail::point("alias")?;
-    configure_pod(call, conf, given, netns, &attached.host)?;
     Ok(attached)
 }
 
@@ -104,7 +106,8 @@ fn make_link(
     done: &mut Done,
 ) -> Result<Attached, Error> {
     let container = call.container.clone();
-    let (host_mac, pod_mac) = wire::macs(&container.id, &container.ifname, &given.net, conf.requested_mac);
+    let first = given.held.lease.addresses.first().map(|leased| leased.address);
+    let (host_mac, pod_mac) = wire::macs(&container.id, &container.ifname, first, conf.requested_mac);
     for attempt in 0..NAME_TRIES {
         let name = wire::host_name(&container.id, &container.ifname, attempt);
         let veth = NewVeth {
@@ -154,6 +157,7 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
     let mark = LinkChange {
         alias: Some(&alias),
         hairpin: conf.bridge.hairpin.then_some(true),
+        isolated: conf.bridge.isolated.then_some(true),
         ..LinkChange::default()
     };
     // The port of a bridge has no use for an address of its own, and a DEL would wait for the end of it: for
@@ -174,28 +178,35 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
     Ok(Sysctls::default().set(&format!("ipv6/conf/{}/accept_ra", host.name), "0")?)
 }
 
-/// Sysctls, then link up, limit, addresses and routes: one visit to the pod's namespace, one exchange with its
-/// side of the kernel.
-fn configure_pod(
-    call: &Call,
-    conf: &Attachment,
-    given: &Given,
-    netns: &Netns,
-    host: &Link,
-) -> Result<(), Error> {
+/// Gives the pod's end of the link what was acquired. Sysctls, then link up, limit, addresses and routes: one
+/// visit to the pod's namespace, one exchange with its side of the kernel.
+pub fn raise(call: &Call, conf: &Attachment, given: &Given, netns: &Netns, host: &Link) -> Result<(), Error> {
     let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
     let ifname = &call.container.ifname;
-    let sysctls = wire::pod_sysctls(ifname, &given.net, given.style);
+    let sysctls = wire::pod_sysctls(ifname, &given.net, given.style, &conf.bridge);
     let mut pod = netns.inside(|| {
         for (key, value) in &sysctls {
             Sysctls::default().set(key, value)?;
         }
         Ok(Socket::open(Protocol::Route)?)
     })?;
+    if conf.bridge.pod_down {
+        return Ok(());
+    }
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
-    let mut messages = vec![link::set_link(peer, ifname, &up)];
+    let mut messages = Vec::new();
+    if conf.guard == Some(GuardScope::Addresses) && given.net.has(Family::IPv6) {
+        // The link-local address that anti-spoofing lets pass is the one that follows from the hardware
+        // address. A namespace may come with another mode (net.core.devconf_inherit_init_net).
+        let plain = LinkChange { link_local: Some(true), ..LinkChange::default() };
+        messages.push(link::set_link(peer, ifname, &plain));
+    }
+    messages.push(link::set_link(peer, ifname, &up));
     messages.extend(bandwidth::hold_back(conf.bandwidth.egress, peer, ifname, host.mtu));
-    messages.extend(given.net.ips.iter().map(|ip| link::new_address(peer, ip.address, 0)));
+    messages.extend(given.net.ips.iter().map(|ip| match conf.bridge.tests_duplicates {
+        false => link::new_address(peer, ip.address, 0),
+        true => link::plain_address(peer, ip.address),
+    }));
     let routes = given.net.kernel_routes(peer);
     let routes_start = messages.len();
     messages.extend(routes.iter().map(link::new_route));
@@ -222,10 +233,46 @@ fn accept_routes(routes: &[Route], outcomes: Vec<Result<(), netlink::Error>>) ->
     Ok(())
 }
 
+/// Waits until the pod can use its link, so that its first packet is not lost.
+pub fn await_use(call: &mut Call, conf: &Attachment, netns: &Netns, host: &Link) -> Result<(), Error> {
+    if conf.bridge.pod_down {
+        return Ok(());
+    }
+    await_port(call, host)?;
+    if conf.bridge.tests_duplicates { await_addresses(call, netns, host) } else { Ok(()) }
+}
+
+/// Waits until duplicate address detection is through with the pod's IPv6 addresses.
+fn await_addresses(call: &Call, netns: &Netns, host: &Link) -> Result<(), Error> {
+    let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
+    let ifname = &call.container.ifname;
+    let mut pod = netns.inside(|| Ok(Socket::open(Protocol::Route)?))?;
+    let deadline = Instant::now() + DUPLICATES_PATIENCE;
+    loop {
+        let addresses = link::addresses(&mut pod, peer)?;
+        if let Some(taken) = addresses.iter().find(|a| a.duplicate) {
+            let msg = format!("address {} of {ifname} is in use by another on the link", taken.net.addr());
+            return Err(Error::because(
+                Code::AddressUnavailable,
+                msg,
+                "duplicate address detection (enabledad)",
+            ));
+        }
+        let Some(waiting) = addresses.iter().find(|a| a.tentative) else { return Ok(()) };
+        if Instant::now() >= deadline {
+            let msg =
+                format!("address {} of {ifname} is still being tested for duplicates", waiting.net.addr());
+            let why = format!("waited {} s (enabledad)", DUPLICATES_PATIENCE.as_secs());
+            return Err(Error::because(Code::Kernel, msg, why));
+        }
+        std::thread::sleep(DUPLICATES_PAUSE);
+    }
+}
+
 /// Waits until the bridge serves the pod's port, so that the pod's first packet is not lost. The kernel
 /// looks at a new link's carrier in its own time, usually before we are here; on a machine that is busy with
 /// links it can take longer. A bridge that does not get there (spanning tree) is not waited for forever.
-pub fn await_port(call: &mut Call, host: &Link) -> Result<(), Error> {
+fn await_port(call: &mut Call, host: &Link) -> Result<(), Error> {
     let deadline = Instant::now() + PORT_PATIENCE;
     loop {
         let port = link::link_by_index(call.host(), host.index)?.ok_or_else(|| vanished(&host.name))?;

@@ -109,8 +109,9 @@ pub fn ensure(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result
     Ok(bridge)
 }
 
-/// Finds the bridge, or makes it with its gateways. One that is there is left as it is, but for being
-/// raised if it is down: it may carry other pods.
+/// Finds the bridge, or makes it with its gateways. One that is there is left as it is, as it may carry
+/// other pods, but for two things: it is raised if it is down, and learns nothing from frames that go past
+/// anti-spoofing ([`Link::learns_from_reserved`]).
 pub fn open(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result<Bridge, Error> {
     if let Some(found) = link::link_by_name(socket, spec.name)? {
         return adopt(socket, found);
@@ -137,10 +138,19 @@ fn adopt(socket: &mut Socket, found: Link) -> Result<Bridge, Error> {
         return Err(Error::NotABridge { name: found.name, kind: found.kind });
     }
     let mut repaired = Vec::new();
-    if !found.up {
-        let change = LinkChange { up: Some(true), ..LinkChange::default() };
+    if !found.up || found.learns_from_reserved {
+        let change = LinkChange {
+            up: Some(true),
+            ignore_reserved: found.learns_from_reserved,
+            ..LinkChange::default()
+        };
         socket.request(link::set_link(found.index, &found.name, &change))?;
+    }
+    if !found.up {
         repaired.push(format!("raised bridge {}", found.name));
+    }
+    if found.learns_from_reserved {
+        repaired.push(format!("kept bridge {} from learning by reserved addresses", found.name));
     }
     Ok(Bridge { index: found.index, name: found.name, mac: found.mac, mtu: found.mtu, repaired })
 }
@@ -258,7 +268,7 @@ mod tests {
     use super::*;
 
     fn address(text: &str, protocol: u8) -> Address {
-        Address { link: 3, net: text.parse().unwrap(), tentative: false, protocol }
+        Address { link: 3, net: text.parse().unwrap(), tentative: false, duplicate: false, protocol }
     }
 
     #[test]

@@ -82,6 +82,8 @@ fn check_host_end(call: &mut Call, conf: &Attachment, lease: &Lease) -> Result<L
         "is not a port of the bridge"
     } else if conf.bridge.hairpin && !link.hairpin {
         "is not in hairpin mode"
+    } else if conf.bridge.isolated && !link.isolated {
+        "is not an isolated port"
     } else if !bridge.up {
         return Err(failed(&format!("bridge {} is down", bridge.name)));
     } else {
@@ -109,7 +111,7 @@ fn check_pod(
     if let Some(problem) = interface.and_then(|listed| interface_problem(&link, listed)) {
         return Err(failed(&format!("interface {ifname} {problem}")));
     }
-    if !link.up {
+    if !link.up && !conf.bridge.pod_down {
         return Err(failed(&format!("interface {ifname} is down")));
     }
     if let Some(problem) = bandwidth::problem(&mut pod, conf.bandwidth.egress, link.index, ifname)? {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use plat_crds::lease::MAX_NETWORK_NAME;
+use plat_crds::lease::{GuardScope, MAX_NETWORK_NAME};
 use plat_crds::names;
 
 use crate::bandwidth::Bandwidth;
@@ -160,6 +160,8 @@ fn ipam_kind(ipam: &Json, from_runtime: &Json) -> Result<IpamKind, Error> {
 pub struct Attachment {
     /// The bridge and how the pod hangs on it.
     pub bridge: BridgeConf,
+    /// What the pod's packets must come from (`antiSpoofing`, `macspoofchk`); `None`: anything.
+    pub guard: Option<GuardScope>,
     /// The ranges to lease from; empty unless [`IpamKind::Ranges`].
     pub ranges: Vec<RangeSet>,
     /// Routes for the pod.
@@ -196,6 +198,12 @@ pub struct BridgeConf {
     pub hairpin: bool,
     /// `promiscMode`
     pub promiscuous: bool,
+    /// `enabledad`: IPv6 addresses are tested for duplicates before they are used
+    pub tests_duplicates: bool,
+    /// `portIsolation`
+    pub isolated: bool,
+    /// `disableContainerInterface`: the pod's interface stays down
+    pub pod_down: bool,
 }
 
 /// A route of `ipam.routes`, or of a result.
@@ -283,8 +291,14 @@ impl Attachment {
         };
         let routes = ipam.get("routes").list("ipam.routes")?;
         let resolv_conf = ipam.get("resolvConf").text("ipam.resolvConf")?;
+        let bridge = BridgeConf::parse(json)?;
+        if bridge.pod_down && network.ipam != IpamKind::None {
+            let why = "an interface that stays down has no addresses";
+            return Err(Error::because(Code::Config, "disableContainerInterface cannot go with ipam", why));
+        }
         Ok(Attachment {
-            bridge: BridgeConf::parse(json)?,
+            bridge,
+            guard: guard(json, &network.ipam)?,
             ranges,
             routes: routes.iter().map(|r| parse_route(r, "ipam.routes")).collect::<Result<_, _>>()?,
             dns,
@@ -318,6 +332,9 @@ impl BridgeConf {
             mtu,
             hairpin: flag("hairpinMode")?,
             promiscuous: flag("promiscMode")?,
+            tests_duplicates: flag("enabledad")?,
+            isolated: flag("portIsolation")?,
+            pod_down: flag("disableContainerInterface")?,
         };
         if conf.hairpin && conf.promiscuous {
             let msg = "hairpinMode and promiscMode cannot both be true";
@@ -325,6 +342,20 @@ impl BridgeConf {
         }
         Ok(conf)
     }
+}
+
+/// What is checked of a pod's packets: with the node's blocks all, unless `antiSpoofing` says otherwise; by
+/// hand what is asked for.
+fn guard(json: &Json, ipam: &IpamKind) -> Result<Option<GuardScope>, Error> {
+    let asked = json.get("antiSpoofing");
+    let addresses = if asked.is_null() { *ipam == IpamKind::Blocks } else { asked.bool("antiSpoofing")? };
+    if addresses && *ipam == IpamKind::None {
+        let why = "without ipam a pod has no addresses; macspoofchk keeps it to its hardware address";
+        return Err(Error::because(Code::Config, "antiSpoofing needs ipam", why));
+    }
+    let hardware = json.get("macspoofchk").bool("macspoofchk")?;
+    let scopes = [(addresses, GuardScope::Addresses), (hardware, GuardScope::Hardware)];
+    Ok(scopes.into_iter().find_map(|(wanted, scope)| wanted.then_some(scope)))
 }
 
 /// Reads a route of a configuration or a result.

@@ -119,9 +119,10 @@ fn is_link_local(address: &IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plat_crds::lease::{Guard, GuardScope};
 
     fn address(text: &str) -> Address {
-        Address { link: 2, net: text.parse().unwrap(), tentative: false, protocol: 0 }
+        Address { link: 2, net: text.parse().unwrap(), tentative: false, duplicate: false, protocol: 0 }
     }
 
     fn prove(alias: &str, behind: &[Address], known: &Known) -> Option<Lease> {
@@ -137,10 +138,15 @@ mod tests {
     #[test]
     fn the_alias_proves_the_lease_whatever_a_pod_does_at_its_end() {
         let alias = "plat c1 eth0 net blocks 10.244.3.7/24 fd00::7/64";
-        let known = Known { masqueraded: ["10.244.3.7".parse().unwrap()].into() };
+        let guard = Guard { mac: [2, 0, 0, 0, 0, 7], scope: GuardScope::Addresses };
+        let known = Known {
+            masqueraded: ["10.244.3.7".parse().unwrap()].into(),
+            guarded: [("platab".to_owned(), guard)].into(),
+        };
         let lease = prove(alias, &[], &known).unwrap();
         assert_eq!((lease.container_id.as_str(), lease.ifname.as_str()), ("c1", "eth0"));
         assert_eq!(texts(&lease), ["10.244.3.7/24 true", "fd00::7/64 false"]);
+        assert_eq!(lease.guard, Some(guard));
         assert_eq!((lease.network.as_deref(), lease.pool, lease.veth.index), (Some("net"), Pool::Blocks, 9));
         assert_eq!(prove(alias, &[address("10.244.3.9/32")], &known).unwrap().addresses, lease.addresses);
     }

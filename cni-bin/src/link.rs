@@ -37,11 +37,16 @@ const IFLA_NUM_RX_QUEUES: u16 = 32;
 const IFLA_LINK_NETNSID: u16 = 37;
 const INFO_KIND: u16 = 1;
 const INFO_DATA: u16 = 2;
+/// `br_boolopt_multi`: values, and which of them are meant.
+const BRIDGE_OPTIONS: u16 = 46;
+/// `BR_BOOLOPT_NO_LL_LEARN`
+const NO_RESERVED_LEARNING: u32 = 1;
 const INFO_SLAVE_KIND: u16 = 4;
 const INFO_SLAVE_DATA: u16 = 5;
 const VETH_PEER: u16 = 1;
 const PORT_STATE: u16 = 1;
 const PORT_HAIRPIN: u16 = 4;
+const PORT_ISOLATED: u16 = 33;
 const PORT_FORWARDING: u8 = 3;
 const INET6_ADDR_GEN_MODE: u16 = 8;
 const ADDR_GEN_EUI64: u8 = 0;
@@ -111,6 +116,12 @@ pub struct Link {
     pub alias: Option<String>,
     /// Whether the bridge sends frames back out of this port.
     pub hairpin: bool,
+    /// As a bridge: whether a frame to an address that IEEE 802.1D reserves (`01:80:c2:00:00:0x`) tells it
+    /// on which port the frame's source is. Such frames go past nftables, so anyone could take another's
+    /// frames by them. `false` for what is no bridge.
+    pub learns_from_reserved: bool,
+    /// Whether this port exchanges nothing with other isolated ports.
+    pub isolated: bool,
     /// Whether the bridge takes frames from this port and sends others out of it.
     pub forwarding: bool,
 }
@@ -138,7 +149,8 @@ fn link_header(index: u32, flags: u32, change: u32) -> Vec<u8> {
     header
 }
 
-/// Makes a bridge, up, with this hardware address. A bridge whose address was set takes no port's.
+/// Makes a bridge, up, with this hardware address. A bridge whose address was set takes no port's. It learns
+/// nothing from frames to reserved addresses: see [`Link::learns_from_reserved`].
 pub fn new_bridge(name: &str, mac: Mac, mtu: Option<u32>) -> Message {
     let what = format!("create bridge {name}");
     let mut m = Message::new(RTM_NEWLINK, CREATE | EXCL, &link_header(0, IFF_UP, IFF_UP), what);
@@ -148,8 +160,15 @@ pub fn new_bridge(name: &str, mac: Mac, mtu: Option<u32>) -> Message {
     }
     m.nest(IFLA_LINKINFO, |m| {
         m.attr(INFO_KIND, b"bridge");
+        ignore_reserved(m);
     });
     m
+}
+
+fn ignore_reserved(info: &mut Message) {
+    info.nest(INFO_DATA, |m| {
+        m.attr(BRIDGE_OPTIONS, &[NO_RESERVED_LEARNING.to_ne_bytes(); 2].concat());
+    });
 }
 
 /// A pod's link: both ends with all that can be said at once.
@@ -219,8 +238,12 @@ pub struct LinkChange<'a> {
     pub alias: Option<&'a str>,
     /// Make it a port of that bridge.
     pub bridge: Option<u32>,
+    /// As a bridge: learn nothing from frames to reserved addresses ([`Link::learns_from_reserved`]).
+    pub ignore_reserved: bool,
     /// As a bridge port: send frames back out of this port.
     pub hairpin: Option<bool>,
+    /// As a bridge port: exchange nothing with other isolated ports.
+    pub isolated: Option<bool>,
     /// Whether the kernel gives it an IPv6 link-local address when it comes up. An error `EAFNOSUPPORT` if the
     /// link, or the kernel, has no IPv6.
     pub link_local: Option<bool>,
@@ -256,10 +279,21 @@ pub fn set_link(index: u32, name: &str, change: &LinkChange<'_>) -> Message {
             });
         });
     }
-    if let Some(hairpin) = change.hairpin {
+    if change.ignore_reserved {
+        m.nest(IFLA_LINKINFO, |m| {
+            m.attr(INFO_KIND, b"bridge");
+            ignore_reserved(m);
+        });
+    }
+    let port = [(PORT_HAIRPIN, change.hairpin), (PORT_ISOLATED, change.isolated)];
+    if port.iter().any(|(_, on)| on.is_some()) {
         m.nest(IFLA_LINKINFO, |m| {
             m.attr(INFO_SLAVE_KIND, b"bridge").nest(INFO_SLAVE_DATA, |m| {
-                m.attr_u8(PORT_HAIRPIN, u8::from(hairpin));
+                for (kind, on) in port {
+                    if let Some(on) = on {
+                        m.attr_u8(kind, u8::from(on));
+                    }
+                }
             });
         });
     }
@@ -330,10 +364,17 @@ pub fn read_link(received: &Received<'_>) -> Option<Link> {
             IFLA_LINKINFO => {
                 let info = attribute.nested();
                 link.kind = info.find(INFO_KIND).map(|k| k.text().into_owned());
+                if link.kind.as_deref() == Some("bridge") {
+                    let options = info.find(INFO_DATA).and_then(|d| d.nested().find(BRIDGE_OPTIONS));
+                    // Kernels before 4.20 have no such option: nothing to be done there.
+                    let values = options.and_then(|o| o.value.first_chunk().copied()).map(u32::from_ne_bytes);
+                    link.learns_from_reserved = values.is_some_and(|v| v & NO_RESERVED_LEARNING == 0);
+                }
                 if info.find(INFO_SLAVE_KIND).is_some_and(|k| k.text() == "bridge") {
                     let port = info.find(INFO_SLAVE_DATA).map(|d| d.nested());
                     let byte = |kind| port.as_ref().and_then(|p| p.find(kind)?.u8());
                     link.hairpin = byte(PORT_HAIRPIN) == Some(1);
+                    link.isolated = byte(PORT_ISOLATED) == Some(1);
                     link.forwarding = byte(PORT_STATE) == Some(PORT_FORWARDING);
                 }
             }
@@ -352,6 +393,8 @@ pub struct Address {
     pub net: IpNet,
     /// It cannot be used yet, or at all: duplicate address detection is running or has failed.
     pub tentative: bool,
+    /// Duplicate address detection has failed: somebody else on the link has it.
+    pub duplicate: bool,
     /// Who put it there (`IFA_PROTO`, kernel 5.18); 0 if unknown.
     pub protocol: u8,
 }
@@ -366,6 +409,19 @@ fn address_header(family: u8, prefix_length: u8, flags: u8, scope: u8, link: u32
 /// Adds an address. An IPv6 one can be used at once, without duplicate address detection: the lease has
 /// made sure that it is the only one. An error `EEXIST` if the link has it.
 pub fn new_address(link: u32, net: IpNet, protocol: u8) -> Message {
+    let mut m = plain_address(link, net);
+    if net.addr().is_ipv6() {
+        m.attr_u32(IFA_FLAGS, IFA_F_NODAD);
+    }
+    if protocol != 0 {
+        m.attr_u8(IFA_PROTO, protocol);
+    }
+    m
+}
+
+/// Adds an address as an administrator would: an IPv6 one can be used when duplicate address detection is
+/// through with it, if that is on for the link.
+pub fn plain_address(link: u32, net: IpNet) -> Message {
     let family = Family::of(&net.addr());
     let header = address_header(family_number(family), net.prefix_len(), 0, SCOPE_GLOBAL, link);
     let mut m = Message::new(RTM_NEWADDR, CREATE | EXCL, &header, format!("add address {net}"));
@@ -374,13 +430,7 @@ pub fn new_address(link: u32, net: IpNet, protocol: u8) -> Message {
         IpNet::V4(v4) if v4.prefix_len() < 31 => {
             m.attr(IFA_BROADCAST, &v4.broadcast().octets());
         }
-        IpNet::V4(_) => {}
-        IpNet::V6(_) => {
-            m.attr_u32(IFA_FLAGS, IFA_F_NODAD);
-        }
-    }
-    if protocol != 0 {
-        m.attr_u8(IFA_PROTO, protocol);
+        IpNet::V4(_) | IpNet::V6(_) => {}
     }
     m
 }
@@ -431,6 +481,7 @@ pub fn read_address(received: &Received<'_>, netns: Option<u32>) -> Option<Addre
         link: u32::from_ne_bytes(index.try_into().ok()?),
         net: IpNet::new(read_ip(*family, own.value)?, *prefix_length).ok()?,
         tentative: flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) != 0,
+        duplicate: flags & IFA_F_DADFAILED != 0,
         protocol: attributes.find(IFA_PROTO).and_then(|p| p.u8()).unwrap_or(0),
     })
 }

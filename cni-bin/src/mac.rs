@@ -1,7 +1,7 @@
 //! Hardware addresses, and how ours are chosen.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
 use plat_crds::lease::checksum;
@@ -57,6 +57,21 @@ impl Mac {
     }
 }
 
+impl Mac {
+    /// The link-local IPv6 address that the kernel makes from it (modified EUI-64, RFC 4291 appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+    }
+
+    /// The hardware address that such a link-local address was made from; `None` if it was not.
+    pub fn of_link_local(address: Ipv6Addr) -> Option<Mac> {
+        let [_, _, _, _, _, _, _, _, a, b, c, _, _, d, e, f] = address.octets();
+        let mac = Mac([a ^ 2, b, c, d, e, f]);
+        (mac.link_local() == address).then_some(mac)
+    }
+}
+
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
@@ -105,6 +120,16 @@ mod tests {
             "ä:70:0a:f4:03:07",
         ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_local_address_follows_from_the_hardware_address_and_back() {
+        let mac: Mac = "0a:70:0a:f4:03:07".parse().unwrap();
+        assert_eq!(mac.link_local().to_string(), "fe80::870:aff:fef4:307");
+        assert_eq!(Mac::of_link_local(mac.link_local()), Some(mac));
+        for other in ["fe80::1", "fd00::870:aff:fef4:307", "::"] {
+            assert_eq!(Mac::of_link_local(other.parse().unwrap()), None, "{other}");
         }
     }
 

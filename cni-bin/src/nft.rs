@@ -51,6 +51,8 @@ pub use set::{Element, KeyType, Set};
 
 /// Priority `dstnat` of a base chain.
 pub const DSTNAT: i32 = -100;
+/// Priority `dstnat` of a base chain of a bridge table: first of all.
+pub const BRIDGE_DSTNAT: i32 = -300;
 /// Priority `filter` of a base chain.
 pub const FILTER: i32 = 0;
 /// Priority `srcnat` of a base chain.

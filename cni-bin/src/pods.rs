@@ -9,17 +9,19 @@
 //! | module | what for |
 //! |---|---|
 //! | [`masq`] | masquerade of networks configured by hand |
+//! | [`spoof`] | a pod sends from its own addresses only |
 //!
 //! The lease store's lock orders it all: elements are added after their lease is recorded, and taken away
 //! under the lock in which the lease ends ([`crate::acquire::release`]). So [`restore`], which holds the
 //! lock too, never writes an element whose lease is about to go.
 
 pub mod masq;
+pub mod spoof;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
-use plat_crds::lease::Lease;
+use plat_crds::lease::{Guard, Lease};
 use rustix::io::Errno;
 
 use crate::netlink::{Error, Protocol, Socket};
@@ -57,7 +59,10 @@ struct Part {
     scaffold: fn(&[&Lease]) -> Scaffold,
 }
 
-const PARTS: [Part; 1] = [Part { pieces: masq::pieces, scaffold: masq::scaffold }];
+const PARTS: [Part; 2] = [
+    Part { pieces: masq::pieces, scaffold: masq::scaffold },
+    Part { pieces: spoof::pieces, scaffold: spoof::scaffold },
+];
 
 fn pieces(lease: &Lease) -> Vec<Piece> {
     PARTS.iter().flat_map(|part| (part.pieces)(lease)).filter(|piece| !piece.elements.is_empty()).collect()
@@ -264,6 +269,7 @@ fn rewrite(socket: &mut Socket, scaffold: &Scaffold, pieces: &[Piece]) -> Result
 #[derive(Clone, Debug, Default)]
 pub struct Known {
     pub(crate) masqueraded: HashSet<IpAddr>,
+    pub(crate) guarded: HashMap<String, Guard>,
 }
 
 impl Known {
@@ -271,13 +277,14 @@ impl Known {
     pub fn read() -> Known {
         let read = || -> Result<Known, Error> {
             let mut socket = Socket::open(Protocol::Netfilter)?;
-            Ok(Known { masqueraded: masq::members(&mut socket)? })
+            Ok(Known { masqueraded: masq::members(&mut socket)?, guarded: spoof::members(&mut socket)? })
         };
         read().unwrap_or_default()
     }
 
-    /// Writes into a lease what the tables say about its addresses.
+    /// Writes into a lease what the tables say about its addresses and its link.
     pub fn tell(&self, lease: &mut Lease) {
+        lease.guard = self.guarded.get(&lease.veth.name).copied();
         for leased in &mut lease.addresses {
             leased.masquerade = self.masqueraded.contains(&leased.address);
         }

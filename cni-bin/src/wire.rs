@@ -142,7 +142,12 @@ fn first_host(address: IpNet) -> Option<IpAddr> {
 }
 
 /// The sysctls of a pod's link, as files below `/proc/sys/net` in the pod's namespace.
-pub fn pod_sysctls(ifname: &str, net: &PodNet, style: Style) -> Vec<(String, &'static str)> {
+pub fn pod_sysctls(
+    ifname: &str,
+    net: &PodNet,
+    style: Style,
+    conf: &BridgeConf,
+) -> Vec<(String, &'static str)> {
     let mut sysctls = Vec::new();
     let mut set = |key: String, value| sysctls.push((key, value));
     // Another pod on the bridge must not be able to give this one a default route.
@@ -151,8 +156,13 @@ pub fn pod_sysctls(ifname: &str, net: &PodNet, style: Style) -> Vec<(String, &'s
         // Runtimes switch IPv6 off by default in namespaces they make.
         set("ipv6/conf/lo/disable_ipv6".to_owned(), "0");
         set(format!("ipv6/conf/{ifname}/disable_ipv6"), "0");
-        // The lease has made sure that the address is the only one: it can be used at once.
-        set(format!("ipv6/conf/{ifname}/accept_dad"), "0");
+        if conf.tests_duplicates {
+            set(format!("ipv6/conf/{ifname}/accept_dad"), "1");
+            set(format!("ipv6/conf/{ifname}/enhanced_dad"), "1");
+        } else {
+            // The lease has made sure that the address is the only one: it can be used at once.
+            set(format!("ipv6/conf/{ifname}/accept_dad"), "0");
+        }
     }
     if style == Style::Host {
         // The host sees that a packet for another pod leaves by the bridge it came from, and tells the
@@ -167,17 +177,20 @@ pub fn pod_sysctls(ifname: &str, net: &PodNet, style: Style) -> Vec<(String, &'s
     sysctls
 }
 
+/// What the names of pods' links on the host begin with.
+pub const HOST_PREFIX: &str = "plat";
+
 /// The name of a pod's link on the host. It follows from container and interface, so that a DEL finds the
 /// link without a lease; `attempt` gives another one when something has the name.
 pub fn host_name(container_id: &str, ifname: &str, attempt: u32) -> String {
     let hash = key_hash(container_id, ifname).wrapping_add(u64::from(attempt).wrapping_mul(0x9e37_79b9));
-    format!("plat{:08x}", hash & u64::from(u32::MAX))
+    format!("{HOST_PREFIX}{:08x}", hash & u64::from(u32::MAX))
 }
 
 /// The hardware addresses of a pod's link: the host's end and the pod's. Both follow from the first
 /// address, or, without one, from container and interface.
-pub fn macs(container_id: &str, ifname: &str, net: &PodNet, requested: Option<Mac>) -> (Mac, Mac) {
-    let address = net.ips.first().map(|ip| ip.address.addr()).unwrap_or_else(|| {
+pub fn macs(container_id: &str, ifname: &str, first: Option<IpAddr>, requested: Option<Mac>) -> (Mac, Mac) {
+    let address = first.unwrap_or_else(|| {
         let [_, _, _, _, a, b, c, d] = key_hash(container_id, ifname).to_be_bytes();
         IpAddr::from([a, b, c, d])
     });
@@ -199,7 +212,22 @@ mod tests {
             mtu: None,
             hairpin: false,
             promiscuous: false,
+            tests_duplicates: false,
+            isolated: false,
+            pod_down: false,
         }
+    }
+
+    #[test]
+    fn duplicates_are_tested_for_only_if_that_is_asked_for() {
+        let net = PodNet::leased(&pods(), Style::Subnet, &conf(false), &[]);
+        let dad = |tests_duplicates| {
+            let conf = BridgeConf { tests_duplicates, ..conf(false) };
+            let of_dad = |(key, value): (String, &'static str)| key.ends_with("_dad").then_some(value);
+            pod_sysctls("eth0", &net, Style::Subnet, &conf).into_iter().filter_map(of_dad).collect::<Vec<_>>()
+        };
+        assert_eq!(dad(false), ["0"]);
+        assert_eq!(dad(true), ["1", "1"]);
     }
 
     fn chosen(address: &str, block: &str) -> Chosen {
@@ -261,10 +289,11 @@ mod tests {
     #[test]
     fn redirects_are_refused_where_all_must_pass_the_host() {
         let net = PodNet::leased(&pods(), Style::Host, &conf(false), &[]);
-        let keys: Vec<String> = pod_sysctls("eth0", &net, Style::Host).into_iter().map(|(k, _)| k).collect();
+        let keys: Vec<String> =
+            pod_sysctls("eth0", &net, Style::Host, &conf(false)).into_iter().map(|(k, _)| k).collect();
         assert!(keys.contains(&"ipv4/conf/all/accept_redirects".to_owned()), "{keys:?}");
         assert!(keys.contains(&"ipv6/conf/eth0/accept_redirects".to_owned()), "{keys:?}");
-        let by_hand = pod_sysctls("eth0", &net, Style::Subnet);
+        let by_hand = pod_sysctls("eth0", &net, Style::Subnet, &conf(false));
         assert!(!by_hand.iter().any(|(k, _)| k.contains("redirects")), "{by_hand:?}");
     }
 

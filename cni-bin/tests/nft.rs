@@ -225,10 +225,16 @@ fn maps_and_concatenations_list_as_what_they_are() {
     let ports =
         Set::map(&table, "ports", &[KeyType::Protocol, KeyType::Port], &[KeyType::Ipv4, KeyType::Port]);
     let macs = Set::of(&table, "macs", &[KeyType::Interface, KeyType::Ether]);
+    let links = Set::of(&table, "links", &[KeyType::Interface]);
     let mut batch = Batch::new();
     batch.add_table(&table);
     batch.add_set(&ports);
     batch.add_set(&macs);
+    batch.add_set(&links);
+    let targets = Set::of(&table, "targets", &[KeyType::Interface, KeyType::Transport(8, 16)]);
+    batch.add_set(&targets);
+    batch.add_elements(&targets, &[Element::key(&[&Element::interface("eth2"), &[0xfd; 16]])]);
+    batch.add_elements(&links, &[Element::key(&[&Element::interface("eth1")])]);
     batch.add_elements(
         &ports,
         &[Element::key(&[&[6], &8080u16.to_be_bytes()]).value(&[&[10, 1, 0, 2], &80u16.to_be_bytes()])],
@@ -239,6 +245,9 @@ fn maps_and_concatenations_list_as_what_they_are() {
     assert!(text.contains("type inet_proto . inet_service : ipv4_addr . inet_service"), "{text}");
     assert!(text.contains("tcp . 8080 : 10.1.0.2 . 80"), "{text}");
     assert!(text.contains("\"eth0\" . 02:00:00:00:00:01"), "{text}");
+    assert!(text.contains("{ \"eth1\" }"), "{text}");
+    assert!(text.contains("typeof iifname . @th,64,128"), "{text}");
+    assert!(text.contains(&format!("\"eth2\" . 0x{}", "fd".repeat(16))), "{text}");
 }
 
 #[test]

@@ -434,8 +434,7 @@ fn options_that_are_not_implemented_are_refused_by_name_before_anything_is_done(
     for (key, value) in [
         ("vlan", json!(100)),
         ("vlanTrunk", json!([{"id": 1}])),
-        ("macspoofchk", json!(true)),
-        ("portIsolation", json!(true)),
+        ("preserveDefaultVlan", json!(true)),
         ("ipMasqBackend", json!("iptables")),
     ] {
         let error = Plat::call("ADD", "c", &with(cluster_conf(), json!({key: value}))).run().error(2);

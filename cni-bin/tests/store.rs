@@ -277,15 +277,7 @@ fn the_masquerade_of_all_leases_can_be_written_again_after_a_flush() {
         "true",
     ] {
         sh(damage);
-        let boot = BootId::read().unwrap();
-        let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
-        let store = Store::at(FILE.as_ref());
-        let mut locked = store
-            .lock(&boot, Duration::from_secs(5), plat_cni::store::Missing::Leave, &mut kernel)
-            .unwrap()
-            .unwrap();
-        let leases: Vec<_> = locked.leases().unwrap().into_iter().map(|held| held.lease).collect();
-        plat_cni::pods::restore(leases.iter()).unwrap();
+        lab::restore();
         assert_eq!(sh("nft list ruleset"), before, "{damage}");
     }
 }

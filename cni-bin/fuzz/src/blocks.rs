@@ -61,7 +61,7 @@ fn must_be_wired(chosen: &[Chosen]) {
             let bytes = plat_cni::link::new_route(&route).encode().unwrap();
             super::netlink::check(&bytes);
         }
-        pod_sysctls("eth0", &net, style);
+        pod_sysctls("eth0", &net, style, &conf.bridge);
         let PodNet { ips, routes } = net;
         reply::must_come_back(&Reply { ips, routes, ..Reply::default() });
     }

@@ -68,8 +68,6 @@ pub enum Field {
     Dport,
     /// `ip6 length`: what follows the IPv6 header, in bytes
     Ip6Length,
-    /// `icmpv6 type`
-    Icmpv6Type,
     /// Bytes of the transport header: offset, length.
     Transport(u32, u32),
 }
@@ -92,7 +90,6 @@ impl Field {
             Field::L4proto => (Expr::Meta { key: expr::META_L4PROTO }, 1),
             Field::Dport => payload(expr::BASE_TRANSPORT, 2, 2),
             Field::Ip6Length => payload(expr::BASE_NETWORK, 4, 2),
-            Field::Icmpv6Type => payload(expr::BASE_TRANSPORT, 0, 1),
             Field::Transport(offset, length) => payload(expr::BASE_TRANSPORT, offset, length),
         }
     }
@@ -121,7 +118,6 @@ impl Field {
             Field::L4proto => "meta l4proto".to_owned(),
             Field::Dport => "th dport".to_owned(),
             Field::Ip6Length => "ip6 length".to_owned(),
-            Field::Icmpv6Type => "icmpv6 type".to_owned(),
             Field::Transport(offset, length) => format!("@th,{},{}", offset * 8, length * 8),
         }
     }
@@ -228,6 +224,14 @@ impl Rule {
         self.compare(Field::EtherType, Cmp::Eq, &0x0806u16.to_be_bytes())
             .compare(Field::ArpHeader, Cmp::Eq, &[0, 1, 8, 0, 6, 4])
             .say("arp htype 1 arp ptype ip arp hlen 6 arp plen 4")
+    }
+
+    /// `icmpv6 type …`: an ICMPv6 message of that type, which nft shows so, behind whatever extension headers.
+    pub fn icmpv6_type(self, number: u8, shown: &str) -> Rule {
+        const ICMPV6: u8 = 58;
+        self.compare(Field::L4proto, Cmp::Eq, &[ICMPV6])
+            .compare(Field::Transport(0, 1), Cmp::Eq, &[number])
+            .say(&format!("icmpv6 type {shown}"))
     }
 
     /// `… . … @set`: these fields together are in the set.

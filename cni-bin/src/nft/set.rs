@@ -37,6 +37,9 @@ pub enum KeyType {
     Port,
     /// `ifname`
     Interface,
+    /// Bytes of the transport header that nft has no name for: offset, length. To be used behind
+    /// [`KeyType::Interface`]; nft shows the two as `typeof iifname . @th,…`.
+    Transport(u32, u32),
 }
 
 impl KeyType {
@@ -48,6 +51,7 @@ impl KeyType {
             KeyType::Protocol => 12,
             KeyType::Port => 13,
             KeyType::Interface => 41,
+            KeyType::Transport(..) => 4,
         }
     }
 
@@ -58,6 +62,7 @@ impl KeyType {
             KeyType::Ether => 6,
             KeyType::Protocol => 1,
             KeyType::Port => 2,
+            KeyType::Transport(_, length) => length,
         }
     }
 
@@ -78,7 +83,7 @@ impl KeyType {
             (KeyType::Ipv4 | KeyType::Ipv6, _) => {
                 to_address(bytes).map_or_else(|| hex(""), |a| a.to_string())
             }
-            (KeyType::Protocol | KeyType::Port, _) => hex(""),
+            (KeyType::Protocol | KeyType::Port | KeyType::Transport(..), _) => hex(""),
         }
     }
 
@@ -179,6 +184,9 @@ impl Set {
                 message.attr_be32(6, kind).attr_be32(7, length);
             }
         }
+        if let Some(notes) = notes_for_nft(&self.key) {
+            message.attr(13, &notes);
+        }
         if self.key.len() > 1 {
             // NFTA_SET_DESC with the length of each part, which the kernel wants for concatenations.
             message.nest(9, |m| {
@@ -191,6 +199,35 @@ impl Set {
                 });
             });
         }
+    }
+}
+
+/// What the kernel keeps for nft alone (`NFTA_SET_USERDATA`), where nft cannot read a set without: fields of
+/// type, length and value, numbers in the machine's byte order, numbered as in nftables' own source
+/// (`NFTNL_UDATA_SET_*`, `enum expr_types`, `enum nft_meta_keys`).
+fn notes_for_nft(key: &[KeyType]) -> Option<Vec<u8>> {
+    const BYTE_ORDER: u8 = 0;
+    const TYPE_OF: u8 = 3;
+    let field = |kind: u8, value: &[u8]| {
+        let length = u8::try_from(value.len()).unwrap_or(u8::MAX);
+        [&[kind, length], value].concat()
+    };
+    let number = |kind: u8, value: u32| field(kind, &value.to_ne_bytes());
+    // An expression: its kind, and what it is of.
+    let expression = |kind: u32, data: &[Vec<u8>]| [number(0, kind), field(1, &data.concat())].concat();
+    match *key {
+        // A name is no number in network byte order.
+        [KeyType::Interface] => Some(number(BYTE_ORDER, 1)),
+        [KeyType::Interface, KeyType::Transport(offset, length)] => {
+            let (meta, payload, concatenation) = (9, 7, 13);
+            let iifname = expression(meta, &[number(0, super::expr::META_IIFNAME)]);
+            // No protocol and no field of it, base 3 (transport header), offset and length in bits.
+            let raw = [(0, 0), (1, 0), (2, 3), (3, offset * 8), (4, length * 8)];
+            let raw = expression(payload, &raw.map(|(kind, value)| number(kind, value)));
+            let both = expression(concatenation, &[field(0, &iifname), field(1, &raw)]);
+            Some([number(BYTE_ORDER, 0), field(TYPE_OF, &both)].concat())
+        }
+        _ => None,
     }
 }
 

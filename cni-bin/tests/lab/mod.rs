@@ -8,6 +8,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here fails the test")]
 
+pub mod frames;
 pub mod network;
 pub mod traffic;
 
@@ -17,6 +18,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use plat_cni::boot::BootId;
+use plat_cni::kernel::HostKernel;
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::store::{Missing, Store};
 use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
@@ -310,12 +315,31 @@ pub fn masqueraded() -> Vec<String> {
         .collect()
 }
 
-/// Fails the test if anything of a pod is left: link, lease, masquerade.
+/// Brings the pods' tables to what the leases say, as the agent does.
+pub fn restore() {
+    let boot = BootId::read().unwrap();
+    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
+    let store = Store::at("/run/plat/leases".as_ref());
+    let locked = store.lock(&boot, Duration::from_secs(5), Missing::Leave, &mut kernel).unwrap();
+    let leases = locked.unwrap().leases().unwrap();
+    plat_cni::pods::restore(leases.iter().map(|held| &held.lease)).unwrap();
+}
+
+/// Elements of all sets and maps of the pods' tables, as `set: [elements]`.
+pub fn pod_elements() -> Vec<String> {
+    let ruleset = json_of("nft -j list ruleset");
+    let objects = ruleset["nftables"].as_array().cloned().unwrap_or_default();
+    let sets = objects.iter().filter_map(|o| o.get("set").or_else(|| o.get("map")));
+    let of_pods = sets.filter(|set| set["table"] == "plat-pods" && set["elem"].is_array());
+    of_pods.map(|set| format!("{} {}: {}", set["family"], set["name"], set["elem"])).collect()
+}
+
+/// Fails the test if anything of a pod is left: link, lease, element.
 #[track_caller]
 pub fn assert_nothing_left() {
     assert_eq!(host_links(), Vec::<String>::new(), "links");
     assert_eq!(leases(), Vec::<Value>::new(), "leases");
-    assert_eq!(masqueraded(), Vec::<String>::new(), "masquerade");
+    assert_eq!(pod_elements(), Vec::<String>::new(), "elements");
 }
 
 /// Pings from a container; whether one of ten was answered. (A busy machine may lose the first to the other
