@@ -29,12 +29,16 @@ pub struct PlatPlugin {
     pub bridge: String,
     /// Folder of `blocks.json` and `leases`, as the node (not the agent's container) sees it.
     pub run_dir: String,
+    /// Capabilities of the runtime that our plugin has itself (CNI conventions), such as `bandwidth`.
+    pub capabilities: Vec<String>,
 }
 
 impl Conflist {
     /// The conflist of a node; `chained` are whole plugin objects to put behind ours. `spec_1_1` says
     /// whether every chained plugin supports spec 1.1.0.
     pub fn new(plugin: &PlatPlugin, chained: Vec<serde_json::Value>, spec_1_1: bool) -> Conflist {
+        let capabilities: serde_json::Map<String, serde_json::Value> =
+            plugin.capabilities.iter().map(|name| (name.clone(), true.into())).collect();
         let ours = serde_json::json!({
             "type": CNI_TYPE,
             "bridge": plugin.bridge,
@@ -42,6 +46,7 @@ impl Conflist {
             // With bridge-nf-call-iptables=1 a Service's translation happens inside the bridge, which then must
             // send a pod's packet back to the port it came from when the pod is its own backend.
             "hairpinMode": true,
+            "capabilities": capabilities,
             "ipam": {"type": CNI_TYPE},
         });
         let mut cni_versions = vec!["1.0.0".to_owned()];
@@ -64,12 +69,17 @@ mod tests {
 
     #[test]
     fn version_1_1_is_offered_only_when_the_whole_chain_has_it() {
-        let plugin = PlatPlugin { bridge: "cni0".into(), run_dir: "/run/plat".into() };
+        let plugin = PlatPlugin {
+            bridge: "cni0".into(),
+            run_dir: "/run/plat".into(),
+            capabilities: vec!["bandwidth".into()],
+        };
         let portmap = serde_json::json!({"type": "portmap", "capabilities": {"portMappings": true}});
         let list = Conflist::new(&plugin, vec![portmap.clone()], false);
         assert_eq!(list.cni_versions, ["1.0.0"]);
         assert_eq!(list.plugins[0]["ipam"]["type"], "plat");
         assert_eq!(list.plugins[0]["hairpinMode"], true);
+        assert_eq!(list.plugins[0]["capabilities"], serde_json::json!({"bandwidth": true}));
         assert_eq!(list.plugins[1], portmap);
         assert_eq!(Conflist::new(&plugin, vec![], true).cni_versions, ["1.0.0", "1.1.0"]);
     }

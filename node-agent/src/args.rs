@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
 
+use crate::conf::Provider;
 use crate::selftest::Selftest;
 
 /// Plat's node agent: keeps this node's routes, masquerade, forwarding and CNI configuration as the
@@ -51,6 +52,9 @@ pub struct Run {
     /// Without them such a policy cuts pods off.
     #[arg(long, env = "PLAT_ADMIT_FORWARD", default_value_t = true, action = ArgAction::Set)]
     pub admit_forward: bool,
+    /// Who limits the bandwidth of pods (annotations kubernetes.io/ingress-bandwidth and egress-bandwidth).
+    #[arg(long, env = "PLAT_BANDWIDTH", value_enum, default_value = "plat")]
+    pub bandwidth: Provider,
     /// How long routes stay whose objects are missing without having been released, in seconds.
     #[arg(long, env = "PLAT_HOLD_SECONDS", default_value_t = 300)]
     pub hold_seconds: u64,

@@ -9,13 +9,33 @@ use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
 use plat_crds::cni_conf::{Conflist, PlatPlugin};
 use plat_crds::names::CONFLIST_FILE;
 
-/// The CNI type of the plugin that opens host ports.
-pub const PORTMAP: &str = "portmap";
-
-/// What the node has of the portmap plugin.
+/// A capability of the container runtime (CNI conventions), and the reference plugin that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Portmap {
-    /// Nothing: pods with `hostPort` get none.
+pub struct Feature {
+    /// Name of the capability.
+    pub capability: &'static str,
+    /// CNI type of the reference plugin.
+    pub plugin: &'static str,
+}
+
+/// Ports of the node that lead to pods.
+pub const HOST_PORTS: Feature = Feature { capability: "portMappings", plugin: "portmap" };
+/// Limits of what pods receive and send.
+pub const BANDWIDTH: Feature = Feature { capability: "bandwidth", plugin: "bandwidth" };
+
+/// Who provides a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Provider {
+    /// Plat's own CNI binary.
+    Plat,
+    /// The reference plugin behind it, where the node has it.
+    Chained,
+}
+
+/// What the node has of a plugin of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Installed {
+    /// Nothing: pods do not get what it provides.
     Absent,
     /// It is there, but does not surely speak CNI spec 1.1.0.
     Spec10,
@@ -23,13 +43,13 @@ pub enum Portmap {
     Spec11,
 }
 
-/// The text of the conflist.
-pub fn conflist(plugin: &PlatPlugin, portmap: Portmap) -> String {
-    let chained = match portmap {
-        Portmap::Absent => vec![],
-        _ => vec![serde_json::json!({"type": PORTMAP, "capabilities": {"portMappings": true}})],
-    };
-    let list = Conflist::new(plugin, chained, portmap != Portmap::Spec10);
+/// The text of the conflist. `chain` are the plugins behind ours, and what the node has of them.
+pub fn conflist(plugin: &PlatPlugin, chain: &[(Feature, Installed)]) -> String {
+    let present = || chain.iter().filter(|(_, installed)| *installed != Installed::Absent);
+    let object = |feature: &Feature| serde_json::json!({"type": feature.plugin, "capabilities": {feature.capability: true}});
+    let chained = present().map(|(feature, _)| object(feature)).collect();
+    let spec_1_1 = present().all(|(_, installed)| *installed == Installed::Spec11);
+    let list = Conflist::new(plugin, chained, spec_1_1);
     // A struct of strings and JSON values always has a text.
     let mut text = serde_json::to_string_pretty(&list).unwrap_or_default();
     text.push('\n');
@@ -112,24 +132,32 @@ mod tests {
     use super::*;
 
     fn plugin() -> PlatPlugin {
-        PlatPlugin { bridge: "cni0".into(), run_dir: "/run/plat".into() }
+        PlatPlugin {
+            bridge: "cni0".into(),
+            run_dir: "/run/plat".into(),
+            capabilities: vec![BANDWIDTH.capability.into()],
+        }
     }
 
     #[test]
-    fn the_conflist_chains_portmap_if_there_is_one_and_offers_what_all_speak() {
-        let read = |portmap| serde_json::from_str::<Conflist>(&conflist(&plugin(), portmap)).unwrap();
-        let types = |list: &Conflist| list.plugins.iter().map(|p| p["type"].clone()).collect::<Vec<_>>();
-        let alone = read(Portmap::Absent);
-        assert_eq!(
-            (types(&alone), alone.cni_versions),
-            (vec!["plat".into()], vec!["1.0.0".into(), "1.1.0".into()])
-        );
-        let old = read(Portmap::Spec10);
-        assert_eq!(
-            (types(&old), old.cni_versions),
-            (vec!["plat".into(), "portmap".into()], vec!["1.0.0".into()])
-        );
-        assert_eq!(read(Portmap::Spec11).cni_versions, ["1.0.0", "1.1.0"]);
+    fn the_conflist_chains_what_there_is_and_offers_what_all_speak() {
+        let read = |portmap, bandwidth| {
+            let text = conflist(&plugin(), &[(HOST_PORTS, portmap), (BANDWIDTH, bandwidth)]);
+            let list: Conflist = serde_json::from_str(&text).unwrap();
+            let types: Vec<String> =
+                list.plugins.iter().map(|p| p["type"].as_str().unwrap().to_owned()).collect();
+            (types.join(" "), list.cni_versions.join(" "))
+        };
+        use Installed::*;
+        for (portmap, bandwidth, types, versions) in [
+            (Absent, Absent, "plat", "1.0.0 1.1.0"),
+            (Spec10, Absent, "plat portmap", "1.0.0"),
+            (Spec11, Absent, "plat portmap", "1.0.0 1.1.0"),
+            (Spec11, Spec10, "plat portmap bandwidth", "1.0.0"),
+            (Absent, Spec11, "plat bandwidth", "1.0.0 1.1.0"),
+        ] {
+            assert_eq!(read(portmap, bandwidth), (types.to_owned(), versions.to_owned()));
+        }
     }
 
     #[test]
@@ -137,7 +165,7 @@ mod tests {
         // As values: the order of keys depends on the features that serde_json is built with.
         let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
         let golden = value(include_str!("../tests/golden/05-plat.conflist"));
-        assert_eq!(value(&conflist(&plugin(), Portmap::Spec11)), golden);
+        assert_eq!(value(&conflist(&plugin(), &[(HOST_PORTS, Installed::Spec11)])), golden);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The node's files: CNI binary, blocks file, conflist; and what else is in their folders.
 
+use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, MAP_FILE, SYSCTLS_FILE};
 
-use crate::conf::{self, PORTMAP, Portmap};
+use crate::conf::{self, BANDWIDTH, Feature, HOST_PORTS, Installed};
 use crate::folder::{self, Folder};
 use crate::kernel::events::{self, WatchedFolder};
 
@@ -71,7 +72,8 @@ pub struct Files {
     plugin: PathBuf,
     /// The binary in the image and the installed one, when they were last found equal.
     equal: Option<(Stamp, Stamp)>,
-    portmap: Option<(Stamp, Portmap)>,
+    /// The plugins of others that were asked for their versions.
+    asked: BTreeMap<&'static str, (Stamp, Installed)>,
 }
 
 impl Files {
@@ -83,7 +85,7 @@ impl Files {
             run: Folder::new(run),
             plugin: plugin.to_owned(),
             equal: None,
-            portmap: None,
+            asked: BTreeMap::new(),
         }
     }
 
@@ -94,7 +96,7 @@ impl Files {
             self.conf.path(),
             self.bin.path(),
             self.run.path(),
-            &[CNI_TYPE, PORTMAP],
+            &[CNI_TYPE, HOST_PORTS.plugin, BANDWIDTH.plugin],
             &ours_in_run,
         )
     }
@@ -113,22 +115,22 @@ impl Files {
         Ok(written)
     }
 
-    /// What the node has of portmap. It is run once for each version of the file, without input and with a
-    /// time limit; any failure means the older CNI spec.
-    pub fn portmap(&mut self) -> Portmap {
-        let path = self.bin.path().join(PORTMAP);
-        let Ok(meta) = fs::metadata(&path) else { return Portmap::Absent };
+    /// What the node has of the reference plugin for a feature. It is run once for each version of the file,
+    /// without input and with a time limit; any failure means the older CNI spec.
+    pub fn installed(&mut self, feature: Feature) -> Installed {
+        let path = self.bin.path().join(feature.plugin);
+        let Ok(meta) = fs::metadata(&path) else { return Installed::Absent };
         let stamp = Stamp::read(&meta);
         if !meta.is_file() || stamp.mode & 0o111 == 0 {
-            return Portmap::Absent;
+            return Installed::Absent;
         }
-        match self.portmap {
-            Some((seen, portmap)) if seen == stamp => portmap,
+        match self.asked.get(feature.plugin) {
+            Some((seen, installed)) if *seen == stamp => *installed,
             _ => {
                 let answer = versions_of(&path).unwrap_or_default();
-                let portmap = if conf::speaks_1_1(&answer) { Portmap::Spec11 } else { Portmap::Spec10 };
-                self.portmap = Some((stamp, portmap));
-                portmap
+                let installed = if conf::speaks_1_1(&answer) { Installed::Spec11 } else { Installed::Spec10 };
+                self.asked.insert(feature.plugin, (stamp, installed));
+                installed
             }
         }
     }
@@ -198,12 +200,12 @@ mod tests {
     }
 
     impl Node {
-        fn portmap(&mut self, script: &str) -> Portmap {
+        fn portmap(&mut self, script: &str) -> Installed {
             let path = self.root.path().join("bin/portmap");
             let _ = fs::remove_file(&path);
             fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-            self.files.portmap()
+            self.files.installed(HOST_PORTS)
         }
     }
 
@@ -236,21 +238,21 @@ mod tests {
     #[test]
     fn portmap_is_asked_for_its_versions_and_doubted_on_any_failure() {
         let mut node = node();
-        assert_eq!(node.files.portmap(), Portmap::Absent);
+        assert_eq!(node.files.installed(HOST_PORTS), Installed::Absent);
         let answer = r#"echo '{"cniVersion":"1.1.0","supportedVersions":["1.0.0","1.1.0"]}'"#;
-        assert_eq!(node.portmap(&format!("test \"$CNI_COMMAND\" = VERSION && {answer}")), Portmap::Spec11);
+        assert_eq!(node.portmap(&format!("test \"$CNI_COMMAND\" = VERSION && {answer}")), Installed::Spec11);
         for doubt in ["exit 1", "echo no JSON", "head -c 100000 /dev/zero", r#"kill -9 $$"#] {
-            assert_eq!(node.portmap(doubt), Portmap::Spec10, "{doubt}");
+            assert_eq!(node.portmap(doubt), Installed::Spec10, "{doubt}");
         }
         fs::set_permissions(node.root.path().join("bin/portmap"), fs::Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(node.files.portmap(), Portmap::Absent, "not executable");
+        assert_eq!(node.files.installed(HOST_PORTS), Installed::Absent, "not executable");
     }
 
     #[test]
     fn a_plugin_that_hangs_is_ended() {
         let mut node = node();
         let before = Instant::now();
-        assert_eq!(node.portmap("exec sleep 60"), Portmap::Spec10);
+        assert_eq!(node.portmap("exec sleep 60"), Installed::Spec10);
         assert!(before.elapsed() < Duration::from_secs(30));
     }
 }

@@ -16,6 +16,7 @@ use plat_crds::names::{SYSCTLS_FILE, UNREACHABLE_METRIC};
 use crate::apply::{self, Done, Kernel, Outcome};
 use crate::beliefs::Beliefs;
 use crate::closing::{self, Closing, Evidence, Trials};
+use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
 use crate::fabric::{Admit, Desired, Observed, RouteKey, TableState};
@@ -45,6 +46,8 @@ pub struct Settings {
     pub sysctl_dir: PathBuf,
     /// `/proc/net` of the node.
     pub proc_net: PathBuf,
+    /// Who limits the bandwidth of pods.
+    pub bandwidth: Provider,
     /// How long unconfirmed withdrawals wait.
     pub hold: Duration,
     /// Addresses by which the API server is reached, and of resolvers.

@@ -8,7 +8,7 @@ use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE};
 use plat_cni::boot;
 
 use crate::apply::{Done, Outcome, Part};
-use crate::conf::{self, Lease, PORTMAP, Portmap};
+use crate::conf::{self, BANDWIDTH, Feature, HOST_PORTS, Installed, Lease, Provider};
 use crate::fabric::Target;
 use crate::files::{self, Files};
 use crate::folder::{self, Folder};
@@ -23,6 +23,10 @@ pub struct Outlet {
     files: Files,
     node: String,
     plugin: PlatPlugin,
+    /// What plugins behind ours provide.
+    behind: Vec<Feature>,
+    /// Those of them that the last conflist names.
+    chained: Vec<String>,
     boot_id: String,
     /// The lease that an earlier life left.
     former: Lease,
@@ -36,6 +40,11 @@ impl Outlet {
     pub fn open(settings: &Settings, boot_id: &str) -> Outlet {
         let files = Files::new(&settings.conf_dir, &settings.bin_dir, &settings.run_dir, &settings.plugin);
         let text = files.run.get(BLOCKS_FILE).ok().flatten().unwrap_or_default();
+        let providers = [(HOST_PORTS, Provider::Chained), (BANDWIDTH, settings.bandwidth)];
+        let by = |provider| {
+            let wanted = providers.iter().filter(move |(_, by)| *by == provider);
+            wanted.map(|(feature, _)| *feature)
+        };
         Outlet {
             former: Lease::of_file(&text, boot_id).unwrap_or_default(),
             files,
@@ -43,7 +52,10 @@ impl Outlet {
             plugin: PlatPlugin {
                 bridge: settings.me.bridge.clone(),
                 run_dir: settings.run_dir.to_string_lossy().into_owned(),
+                capabilities: by(Provider::Plat).map(|feature| feature.capability.to_owned()).collect(),
             },
+            behind: by(Provider::Chained).collect(),
+            chained: Vec::new(),
             boot_id: boot_id.to_owned(),
             plugin_done: false,
             blocks_done: None,
@@ -68,8 +80,7 @@ impl Outlet {
 
     /// Plugins behind ours in the conflist.
     pub fn chained(&self) -> Vec<String> {
-        let chained = self.conflist_done.as_ref().is_some_and(|text| text.contains(PORTMAP));
-        if chained { vec![PORTMAP.to_owned()] } else { Vec::new() }
+        self.chained.clone()
     }
 
     /// Until when new addresses may be leased: `seconds` from the last contact, or what an earlier life of
@@ -119,11 +130,12 @@ impl Outlet {
         if lease.until_boot_ms == 0 {
             return Ok(CniState::Unconfirmed);
         }
-        let portmap = self.files.portmap();
-        if let Err(error) = self.write_conflist(portmap, outcome) {
+        let chain: Vec<(Feature, Installed)> =
+            self.behind.iter().map(|feature| (*feature, self.files.installed(*feature))).collect();
+        if let Err(error) = self.write_conflist(&chain, outcome) {
             return Ok(CniState::ConflistNotWritten(words(error)?));
         }
-        Ok(self.state(portmap, lease))
+        Ok(self.state(&chain, lease))
     }
 
     fn install_plugin(&mut self, outcome: &mut Outcome) -> Result<(), files::Error> {
@@ -152,26 +164,36 @@ impl Outlet {
         Ok(())
     }
 
-    fn write_conflist(&mut self, portmap: Portmap, outcome: &mut Outcome) -> Result<(), folder::Error> {
+    fn write_conflist(
+        &mut self,
+        chain: &[(Feature, Installed)],
+        outcome: &mut Outcome,
+    ) -> Result<(), folder::Error> {
         if differs(&self.files.conf, CONFLIST_FILE, self.conflist_done.as_ref())? {
             outcome.repaired(Repair::Conflist, place(&self.files.conf, CONFLIST_FILE));
         }
-        let text = conf::conflist(&self.plugin, portmap);
+        let text = conf::conflist(&self.plugin, chain);
         self.files.write_conflist(&text)?;
         self.conflist_done = Some(text);
+        let present = chain.iter().filter(|(_, installed)| *installed != Installed::Absent);
+        self.chained = present.map(|(feature, _)| feature.plugin.to_owned()).collect();
         Ok(())
     }
 
-    fn state(&self, portmap: Portmap, lease: &Lease) -> CniState {
+    fn state(&self, chain: &[(Feature, Installed)], lease: &Lease) -> CniState {
         if let Some(by) = conf::shadowing(&self.files.confs()) {
             return CniState::Shadowed(by.clone());
         }
         if boot::boot_ms() > lease.until_boot_ms {
             return CniState::LeaseExpired(lease.last_contact.clone());
         }
-        match portmap {
-            Portmap::Absent => CniState::WithoutPortmap,
-            Portmap::Spec10 | Portmap::Spec11 => CniState::Installed,
+        let lacks = |feature| chain.contains(&(feature, Installed::Absent));
+        if lacks(HOST_PORTS) {
+            CniState::WithoutPortmap
+        } else if lacks(BANDWIDTH) {
+            CniState::WithoutBandwidth
+        } else {
+            CniState::Installed
         }
     }
 }

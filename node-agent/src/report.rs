@@ -23,6 +23,8 @@ pub enum CniState {
     Installed,
     /// They do, but host ports do not work.
     WithoutPortmap,
+    /// They do, but without limits of bandwidth.
+    WithoutBandwidth,
     /// The node has no block yet.
     NoBlock,
     /// Something that must come before it is not in place.
@@ -250,6 +252,11 @@ fn cni_ready(state: &CniState) -> Verdict {
             "WithoutPortmap",
             "in place, but hostPort does nothing: the node has no portmap plugin; install the reference CNI plugins if pods use hostPort".to_owned(),
         ),
+        CniState::WithoutBandwidth => (
+            true,
+            "WithoutBandwidth",
+            "in place, but bandwidth annotations do nothing: they are left to the bandwidth plugin, which the node does not have; install the reference CNI plugins or set bandwidth=plat".to_owned(),
+        ),
         CniState::NoBlock => (
             false,
             "NoBlock",
@@ -367,6 +374,7 @@ mod tests {
         for (state, status, reason) in [
             (CniState::Installed, "True", "Installed"),
             (CniState::WithoutPortmap, "True", "WithoutPortmap"),
+            (CniState::WithoutBandwidth, "True", "WithoutBandwidth"),
             (CniState::NoBlock, "False", "NoBlock"),
             (CniState::Waiting, "False", "NotProgrammed"),
             (CniState::Unconfirmed, "False", "Unconfirmed"),

@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use plat_agent::conf::Provider;
 use plat_agent::desired::Me;
 use plat_agent::facts::{BlockFact, RangeFact};
 use plat_agent::node::Settings;
@@ -243,6 +244,7 @@ impl TestNode {
             plugin: at("image-plat"),
             sysctl_dir: PathBuf::from("/proc/sys/net"),
             proc_net: PathBuf::from("/proc/net"),
+            bandwidth: Provider::Plat,
             hold: Duration::from_secs(300),
             needed: BTreeSet::new(),
         };
