@@ -3,8 +3,9 @@
 
 use std::net::IpAddr;
 
-use plat_crds::Block;
+use plat_crds::host_port::HostPort;
 use plat_crds::lease::{Guard, HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
+use plat_crds::{Block, Family};
 
 use crate::add::Done;
 use crate::boot::{boot_ms, since_now};
@@ -13,11 +14,13 @@ use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
 use crate::error::{Code, Error};
 use crate::mac::Mac;
 use crate::netns::Netns;
+use crate::pods::{self, Added, hostports};
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
 use crate::store::{Held, Locked, Survey};
+use crate::sysctl::Sysctls;
 use crate::wire::{self, PodNet, Style};
-use crate::{delegate, netlink, pods, store};
+use crate::{delegate, netlink, store};
 
 /// What a pod was given.
 #[derive(Debug)]
@@ -52,7 +55,7 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
             // Without an address there still is a link, which DEL finds by the lease.
             let mut lease = blank_lease(call, netns.id(), Pool::Delegated);
             lease.guard = guard(conf, &lease);
-            let held = record(call, lease, done)?;
+            let held = record(call, conf, lease, done)?;
             Ok(given(PodNet::default(), Style::Subnet, held))
         }
     }
@@ -90,7 +93,7 @@ fn from_delegate(
     let addresses = net.ips.iter().map(leased).collect();
     let mut lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
     lease.guard = guard(conf, &lease);
-    let held = record(call, lease, done)?;
+    let held = record(call, conf, lease, done)?;
     Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, held) })
 }
 
@@ -118,6 +121,7 @@ fn reserve(
     };
     lease.addresses = chosen.iter().map(leased).collect();
     lease.guard = guard(conf, &lease);
+    lease.host_ports = host_ports(conf, &lease.addresses)?;
     let slot = store.insert(&survey, &lease)?;
     for (set, picked) in (0..).zip(&chosen).filter(|(_, c)| !c.requested) {
         // A lost cursor costs only the order in which addresses come back; the lease stands.
@@ -128,13 +132,26 @@ fn reserve(
 }
 
 /// Records a lease whose addresses, if any, others chose.
-fn record(call: &mut Call, lease: Lease, done: &mut Done) -> Result<Held, Error> {
+fn record(call: &mut Call, conf: &Attachment, mut lease: Lease, done: &mut Done) -> Result<Held, Error> {
+    lease.host_ports = host_ports(conf, &lease.addresses)?;
     let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
     refuse_second(&survey, &lease)?;
     let slot = store.insert(&survey, &lease)?;
     done.leased = Some(slot);
     Ok(Held { slot, lease })
+}
+
+/// The host ports asked for, if the pod has an address that each can lead to.
+fn host_ports(conf: &Attachment, addresses: &[LeasedAddress]) -> Result<Vec<HostPort>, Error> {
+    let served = |port: &&HostPort| addresses.iter().any(|a| port.host_ip.serves(Family::of(&a.address)));
+    match conf.host_ports.iter().find(|port| !served(port)) {
+        None => Ok(conf.host_ports.clone()),
+        Some(port) => {
+            let why = "the pod has no address of that family";
+            Err(Error::because(Code::Config, format!("cannot open host port {port}"), why))
+        }
+    }
 }
 
 fn refuse_second(survey: &Survey, lease: &Lease) -> Result<(), Error> {
@@ -201,6 +218,20 @@ fn contradicts(ours: &Lease, other: &Lease) -> bool {
     let same_pool = ours.pool_id() == other.pool_id() || other.pool_id() == PoolId::UNKNOWN;
     let shared = ours.addresses.iter().any(|a| other.addresses.iter().any(|b| a.address == b.address));
     !same_container && same_pool && shared && ours.pool != Pool::Delegated
+}
+
+/// Writes what the pod, which is behind that device of the host, has in nftables.
+pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Error> {
+    if pods::add(&held.lease)? == Added::Unsettled {
+        let mut store = call.lock()?;
+        let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
+        pods::settle(&held.lease, &leases, &mut || store.proven())?;
+    }
+    // Only now, behind the rule that guards the loopback.
+    if let Some(switch) = hostports::loopback_switch(&held.lease, device) {
+        Sysctls::default().ensure(&switch, "1")?;
+    }
+    Ok(())
 }
 
 /// Ends the container's lease, which was last seen in that slot, and what the pod has in nftables. One that

@@ -15,7 +15,7 @@ use crate::error::{Code, Error};
 use crate::fail;
 use crate::netns::Netns;
 use crate::reply::{self, Interface, Ip, Reply};
-use crate::{delegate, link, netlink, pods};
+use crate::{delegate, link, netlink};
 
 /// What an ADD has done so far.
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     fail::point("attached")?;
     given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
-    pods::add(&given.held.lease)?;
+    acquire::open_rules(call, &given.held, &attached.bridge.name)?;
     fail::point("rules")?;
     attach::raise(call, &conf, &given, &netns, &attached.host)?;
     fail::point("raised")?;

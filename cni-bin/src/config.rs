@@ -7,6 +7,7 @@
 //! Keys are documented in `docs/cni.md`; keys that we do not implement are refused by name
 //! ([`refused`]), all other unknown ones ignored, as the specification asks.
 
+pub mod ports;
 pub mod ranges;
 pub mod refused;
 
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use plat_crds::host_port::HostPort;
 use plat_crds::lease::{GuardScope, MAX_NETWORK_NAME};
 use plat_crds::names;
 
@@ -175,6 +177,8 @@ pub struct Attachment {
     pub requested_ips: Vec<IpAddr>,
     /// The hardware address that someone asked for.
     pub requested_mac: Option<Mac>,
+    /// Ports of the node that shall lead to the pod.
+    pub host_ports: Vec<HostPort>,
     /// How much the pod may receive and send.
     pub bandwidth: Bandwidth,
 }
@@ -305,6 +309,7 @@ impl Attachment {
             resolv_conf: Some(resolv_conf).filter(|path| !path.is_empty()).map(PathBuf::from),
             requested_ips: requested_ips(json, runtime, args)?,
             requested_mac: requested_mac(json, runtime, args)?,
+            host_ports: ports::parse(runtime)?,
             bandwidth: Bandwidth::parse(json, runtime)?,
         })
     }

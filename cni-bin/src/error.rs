@@ -39,6 +39,8 @@ pub enum Code {
     Delegate = 106,
     /// Several items could not be removed (GC).
     Incomplete = 107,
+    /// Another pod has what this one asks for: a host port.
+    Taken = 108,
 }
 
 /// An error as the runtime sees it.
@@ -83,6 +85,18 @@ impl From<crate::json::WrongType> for Error {
 impl From<crate::netlink::Error> for Error {
     fn from(error: crate::netlink::Error) -> Error {
         Error::because(Code::Kernel, "the kernel refused a change", error)
+    }
+}
+
+impl From<crate::pods::Error> for Error {
+    fn from(error: crate::pods::Error) -> Error {
+        match error {
+            crate::pods::Error::Netlink(error) => error.into(),
+            crate::pods::Error::Taken { what, container_id, ifname } => {
+                let holder = format!("{ifname} of container {container_id} has it");
+                Error::because(Code::Taken, format!("{what} is taken"), holder)
+            }
+        }
     }
 }
 

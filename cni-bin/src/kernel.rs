@@ -142,6 +142,7 @@ mod tests {
         let known = Known {
             masqueraded: ["10.244.3.7".parse().unwrap()].into(),
             guarded: [("platab".to_owned(), guard)].into(),
+            ..Known::default()
         };
         let lease = prove(alias, &[], &known).unwrap();
         assert_eq!((lease.container_id.as_str(), lease.ifname.as_str()), ("c1", "eth0"));

@@ -3,6 +3,7 @@
 //! Functions that return a [`Message`] only build it; sending is the caller's, as several go together.
 //! Numbers are those of `linux/rtnetlink.h`, `linux/if_link.h` and `linux/if_addr.h`.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -10,7 +11,7 @@ use ipnet::IpNet;
 use plat_crds::Family;
 
 use crate::mac::Mac;
-use crate::netlink::{Attributes, CREATE, ECHO, EXCL, Error, Message, REPLACE, Received, Socket};
+use crate::netlink::{Attributes, CREATE, ECHO, EXCL, Error, Message, REPLACE, Received, Socket, octets};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
@@ -130,13 +131,6 @@ fn family_number(family: Family) -> u8 {
     match family {
         Family::IPv4 => 2,
         Family::IPv6 => 10,
-    }
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
     }
 }
 
@@ -449,6 +443,13 @@ pub fn addresses(socket: &mut Socket, link: u32) -> Result<Vec<Address>, Error> 
     let get = Message::new(RTM_GETADDR, 0, &address_header(0, 0, 0, 0, link), "list addresses");
     let all = socket.dump(&get, |received| read_address(&received, None))?;
     Ok(all.into_iter().filter(|a| a.link == link).collect())
+}
+
+/// All addresses of this host.
+pub fn own_addresses(socket: &mut Socket) -> Result<HashSet<IpAddr>, Error> {
+    let get = Message::new(RTM_GETADDR, 0, &address_header(0, 0, 0, 0, 0), "list addresses");
+    let all = socket.dump(&get, |received| read_address(&received, None))?;
+    Ok(all.into_iter().map(|address| address.net.addr()).collect())
 }
 
 /// The addresses of a link in another namespace, named by the number under which this socket's namespace

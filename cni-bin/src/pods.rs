@@ -9,23 +9,45 @@
 //! | module | what for |
 //! |---|---|
 //! | [`masq`] | masquerade of networks configured by hand |
+//! | [`hostports`] | ports of the node that lead to a pod |
 //! | [`spoof`] | a pod sends from its own addresses only |
 //!
 //! The lease store's lock orders it all: elements are added after their lease is recorded, and taken away
-//! under the lock in which the lease ends ([`crate::acquire::release`]). So [`restore`], which holds the
-//! lock too, never writes an element whose lease is about to go.
+//! under the lock in which the lease ends ([`crate::acquire::end`]). So [`restore`], which holds the lock
+//! too, never writes an element whose lease is about to go. Whatever an [`add`] cannot do by adding alone is
+//! settled under the lock ([`settle`]).
 
+pub mod hostports;
 pub mod masq;
 pub mod spoof;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
-use plat_crds::lease::{Guard, Lease};
+use plat_crds::host_port::HostPort;
+use plat_crds::lease::{Guard, Lease, Since};
 use rustix::io::Errno;
 
-use crate::netlink::{Error, Protocol, Socket};
+use crate::netlink::{self, Protocol, Socket};
 use crate::nft::{self, BaseChain, Batch, Element, Rule, Set, Table};
+
+/// Why a pod's rules cannot be as they should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// Another pod has it.
+    #[error("{what} is taken by {ifname} of container {container_id}")]
+    Taken {
+        /// What.
+        what: String,
+        /// Who has it.
+        container_id: String,
+        /// With which interface.
+        ifname: String,
+    },
+}
 
 /// Elements of one set or map.
 #[derive(Clone, Debug)]
@@ -53,27 +75,35 @@ pub(crate) struct Chain {
 
 /// One module's part.
 struct Part {
-    /// What a lease has of it; empty if nothing.
+    /// What an element stands for, before its key.
+    noun: &'static str,
+    /// What a lease has of it.
     pieces: fn(&Lease) -> Vec<Piece>,
     /// What the pieces of these leases hang in: all its sets, and the chains that are needed.
     scaffold: fn(&[&Lease]) -> Scaffold,
 }
 
-const PARTS: [Part; 2] = [
-    Part { pieces: masq::pieces, scaffold: masq::scaffold },
-    Part { pieces: spoof::pieces, scaffold: spoof::scaffold },
+const PARTS: [Part; 3] = [
+    Part { noun: "masquerade of", pieces: masq::pieces, scaffold: masq::scaffold },
+    Part { noun: "host port", pieces: hostports::pieces, scaffold: hostports::scaffold },
+    Part { noun: "guard of", pieces: spoof::pieces, scaffold: spoof::scaffold },
 ];
 
+impl Part {
+    fn of(&self, lease: &Lease) -> Vec<Piece> {
+        (self.pieces)(lease).into_iter().filter(|piece| !piece.elements.is_empty()).collect()
+    }
+}
+
 fn pieces(lease: &Lease) -> Vec<Piece> {
-    PARTS.iter().flat_map(|part| (part.pieces)(lease)).filter(|piece| !piece.elements.is_empty()).collect()
+    PARTS.iter().flat_map(|part| part.of(lease)).collect()
 }
 
 /// What all the parts need that these leases have something of.
 fn scaffold(leases: &[&Lease]) -> Scaffold {
     let mut scaffold = Scaffold::default();
     for part in &PARTS {
-        let users: Vec<&Lease> =
-            leases.iter().filter(|lease| !(part.pieces)(lease).is_empty()).copied().collect();
+        let users: Vec<&Lease> = leases.iter().filter(|lease| !part.of(lease).is_empty()).copied().collect();
         if !users.is_empty() {
             let Scaffold { sets, chains } = (part.scaffold)(&users);
             scaffold.sets.extend(sets);
@@ -107,8 +137,18 @@ impl Scaffold {
         }
     }
 
+    /// The first thing that does not stand, in words.
+    fn lost(&self, socket: &mut Socket) -> Result<Option<String>, netlink::Error> {
+        let tables: BTreeSet<Table> = nft::tables(socket)?.into_iter().map(|t| t.table).collect();
+        if let Some(table) = self.tables().into_iter().find(|table| !tables.contains(table)) {
+            return Ok(Some(format!("table {table}")));
+        }
+        let rule = self.missing_rule(socket)?;
+        Ok(rule.map(|rule| format!("the rules of chain {} {}", rule.table(), rule.chain())))
+    }
+
     /// The first rule that does not stand.
-    fn missing_rule(&self, socket: &mut Socket) -> Result<Option<&Rule>, Error> {
+    fn missing_rule(&self, socket: &mut Socket) -> Result<Option<&Rule>, netlink::Error> {
         for table in self.tables() {
             let found = nft::table_rules(socket, table)?;
             let stands = |rule: &&Rule| {
@@ -123,67 +163,156 @@ impl Scaffold {
     }
 }
 
+/// What came of an [`add`].
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    /// All is written, if there was anything to write.
+    Done,
+    /// Nothing is written: tables or chains are missing, or a key is there with another value. [`settle`] it.
+    Unsettled,
+}
+
+/// Writes what a pod has, in one transaction that adds elements and nothing else. A pod that has nothing
+/// costs nothing.
+pub fn add(lease: &Lease) -> Result<Added, Error> {
+    let pieces = pieces(lease);
+    if pieces.is_empty() {
+        return Ok(Added::Done);
+    }
+    let mut batch = Batch::new();
+    add_pieces(&mut batch, &pieces);
+    let mut socket = Socket::open(Protocol::Netfilter)?;
+    match batch.send(&mut socket) {
+        Ok(()) => {
+            hostports::forget_strays(&mut socket, &[lease]);
+            Ok(Added::Done)
+        }
+        Err(error) => match error.errno() {
+            Some(Errno::NOENT | Errno::EXIST | Errno::BUSY) => Ok(Added::Unsettled),
+            _ => Err(error.into()),
+        },
+    }
+}
+
 fn add_pieces(batch: &mut Batch, pieces: &[Piece]) {
     for piece in pieces {
         batch.add_elements(&piece.set, &piece.elements);
     }
 }
 
-/// Writes what a pod has, in one transaction; tables and chains are made where they are missing. A pod that
-/// has nothing costs nothing.
-pub fn add(lease: &Lease) -> Result<(), Error> {
-    let pieces = pieces(lease);
-    if pieces.is_empty() {
-        return Ok(());
-    }
-    let mut socket = Socket::open(Protocol::Netfilter)?;
-    let mut batch = Batch::new();
-    add_pieces(&mut batch, &pieces);
-    match batch.send(&mut socket) {
-        // No table yet, or no chain of this subnet.
-        Err(error) if error.errno() == Some(Errno::NOENT) => {}
-        // A key is there with another value: left behind by someone who was killed.
-        Err(error) if matches!(error.errno(), Some(Errno::EXIST | Errno::BUSY)) => {}
-        result => return result,
-    }
-    let mut batch = Batch::new();
-    scaffold(&[lease]).write(&mut batch);
-    for piece in &pieces {
-        batch.delete_elements(&piece.set, &nft::find(&mut socket, &piece.set, &piece.elements)?);
-    }
-    add_pieces(&mut batch, &pieces);
-    batch.send(&mut socket)
+/// Asks the kernel for the leases that it proves ([`crate::store::Kernel::held`]).
+pub type Proof<'a> = dyn FnMut() -> Result<Vec<Lease>, netlink::Error> + 'a;
+
+/// Writes what an [`add`] could not: first of all it is made sure that no other pod has it; then the tables
+/// are brought to what all leases say. To be called with the lease store locked, and with all of its leases.
+pub fn settle(lease: &Lease, leases: &[Lease], proof: &mut Proof<'_>) -> Result<(), Error> {
+    let others: Vec<&Lease> = leases.iter().filter(|other| !is_same(other, lease)).collect();
+    refuse_taken(lease, &others, &mut || Ok(elsewhere(proof()?, leases)))?;
+    restore(others.into_iter().chain([lease]), Orphans::Leave)?;
+    Ok(())
 }
 
-/// Takes away what a pod has. What is not there is fine. To be called with the lease store locked, or
-/// without one.
-pub fn remove(lease: &Lease) -> Result<(), Error> {
-    let pieces = pieces(lease);
+/// Of the leases that the kernel proves, those of other stores.
+fn elsewhere(proven: Vec<Lease>, leases: &[impl std::borrow::Borrow<Lease>]) -> Vec<Lease> {
+    let here: HashSet<_> = leases.iter().map(|lease| key(lease.borrow())).collect();
+    proven.into_iter().filter(|lease| !here.contains(&key(lease))).collect()
+}
+
+fn key(lease: &Lease) -> (&str, &str) {
+    (&lease.container_id, &lease.ifname)
+}
+
+fn is_same(a: &Lease, b: &Lease) -> bool {
+    key(a) == key(b)
+}
+
+/// An element that is there belongs to the lease that it is made of, also to one of another store, of which
+/// the kernel tells. Where nothing is there (after a flush), the elder lease goes first. What is there and of
+/// no lease was left behind by someone who was killed.
+fn refuse_taken(lease: &Lease, others: &[&Lease], proof: &mut Proof<'_>) -> Result<(), Error> {
+    let mut socket = Socket::open(Protocol::Netfilter)?;
+    for part in &PARTS {
+        for piece in part.of(lease) {
+            let there = nft::find(&mut socket, &piece.set, &piece.elements)?;
+            for element in &piece.elements {
+                let found = there.iter().find(|other| other.key_bytes() == element.key_bytes());
+                let holder = match found {
+                    Some(found) if found == element => None,
+                    Some(found) => match others.iter().find(|other| has(part, other, &piece.set, found)) {
+                        Some(holder) => Some((*holder).clone()),
+                        None => proof()?.into_iter().find(|other| has(part, other, &piece.set, found)),
+                    },
+                    None => others
+                        .iter()
+                        .find(|other| rank(other) < rank(lease) && wants(part, other, &piece.set, element))
+                        .map(|holder| (*holder).clone()),
+                };
+                if let Some(holder) = holder {
+                    let key = piece.set.key_text(element).replace(" . ", " ");
+                    let Lease { container_id, ifname, .. } = holder;
+                    return Err(Error::Taken { what: format!("{} {key}", part.noun), container_id, ifname });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn has(part: &Part, lease: &Lease, set: &Set, element: &Element) -> bool {
+    part.of(lease).iter().any(|piece| piece.set == *set && piece.elements.contains(element))
+}
+
+fn wants(part: &Part, lease: &Lease, set: &Set, element: &Element) -> bool {
+    let same_key = |other: &Element| other.key_bytes() == element.key_bytes();
+    part.of(lease).iter().any(|piece| piece.set == *set && piece.elements.iter().any(same_key))
+}
+
+/// Of two leases that want the same, the one with the lower rank gets it: a pod that is connected before one
+/// that is only about to be, then the elder.
+fn rank(lease: &Lease) -> (bool, Since) {
+    (lease.veth.index == 0, lease.since)
+}
+
+/// Takes away what a pod has. What is not there, or is another pod's, is fine. To be called with the lease
+/// store locked, or without one.
+pub fn remove(lease: &Lease) -> Result<(), netlink::Error> {
+    let mut pieces = pieces(lease);
     if pieces.is_empty() {
         return Ok(());
     }
     let mut socket = Socket::open(Protocol::Netfilter)?;
+    for piece in pieces.iter_mut().filter(|piece| piece.set.maps_to_data()) {
+        // Another pod may have got there first, and our ADD failed of it.
+        let there = nft::find(&mut socket, &piece.set, &piece.elements)?;
+        piece.elements.retain(|element| there.contains(element));
+    }
     let mut batch = Batch::new();
     for piece in &pieces {
         batch.delete_elements(&piece.set, &piece.elements);
     }
     match batch.send(&mut socket) {
-        Err(error) if error.errno() == Some(Errno::NOENT) => {}
-        result => return result,
+        Err(error) if error.errno() == Some(Errno::NOENT) => remove_each(&mut socket, &pieces)?,
+        result => result?,
     }
-    // One by one, as one that is missing undoes the others' deletion.
-    for piece in &pieces {
+    hostports::forget_flows_of(&mut socket, lease);
+    Ok(())
+}
+
+/// One by one, as one that is missing undoes the others' deletion.
+fn remove_each(socket: &mut Socket, pieces: &[Piece]) -> Result<(), netlink::Error> {
+    for piece in pieces {
         for element in &piece.elements {
             let mut batch = Batch::new();
             batch.delete_elements(&piece.set, std::slice::from_ref(element));
-            crate::netlink::deleted(batch.send(&mut socket))?;
+            netlink::deleted(batch.send(socket))?;
         }
     }
     Ok(())
 }
 
 /// What is missing of what a pod has, in words; `None` if nothing is.
-pub fn missing(lease: &Lease) -> Result<Option<String>, Error> {
+pub fn missing(lease: &Lease) -> Result<Option<String>, netlink::Error> {
     let pieces = pieces(lease);
     if pieces.is_empty() {
         return Ok(None);
@@ -193,12 +322,20 @@ pub fn missing(lease: &Lease) -> Result<Option<String>, Error> {
         let found = nft::find(&mut socket, &piece.set, &piece.elements)?;
         if let Some(missing) = piece.elements.iter().find(|element| !found.contains(element)) {
             let (key, set) = (piece.set.key_text(missing), &piece.set);
-            return Ok(Some(format!("no element {key} in map {} {}", set.table(), set.name())));
+            return Ok(Some(format!("no element {key} in {set}")));
         }
     }
     let scaffold = scaffold(&[lease]);
     let rule = scaffold.missing_rule(&mut socket)?;
     Ok(rule.map(|rule| format!("no rule '{}' in chain {} {}", rule.text(), rule.table(), rule.chain())))
+}
+
+/// What to do with elements that belong to no lease.
+pub enum Orphans<'a> {
+    /// They stay.
+    Leave,
+    /// They go, unless they belong to a pod whose lease is in another store: the kernel tells of it.
+    Sweep(&'a mut Proof<'a>),
 }
 
 /// What [`restore`] changed, in words; empty if all was as it should be.
@@ -210,58 +347,104 @@ pub struct Restored {
     pub orphans: usize,
 }
 
-/// Brings the pods' tables to what the leases say: what is missing is written, elements of no lease are
-/// taken away, what is right is left alone. To be called with the lease store locked, and with all of its
-/// leases.
-pub fn restore<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Result<Restored, Error> {
-    let leases: Vec<&Lease> = leases.into_iter().collect();
+/// What leases want to be in one set: for each key the elements with it, those of the first rank first.
+type Wanted = BTreeMap<Vec<u8>, Vec<Element>>;
+
+/// Brings the pods' tables to what the leases say: what is missing is written, what is right is left alone.
+/// To be called with the lease store locked, and with all of its leases.
+pub fn restore<'a>(
+    leases: impl IntoIterator<Item = &'a Lease>,
+    mut orphans: Orphans<'_>,
+) -> Result<Restored, netlink::Error> {
+    let mut leases: Vec<&Lease> = leases.into_iter().collect();
+    leases.sort_by_key(|lease| rank(lease));
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    let tables: BTreeSet<Table> = nft::tables(&mut socket)?.into_iter().map(|t| t.table).collect();
     let scaffold = scaffold(&leases);
     let (mut restored, mut batch) = (Restored::default(), Batch::new());
-    if let Some(table) = scaffold.tables().into_iter().find(|table| !tables.contains(table)) {
-        restored.put_back.push(format!("table {table}"));
-    } else if let Some(rule) = scaffold.missing_rule(&mut socket)? {
-        restored.put_back.push(format!("rules of chain {} {}", rule.table(), rule.chain()));
-    }
-    if !restored.put_back.is_empty() {
+    if let Some(lost) = scaffold.lost(&mut socket)? {
+        restored.put_back.push(lost);
         scaffold.write(&mut batch);
     }
-    let pieces: Vec<Piece> = leases.iter().flat_map(|lease| pieces(lease)).collect();
+    let wanted = wanted(&leases);
+    let nothing = Wanted::new();
+    let mut proven = None;
     // Also the sets in which no lease has anything: what is there belongs to nobody.
     for set in PARTS.iter().flat_map(|part| (part.scaffold)(&[]).sets) {
-        let wanted = by_key(pieces.iter().filter(|piece| piece.set == set).flat_map(|p| &p.elements));
+        let wanted = wanted.get(&set.to_string()).unwrap_or(&nothing);
         let there = nft::contents(&mut socket, &set)?;
-        let there = by_key(&there);
-        let differ = |a: &BTreeMap<&[u8], &Element>, b: &BTreeMap<&[u8], &Element>| -> Vec<Element> {
-            a.iter().filter(|(key, e)| b.get(*key) != Some(e)).map(|(_, e)| (*e).clone()).collect()
-        };
-        let (wrong, missing) = (differ(&there, &wanted), differ(&wanted, &there));
+        let (mut kept, mut wrong) = (HashSet::new(), Vec::new());
+        for element in there {
+            match wanted.get(element.key_bytes()) {
+                Some(candidates) if candidates.contains(&element) => {
+                    _ = kept.insert(element.key_bytes().to_vec())
+                }
+                Some(_) => wrong.push(element),
+                None => {
+                    if let Orphans::Sweep(proof) = &mut orphans {
+                        if proven.is_none() {
+                            proven =
+                                Some(self::wanted(&elsewhere(proof()?, &leases).iter().collect::<Vec<_>>()));
+                        }
+                        let of_other_store = |keys: &Wanted| keys.contains_key(element.key_bytes());
+                        if !proven
+                            .as_ref()
+                            .and_then(|all| all.get(&set.to_string()))
+                            .is_some_and(of_other_store)
+                        {
+                            restored.orphans += 1;
+                            wrong.push(element);
+                        }
+                    }
+                }
+            }
+        }
+        let missing: Vec<Element> = wanted
+            .iter()
+            .filter(|(key, _)| !kept.contains(*key))
+            .filter_map(|(_, c)| c.first().cloned())
+            .collect();
         batch.delete_elements(&set, &wrong);
         batch.add_elements(&set, &missing);
-        restored.orphans += wrong.len();
         if !missing.is_empty() {
-            restored.put_back.push(format!("{} elements of {} {}", missing.len(), set.table(), set.name()));
+            restored.put_back.push(format!("{} elements of {set}", missing.len()));
         }
     }
-    match batch.send(&mut socket) {
-        Ok(()) => Ok(restored),
+    if batch.send(&mut socket).is_err() {
         // Something of another shape stands under one of our names: all is written anew.
-        Err(_) => rewrite(&mut socket, &scaffold, &pieces).map(|()| restored),
+        rewrite(&mut socket, &scaffold, &wanted)?;
     }
+    if !restored.put_back.is_empty() {
+        hostports::forget_strays(&mut socket, &leases);
+    }
+    Ok(restored)
 }
 
-fn by_key<'a>(elements: impl IntoIterator<Item = &'a Element>) -> BTreeMap<&'a [u8], &'a Element> {
-    elements.into_iter().map(|element| (element.key_bytes(), element)).collect()
+/// By the name of the set.
+fn wanted(leases: &[&Lease]) -> HashMap<String, Wanted> {
+    let mut wanted: HashMap<String, Wanted> = HashMap::new();
+    for piece in leases.iter().flat_map(|lease| pieces(lease)) {
+        let set = wanted.entry(piece.set.to_string()).or_default();
+        for element in piece.elements {
+            set.entry(element.key_bytes().to_vec()).or_default().push(element);
+        }
+    }
+    wanted
 }
 
-fn rewrite(socket: &mut Socket, scaffold: &Scaffold, pieces: &[Piece]) -> Result<(), Error> {
+fn rewrite(
+    socket: &mut Socket,
+    scaffold: &Scaffold,
+    wanted: &HashMap<String, Wanted>,
+) -> Result<(), netlink::Error> {
     let mut batch = Batch::new();
     for table in scaffold.tables() {
         batch.replace_table(table);
     }
     scaffold.write(&mut batch);
-    add_pieces(&mut batch, pieces);
+    for set in &scaffold.sets {
+        let elements = wanted.get(&set.to_string()).into_iter().flat_map(BTreeMap::values);
+        batch.add_elements(set, &elements.filter_map(|c| c.first().cloned()).collect::<Vec<_>>());
+    }
     batch.send(socket)
 }
 
@@ -269,15 +452,20 @@ fn rewrite(socket: &mut Socket, scaffold: &Scaffold, pieces: &[Piece]) -> Result
 #[derive(Clone, Debug, Default)]
 pub struct Known {
     pub(crate) masqueraded: HashSet<IpAddr>,
+    pub(crate) host_ports: HashMap<IpAddr, Vec<HostPort>>,
     pub(crate) guarded: HashMap<String, Guard>,
 }
 
 impl Known {
     /// Reads the tables. Where nftables cannot be asked, nothing is in them either.
     pub fn read() -> Known {
-        let read = || -> Result<Known, Error> {
+        let read = || -> Result<Known, netlink::Error> {
             let mut socket = Socket::open(Protocol::Netfilter)?;
-            Ok(Known { masqueraded: masq::members(&mut socket)?, guarded: spoof::members(&mut socket)? })
+            Ok(Known {
+                masqueraded: masq::members(&mut socket)?,
+                host_ports: hostports::members(&mut socket)?,
+                guarded: spoof::members(&mut socket)?,
+            })
         };
         read().unwrap_or_default()
     }
@@ -288,5 +476,6 @@ impl Known {
         for leased in &mut lease.addresses {
             leased.masquerade = self.masqueraded.contains(&leased.address);
         }
+        lease.host_ports = hostports::of_pod(&lease.addresses, &self.host_ports);
     }
 }

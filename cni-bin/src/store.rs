@@ -371,6 +371,11 @@ impl Locked<'_> {
         self.repaired
     }
 
+    /// The leases that the kernel proves, of whichever store.
+    pub fn proven(&mut self) -> Result<Vec<Lease>, netlink::Error> {
+        self.kernel.held()
+    }
+
     /// Reads the header; rebuilds the store if it does not fit.
     fn read_header(&mut self) -> Result<(), Error> {
         let mut bytes = [0; HEADER_SIZE];

@@ -50,7 +50,7 @@ fn c78_each_loss_is_named() {
         ("ip link set HOST down", "is down"),
         ("ip link set HOST type bridge_slave hairpin off", "hairpin"),
         ("ip link del HOST", "is gone"),
-        ("nft flush map inet plat-pods masq4", "in map inet plat-pods masq4"),
+        ("nft flush map inet plat-pods masq4", "in inet plat-pods masq4"),
         ("nft flush ruleset", "no element 10.22.0."),
         ("ip netns del ID; ip netns add ID", "is gone"),
         ("rm /run/plat/leases; ip link set HOST alias x", "no lease is recorded"),

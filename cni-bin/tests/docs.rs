@@ -37,7 +37,7 @@ fn the_example_by_hand_can_be_copied_and_run() {
 #[test]
 fn every_key_that_is_read_or_refused_is_documented() {
     let document = document();
-    let sources = ["config.rs", "config/refused.rs", "config/ranges.rs"];
+    let sources = ["config.rs", "config/refused.rs", "config/ranges.rs", "config/ports.rs"];
     for source in sources {
         let text = fs::read_to_string(format!("{}/src/{source}", env!("CARGO_MANIFEST_DIR"))).unwrap();
         let code = text.split("#[cfg(test)]").next().unwrap();

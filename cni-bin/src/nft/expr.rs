@@ -28,6 +28,10 @@ pub(super) const CT_STATUS: u32 = 2;
 pub(super) const FIB_RESULT_ADDRTYPE: u32 = 3;
 pub(super) const FIB_SADDR: u32 = 1;
 pub(super) const FIB_DADDR: u32 = 2;
+/// `NFT_NAT_DNAT`.
+pub(super) const NAT_DESTINATION: u32 = 1;
+/// `NF_NAT_RANGE_MAP_IPS` and `NF_NAT_RANGE_PROTO_SPECIFIED`, which the kernel adds by itself and shows.
+pub(super) const NAT_ADDRESS_AND_PORT: u32 = 3;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 pub(super) const NAT_FULLY_RANDOM: u32 = 16;
 
@@ -220,7 +224,7 @@ pub enum Expr {
 
 /// The number of the register `words` words of four bytes behind register 1. A register of 16 bytes, where
 /// one begins, goes by its own number; that is how the kernel shows it.
-fn register(words: u32) -> u32 {
+pub(super) fn register(words: u32) -> u32 {
     /// `NFT_REG32_00`, the first word of register 1.
     const WORD_0: u32 = 8;
     if words.is_multiple_of(4) { REG_1 + words / 4 } else { WORD_0 + words }

@@ -1,12 +1,12 @@
 //! Rules, built match by match; each match adds its expressions and its nft text.
 
 use std::fmt::Write;
-use std::net::IpAddr;
 
 use plat_crds::{Block, Family};
 
 use super::expr::{self, Cmp, Expr, Verdict};
 use super::{Table, TableFamily};
+use crate::netlink::octets;
 
 /// A test of an address.
 #[derive(Clone, Copy, Debug)]
@@ -246,6 +246,23 @@ impl Rule {
         self.load_fields(fields)
             .push(Expr::MapLookup { map: map.to_owned(), to: 0 })
             .say(&format!("{} vmap @{map}", field_texts(fields)))
+    }
+
+    /// `dnat ip to … . … map @map` (or `dnat ip6`): the destination becomes the address and port that the map
+    /// has for these fields together. What the map does not have, and packets of the other family, go on.
+    pub fn dnat_map(self, family: Family, fields: &[Field], map: &str) -> Rule {
+        let text = format!("dnat {} to {} map @{map}", keyword(family), field_texts(fields));
+        let number = if family == Family::IPv4 { TableFamily::Ip } else { TableFamily::Ip6 }.number();
+        self.load_fields(fields)
+            .push(Expr::MapLookup { map: map.to_owned(), to: expr::REG_1 })
+            .push(Expr::Nat {
+                kind: expr::NAT_DESTINATION,
+                family: number.into(),
+                address: Some(expr::REG_1),
+                port: Some(expr::register(u32::from(family.bits() / 32))),
+                flags: expr::NAT_ADDRESS_AND_PORT,
+            })
+            .say(&text)
     }
 
     fn load_fields(self, fields: &[Field]) -> Rule {
@@ -489,14 +506,6 @@ fn keyword(family: Family) -> &'static str {
     match family {
         Family::IPv4 => "ip",
         Family::IPv6 => "ip6",
-    }
-}
-
-/// The bytes of an address in network order.
-pub(super) fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
     }
 }
 

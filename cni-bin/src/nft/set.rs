@@ -1,13 +1,13 @@
 //! Sets and maps, and their elements.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use plat_crds::{Block, Family};
 
 use super::Table;
 use super::expr::Verdict;
-use super::rule::octets;
-use crate::netlink::{Attribute, Message};
+use crate::netlink::{Attribute, Message, octets, to_address};
 
 const FLAG_INTERVAL: u32 = 4;
 const FLAG_MAP: u32 = 8;
@@ -150,6 +150,11 @@ impl Set {
         &self.table
     }
 
+    /// Whether it is a map to data (and not to verdicts).
+    pub fn maps_to_data(&self) -> bool {
+        matches!(self.value, Value::Data(_))
+    }
+
     /// An element's key in nft's words.
     pub fn key_text(&self, element: &Element) -> String {
         let mut rest = element.key.as_slice();
@@ -239,6 +244,13 @@ fn type_and_length(parts: &[KeyType]) -> (u32, u32) {
         parts => parts.iter().map(|part| part.length().next_multiple_of(4)).sum(),
     };
     (kind, length)
+}
+
+/// As in `inet plat-pods masq4`.
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.table, self.name)
+    }
 }
 
 /// One element of a set or map.
@@ -378,12 +390,6 @@ pub(super) fn intervals(family: Family, prefixes: &[Block]) -> Vec<Element> {
         }
     }
     elements
-}
-
-/// The address of these bytes in network order.
-fn to_address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
-    v4().or_else(|| <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from))
 }
 
 fn to_int(address: IpAddr) -> u128 {

@@ -29,7 +29,7 @@ use plat_crds::names::NFT_PODS_TABLE;
 use plat_crds::{Block, Family};
 
 use super::{Chain, Piece, Scaffold};
-use crate::netlink::{Error, Socket};
+use crate::netlink::{Error, Socket, to_address};
 use crate::nft::{
     self, Addr, BaseChain, Element, Field, Hook, KeyType, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
 };
@@ -110,11 +110,6 @@ pub(super) fn members(socket: &mut Socket) -> Result<HashSet<IpAddr>, Error> {
         members.extend(nft::elements(socket, &map(family))?.iter().filter_map(|key| to_address(key)));
     }
     Ok(members)
-}
-
-fn to_address(key: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(key).ok().map(IpAddr::from);
-    v4().or_else(|| <[u8; 16]>::try_from(key).ok().map(IpAddr::from))
 }
 
 fn multicast(family: Family) -> Block {

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::pods::{self, Orphans, Restored};
 use plat_cni::store::{Missing, Store};
 use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -302,6 +303,7 @@ pub fn host_links() -> Vec<String> {
         .unwrap()
         .iter()
         .map(|l| l["ifname"].as_str().unwrap().to_owned())
+        .filter(|name| name.starts_with("plat"))
         .collect()
 }
 
@@ -316,13 +318,15 @@ pub fn masqueraded() -> Vec<String> {
 }
 
 /// Brings the pods' tables to what the leases say, as the agent does.
-pub fn restore() {
+pub fn restore() -> Restored {
     let boot = BootId::read().unwrap();
     let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
     let store = Store::at("/run/plat/leases".as_ref());
     let locked = store.lock(&boot, Duration::from_secs(5), Missing::Leave, &mut kernel).unwrap();
-    let leases = locked.unwrap().leases().unwrap();
-    plat_cni::pods::restore(leases.iter().map(|held| &held.lease)).unwrap();
+    let mut locked = locked.unwrap();
+    let leases = locked.leases().unwrap();
+    let mut proof = || locked.proven();
+    pods::restore(leases.iter().map(|held| &held.lease), Orphans::Sweep(&mut proof)).unwrap()
 }
 
 /// Elements of all sets and maps of the pods' tables, as `set: [elements]`.
