@@ -10,6 +10,9 @@ use crate::condition;
 /// At most this many entries in [`Applied::failed`] and [`NodeNetworkStatus::incidents`].
 pub const MAX_REPORTED: usize = 16;
 
+/// At most this many entries in [`NodeNetworkStatus::held_blocks`] and [`LostBlocks::blocks`].
+pub const MAX_BLOCKS: usize = 64;
+
 /// A node's own report about its network: what is applied, what it holds, what went wrong. Named after
 /// the node; status only.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -110,6 +113,11 @@ pub struct NodeNetworkStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub held_blocks: Vec<HeldBlockReport>,
+    /// PodCIDRs that went without having been released (etcd was put back to a backup, or somebody deleted
+    /// them). Absent if there are none. The operator hands none of these blocks to another node before a
+    /// quarantine has passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<LostBlocks>,
     /// Routes of ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routes: Option<RouteCounts>,
@@ -173,6 +181,31 @@ pub struct HeldBlockReport {
     pub used: i64,
     /// Addresses that pods can have.
     pub capacity: i64,
+}
+
+/// PodCIDRs that a node knew and that went without having been released.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LostBlocks {
+    /// How many there are. If they are more than `blocks` names, the operator carves no block at all until
+    /// they are back or a quarantine has passed.
+    pub count: i64,
+    /// The first 64 of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub blocks: Vec<LostBlock>,
+}
+
+/// A block whose PodCIDR was lost.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LostBlock {
+    /// The block.
+    #[schemars(length(max = 43))]
+    pub cidr: String,
+    /// Node that held it.
+    #[schemars(length(max = 253))]
+    pub node_name: String,
 }
 
 /// Our routes, counted.

@@ -1,10 +1,12 @@
 //! What this node believes of the cluster: the newest objects, what fail static keeps of absent ones, and
 //! the cache of both.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::names::MAP_FILE;
+use plat_crds::node_network::LostBlock;
 
 use crate::cache::{Cache, Loaded};
 use crate::desired::Map;
@@ -12,6 +14,14 @@ use crate::facts::{BlockFact, Fact, RangeFact};
 use crate::failstatic::{Belief, Held};
 use crate::folder::Folder;
 use crate::objects::Objects;
+
+/// A block whose PodCIDR was lost. Its node may have been granted leases for a quarantine just before, so for
+/// that long nobody else may have it, also where no trace of that node is left: where etcd was put back to a
+/// time before it joined, the operator knows of it only by what the other nodes remember.
+struct Loss {
+    block: LostBlock,
+    until: Duration,
+}
 
 /// The objects that a node is programmed for.
 pub struct Beliefs {
@@ -22,6 +32,8 @@ pub struct Beliefs {
     ranges: Belief<RangeFact>,
     /// Names of PodCIDRs that are believed in though they are absent.
     absent: BTreeSet<String>,
+    /// PodCIDRs that went without having been released, by name.
+    lost: BTreeMap<String, Loss>,
     /// A complete list of each kind, or the cache, was loaded: before that nothing may be touched.
     complete: bool,
     /// Objects were learnt since the last decision.
@@ -39,6 +51,7 @@ impl Beliefs {
             blocks: Belief::default(),
             ranges: Belief::default(),
             absent: BTreeSet::new(),
+            lost: BTreeMap::new(),
             complete: false,
             fresh: false,
             unsaved: false,
@@ -68,7 +81,7 @@ impl Beliefs {
 
     /// Decides which absences to believe at `now`.
     pub fn update(&mut self, now: Duration) -> Held {
-        let in_doubt = self.blocks.is_in_doubt() || self.ranges.is_in_doubt();
+        let in_doubt = self.blocks.is_in_doubt() || self.ranges.is_in_doubt() || !self.lost.is_empty();
         if !std::mem::take(&mut self.fresh) && !in_doubt {
             return Held::default();
         }
@@ -89,8 +102,25 @@ impl Beliefs {
         self.unsaved |= self.absent.len() != before;
         held.names.extend(ranges.names);
         held.wants_list |= ranges.wants_list;
-        held.next = held.next.into_iter().chain(ranges.next).min();
+        self.note_losses(now);
+        held.lost = self.lost.values().map(|loss| loss.block.clone()).collect();
+        let lost = self.lost.values().map(|loss| loss.until);
+        held.next = held.next.into_iter().chain(ranges.next).chain(lost).min();
         held
+    }
+
+    /// What is still routed to counts from now on at the latest; what was given up, until its time is over.
+    fn note_losses(&mut self, now: Duration) {
+        self.lost.retain(|name, loss| now < loss.until && !self.known.blocks.facts.contains_key(name));
+        for name in &self.absent {
+            let Some(fact) = self.blocks.facts.get(name) else { continue };
+            let default = DEFAULT_QUARANTINE_SECONDS.unsigned_abs();
+            let quarantine =
+                self.ranges.facts.get(&fact.range).map_or(default, |range| range.quarantine_seconds);
+            let block = LostBlock { cidr: fact.block.to_string(), node_name: fact.node.clone() };
+            let until = now + Duration::from_secs(u64::from(quarantine));
+            self.lost.entry(name.clone()).or_insert(Loss { block, until });
+        }
     }
 
     fn own(&self) -> impl Iterator<Item = &BlockFact> {
@@ -210,6 +240,47 @@ mod tests {
         let held = second.update(Duration::ZERO);
         assert_eq!((held.names.len(), second.map().blocks.len(), second.map().ranges.len()), (4, 3, 1));
         assert_eq!(second.map().absent.len(), 3);
+    }
+
+    fn lost(held: &Held) -> Vec<&str> {
+        held.lost.iter().map(|lost| lost.node_name.as_str()).collect()
+    }
+
+    #[test]
+    fn a_lost_block_is_told_of_for_a_quarantine_though_its_route_goes_before() {
+        let fixture = fixture();
+        let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
+        let released = BlockFact { state: BlockState::Quarantined, ..block(4) };
+        let mut seen = objects(vec![block(1), block(2), block(3), released], vec![range()]);
+        beliefs.learn(&seen);
+        assert_eq!(beliefs.update(Duration::ZERO).lost, []);
+        let mut list = |beliefs: &mut Beliefs, second, blocks: Vec<BlockFact>| {
+            seen.blocks.apply(Change::Listed(blocks.into_iter().map(Ok).collect()));
+            beliefs.learn(&seen);
+            beliefs.update(Duration::from_secs(second))
+        };
+        let held = list(&mut beliefs, 10, vec![block(1)]);
+        assert_eq!(lost(&held), ["n2", "n3"], "a released one is not lost");
+        let held = list(&mut beliefs, 400, vec![block(1), block(3)]);
+        assert_eq!((beliefs.map().blocks.len(), lost(&held)), (2, vec!["n2"]), "given up, but told of");
+        assert_eq!(held.next, Some(Duration::from_secs(910)));
+        assert_eq!(lost(&beliefs.update(Duration::from_secs(909))), ["n2"]);
+        assert_eq!(beliefs.update(Duration::from_secs(910)), Held::default());
+    }
+
+    #[test]
+    fn a_block_that_is_still_routed_to_is_told_of_for_as_long_as_that() {
+        let fixture = fixture();
+        let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
+        let brief = RangeFact { quarantine_seconds: 60, ..range() };
+        let mut seen = objects(vec![block(1), block(2)], vec![brief]);
+        beliefs.learn(&seen);
+        beliefs.update(Duration::ZERO);
+        seen.blocks.apply(Change::Listed(vec![]));
+        beliefs.learn(&seen);
+        for second in [0, 59, 60, 200, 10_000] {
+            assert_eq!(lost(&beliefs.update(Duration::from_secs(second))), ["n1", "n2"], "{second}");
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use plat_crds::node_network::LostBlock;
+
 use crate::facts::Fact;
 use crate::objects::KindSet;
 
@@ -46,6 +48,9 @@ pub struct Held {
     pub wants_list: bool,
     /// When, at the earliest, the answer may differ without any news.
     pub next: Option<Duration>,
+    /// Blocks whose PodCIDRs went without having been released, with the nodes that held them: those whose
+    /// withdrawal waits, and those withdrawn less than a quarantine after they went.
+    pub lost: Vec<LostBlock>,
 }
 
 impl<F> Default for Belief<F> {

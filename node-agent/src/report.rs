@@ -9,7 +9,8 @@ use plat_crds::condition::{
 };
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{
-    Applied, CniReport, FailedObject, HeldBlockReport, Incident, MAX_REPORTED, NodeNetworkStatus, RouteCounts,
+    Applied, CniReport, FailedObject, HeldBlockReport, Incident, LostBlock, LostBlocks, MAX_BLOCKS,
+    MAX_REPORTED, NodeNetworkStatus, RouteCounts,
 };
 
 use crate::apply::Part;
@@ -56,6 +57,8 @@ pub struct Findings {
     pub legacy: Vec<String>,
     /// Objects whose withdrawal waits.
     pub held: Vec<String>,
+    /// Blocks whose PodCIDRs went without having been released.
+    pub lost: Vec<LostBlock>,
     /// Routes.
     pub routes: RouteCounts,
     /// Blocks of this node, with their counters.
@@ -102,7 +105,8 @@ pub fn status(
         condition::set(&mut conditions, &verdict, None, now);
     }
     status.applied = Some(applied(known, &findings.faults));
-    status.held_blocks = findings.held_blocks.iter().take(64).cloned().collect();
+    status.held_blocks = findings.held_blocks.iter().take(MAX_BLOCKS).cloned().collect();
+    status.lost = lost(&findings.lost);
     status.routes = Some(findings.routes);
     status.cni = Some(CniReport { active: findings.active_conf.clone(), chained: findings.chained.clone() });
     status.mtu = findings.mtu.and_then(|mtu| i32::try_from(mtu).ok());
@@ -154,6 +158,12 @@ fn add<F: Fact>(
         digest.add(uid, generation);
         *count += 1;
     }
+}
+
+fn lost(blocks: &[LostBlock]) -> Option<LostBlocks> {
+    let named = || blocks.iter().take(MAX_BLOCKS).cloned().collect();
+    (!blocks.is_empty())
+        .then(|| LostBlocks { count: i64::try_from(blocks.len()).unwrap_or(i64::MAX), blocks: named() })
 }
 
 fn verdicts(findings: &Findings) -> Vec<Verdict> {
@@ -355,6 +365,10 @@ mod tests {
         let failed = status.applied.unwrap().failed;
         assert_eq!((failed.len(), failed[0].message.len()), (16, 512));
         assert!(status.conditions.iter().all(|c| c.message.chars().count() <= 1024));
+        let block = |n| LostBlock { cidr: format!("10.244.{n}.0/24"), node_name: format!("n{n}") };
+        let lost = report(&Findings { lost: (0..99).map(block).collect(), ..Findings::default() }).lost;
+        assert_eq!(lost.map(|lost| (lost.count, lost.blocks.len())), Some((99, 64)));
+        assert_eq!(report(&Findings::default()).lost, None);
         assert!(condition::find(&status.conditions, ROUTES_READY).is_some_and(|c| c.reason == "NotOnLink"));
     }
 

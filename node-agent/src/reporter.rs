@@ -203,6 +203,7 @@ impl Reporter {
             blockers: blockers.iter().map(|blocker| blocker.to_string()).collect(),
             legacy: legacy.map(|family| format!("{family} filter")).collect(),
             held: pass.held.names.clone(),
+            lost: pass.held.lost.clone(),
             routes: RouteCounts {
                 desired: count(pass.desired.routes.len()),
                 installed: count(pass.done.routes.len()),

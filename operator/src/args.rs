@@ -145,7 +145,7 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u64).range(10..=600_000))]
     pub lease_retry_milliseconds: u64,
 
-    /// How long a new leader waits for the reports of Ready nodes before it carves blocks.
+    /// How long a new leader waits for agents to report what they hold and miss before it carves blocks.
     #[arg(long, env = "PLAT_REPORT_WAIT_SECONDS", default_value_t = 30, hide = true)]
     pub report_wait_seconds: u64,
 

@@ -1,7 +1,7 @@
 //! Who claims which addresses: the answer to "is this block free?". Pure.
 //!
 //! A block is free only if nothing here overlaps it: no PodCIDR, no create whose outcome is unknown, no
-//! block that vanished without being released, no node's `heldBlocks`, no `node.spec.podCIDRs`, and no
+//! block that vanished without being released, none that an agent tells was lost, no node's `heldBlocks`, no `node.spec.podCIDRs`, and no
 //! address of the cluster itself.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,8 @@ pub enum Claim {
     Pending(Name),
     /// A PodCIDR of that node that vanished without being released.
     Vanished(Name),
+    /// Another node tells that a PodCIDR of that node was lost.
+    Told(Name),
     /// The node reports that it holds it.
     Held(Name),
     /// The node's `spec.podCIDRs`.
@@ -36,6 +38,7 @@ impl Claim {
             Claim::Object(node)
             | Claim::Pending(node)
             | Claim::Vanished(node)
+            | Claim::Told(node)
             | Claim::Held(node)
             | Claim::NodeSpec(node) => Some(node),
             Claim::Cluster => None,
@@ -65,6 +68,10 @@ impl Claims {
             claims.add(*block, Claim::Vanished(vanished.node.clone()));
         }
         let largest = largest_blocks(snapshot);
+        let told = snapshot.memory.told(snapshot.clock);
+        for (block, node) in told.filter(|(block, _)| is_block_sized(&largest, block)) {
+            claims.add(*block, Claim::Told(node.clone()));
+        }
         for report in snapshot.reports.values() {
             for held in report.held.iter().filter(|held| is_block_sized(&largest, &held.block)) {
                 claims.add(held.block, Claim::Held(report.name.clone()));

@@ -12,7 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use plat_crds::cluster_cidr::Allocation;
 use plat_crds::digest::Digest;
-use plat_crds::node_network::{FailedObject, Incident};
+use plat_crds::node_network::{FailedObject, Incident, LostBlocks};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::Routing;
 use plat_crds::{
@@ -175,6 +175,8 @@ pub struct ReportFact {
     pub failed: Box<[FailedObject]>,
     /// Blocks that the node leases from or has leases in.
     pub held: Box<[Held]>,
+    /// PodCIDRs that the node knew and that went without having been released.
+    pub lost: Lost,
     /// The first condition that keeps the node from being programmed, as `type: message`; `None` if
     /// `RoutesReady`, `MasqueradeReady` and `CNIReady` are all `True`.
     pub unready: Option<Box<str>>,
@@ -189,6 +191,27 @@ pub struct Held {
     pub block: Block,
     /// Leased addresses.
     pub used: i64,
+}
+
+/// Lost PodCIDRs that a node tells of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// The blocks, with the nodes that held them.
+    pub blocks: Box<[(Block, Name)]>,
+    /// Whether there are more than it could name.
+    pub is_cut: bool,
+}
+
+impl Lost {
+    fn read(lost: &LostBlocks) -> Lost {
+        let blocks = lost.blocks.iter();
+        Lost {
+            blocks: blocks
+                .filter_map(|lost| Some((lost.cidr.parse().ok()?, lost.node_name.as_str().into())))
+                .collect(),
+            is_cut: usize::try_from(lost.count).is_ok_and(|count| count > lost.blocks.len()),
+        }
+    }
 }
 
 macro_rules! impl_fact {
@@ -390,6 +413,7 @@ impl ReportFact {
                 .iter()
                 .filter_map(|h| Some(Held { block: h.cidr.parse().ok()?, used: h.used }))
                 .collect(),
+            lost: status.and_then(|s| s.lost.as_ref()).map(Lost::read).unwrap_or_default(),
             unready: status.and_then(first_unready),
             problem,
         }

@@ -12,7 +12,7 @@ use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{Block, names};
 
-use crate::facts::{BlockFact, Fact, Health, Held, NodeFact, PodCidrText, RangeFact, ReportFact};
+use crate::facts::{BlockFact, Fact, Health, Held, Lost, NodeFact, PodCidrText, RangeFact, ReportFact};
 use crate::leader::World;
 use crate::memory::Memory;
 use crate::plan::{Plan, plan};
@@ -116,6 +116,7 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
         applied: Some(Digest::default()),
         failed: [].into(),
         held: held.iter().map(|(cidr, used)| Held { block: block(cidr), used: *used }).collect(),
+        lost: Lost::default(),
         unready: None,
         problem: None,
     }

@@ -10,6 +10,7 @@ use crate::facts::{BlockFact, NodeFact, RangeFact, ReportFact};
 use crate::memory::Memory;
 use crate::note::{self, Note};
 use crate::plan::{Plan, plan};
+use crate::ranges::{quarantine_of, quarantine_over};
 use crate::server::Server;
 use crate::snapshot::{Clock, Facts, Foreign, Settings, Snapshot, Source, Tenure};
 use crate::status::{self, Chosen};
@@ -128,10 +129,9 @@ impl Leader {
     fn decide(&mut self, world: &World, source: Source, tenure: Tenure, clock: Clock) -> (Plan, Chosen) {
         let ranges = self.memory.learned_ranges.over(&world.ranges);
         let blocks = self.memory.learned_blocks.over(&world.blocks);
-        let quarantine_of = |name: &str| ranges.get(name).map(|range| range.quarantine_seconds);
-        let default_quarantine = plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
-        self.memory.observe(&blocks, |name| quarantine_of(name).unwrap_or(default_quarantine), clock);
+        self.memory.observe(&blocks, |block| quarantine_of(&ranges, &block.range), clock);
         self.memory.observe_reports(&world.nodes, &world.reports, clock);
+        self.memory.observe_losses(&world.reports, &blocks, |block| quarantine_over(&ranges, block), clock);
         self.memory.ledger.update(&ranges, &blocks);
         let snapshot = Snapshot {
             clock,

@@ -5,12 +5,14 @@
 //! | `learned` | answers to own writes that the watch has not shown yet | or the next pass would do them again |
 //! | `pending` | creates whose outcome is unknown | the block may exist by now: it is taken until read back |
 //! | `vanished` | PodCIDRs that went without being released | deleted by hand, or etcd was restored: their node may still use them |
+//! | `told` | PodCIDRs that agents tell were lost | etcd was put back to a time before their nodes joined: only the other nodes remember them |
 //! | `quarantined` | since when this leader has seen each quarantine | a block is not freed on somebody else's clock alone |
 //! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
 //! | `cursors` | where carving goes on in each range | the status that carries it is written rarely |
 //! | `ledger` | which sums of objects were when | see [`crate::ledger`] |
 //!
-//! Losing it (a new leader) is safe: nodes report what they hold, and `node.spec.podCIDRs` mirrors it.
+//! Losing it (a new leader) is safe: nodes report what they hold and what was lost, and `node.spec.podCIDRs`
+//! mirrors it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -46,6 +48,11 @@ pub struct Memory {
     pub pending: BTreeMap<Block, Pending>,
     /// Blocks that vanished without being released.
     pub vanished: BTreeMap<Block, Vanished>,
+    /// Lost blocks that agents tell of, with the nodes that held them → until when they are taken. One that is
+    /// over is kept for as long as somebody tells of it: the report of a dead agent must not count for ever.
+    pub told: BTreeMap<(Block, Name), Duration>,
+    /// Until when nothing may be carved, because some agent misses more blocks than it can name.
+    pub untold: Option<Duration>,
     /// PodCIDR uid → when this leader first saw its quarantine.
     pub quarantined: BTreeMap<Name, Duration>,
     /// Name of a gone node with a NodeNetwork → when this leader first saw that it is gone.
@@ -107,6 +114,8 @@ impl Memory {
             learned_ranges: Learned::default(),
             pending: BTreeMap::new(),
             vanished: BTreeMap::new(),
+            told: BTreeMap::new(),
+            untold: None,
             quarantined: BTreeMap::new(),
             orphaned: BTreeMap::new(),
             cursors: BTreeMap::new(),
@@ -145,14 +154,48 @@ impl Memory {
         self.orphaned = gone.map(|name| (name.clone(), since(name))).collect();
     }
 
+    /// Notes which lost blocks agents tell of. Each is taken for its quarantine from when this leader first
+    /// heard of it.
+    pub fn observe_losses(
+        &mut self,
+        reports: &Facts<ReportFact>,
+        blocks: &Facts<BlockFact>,
+        quarantine_over: impl Fn(&Block) -> Duration,
+        clock: Clock,
+    ) {
+        let now = clock.steady;
+        let exists = |block: &Block| blocks.contains_key(block.object_name().as_str());
+        let lost = || reports.values().map(|report| &report.lost);
+        let mut told = std::mem::take(&mut self.told);
+        for (block, node) in lost().flat_map(|lost| lost.blocks.iter()).filter(|(block, _)| !exists(block)) {
+            let until = told.remove(&(*block, node.clone())).unwrap_or_else(|| now + quarantine_over(block));
+            self.told.entry((*block, node.clone())).or_insert(until);
+        }
+        told.retain(|(block, _), until| *until > now && !exists(block));
+        self.told.append(&mut told);
+        let longest = || lost().flat_map(|lost| lost.blocks.iter()).map(|(block, _)| quarantine_over(block));
+        self.untold = lost()
+            .any(|lost| lost.is_cut)
+            .then(|| self.untold.unwrap_or_else(|| now + longest().max().unwrap_or_default()));
+    }
+
+    /// The lost blocks that agents tell of and that are taken now.
+    pub fn told(&self, clock: Clock) -> impl Iterator<Item = &(Block, Name)> {
+        self.told.iter().filter(move |(_, until)| **until > clock.steady).map(|(told, _)| told)
+    }
+
     /// Notes what the blocks of a new snapshot say: which vanished, which are in quarantine, which creates
-    /// are settled. `quarantine_of` answers the quarantine of a range in seconds.
-    pub fn observe(&mut self, blocks: &Facts<BlockFact>, quarantine_of: impl Fn(&str) -> i32, clock: Clock) {
+    /// are settled. `quarantine_of` answers the quarantine of a block.
+    pub fn observe(
+        &mut self,
+        blocks: &Facts<BlockFact>,
+        quarantine_of: impl Fn(&BlockFact) -> Duration,
+        clock: Clock,
+    ) {
         let unchanged = self.last_seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, blocks));
         for lost in self.last_seen.iter().filter(|_| !unchanged).flat_map(|seen| seen.values()) {
             if !blocks.contains_key(&lost.name) && !self.released.remove(&lost.uid) {
-                let seconds = u64::try_from(quarantine_of(&lost.range)).unwrap_or_default();
-                let until = clock.steady + Duration::from_secs(seconds);
+                let until = clock.steady + quarantine_of(lost);
                 let vanished = Vanished { node: lost.node.clone(), range: lost.range.clone(), until };
                 self.vanished.insert(lost.block, vanished);
             }
@@ -194,7 +237,8 @@ impl Memory {
         let retries = self.retries.values().map(|retry| retry.not_before);
         let pending = self.pending.values().map(|pending| pending.until);
         let vanished = self.vanished.values().map(|vanished| vanished.until);
-        retries.chain(pending).chain(vanished).filter(|at| *at > clock.steady).min()
+        let told = self.told.values().copied().chain(self.untold);
+        retries.chain(pending).chain(vanished).chain(told).filter(|at| *at > clock.steady).min()
     }
 }
 
@@ -302,7 +346,8 @@ fn is_newer(ours: &str, seen: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{NOW, at, block, held_block};
+    use crate::facts::Lost;
+    use crate::fixtures::{NOW, at, block, held_block, report};
     use plat_crds::pod_cidr::BlockState;
 
     fn clock(second: u64) -> Clock {
@@ -320,6 +365,8 @@ mod tests {
     fn versions(facts: &Facts<BlockFact>) -> Vec<(&str, &str)> {
         facts.values().map(|b| (&*b.name, &*b.resource_version)).collect()
     }
+
+    const QUARANTINE: Duration = Duration::from_secs(900);
 
     #[test]
     fn an_answer_holds_until_the_watch_has_caught_up() {
@@ -370,23 +417,23 @@ mod tests {
     fn a_block_that_goes_without_being_released_is_remembered_for_a_quarantine() {
         let mut memory = Memory::new(false);
         let (lost, freed) = (versioned("10.244.1.0/24", "1"), versioned("10.244.2.0/24", "1"));
-        memory.observe(&facts(&[lost.clone(), freed.clone()]), |_| 900, clock(0));
+        memory.observe(&facts(&[lost.clone(), freed.clone()]), |_| QUARANTINE, clock(0));
         memory.block_released(&freed.uid, &freed.name, &freed.node, clock(1));
-        memory.observe(&facts(&[]), |_| 900, clock(2));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(2));
         assert_eq!(memory.vanished.keys().copied().collect::<Vec<_>>(), [block("10.244.1.0/24")]);
-        memory.observe(&facts(&[]), |_| 900, clock(901));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(901));
         assert_eq!(memory.vanished.len(), 1);
-        memory.observe(&facts(&[]), |_| 900, clock(903));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(903));
         assert_eq!(memory.vanished.len(), 0);
     }
 
     #[test]
     fn a_block_that_comes_back_is_not_lost_any_more() {
         let mut memory = Memory::new(false);
-        memory.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| 900, clock(0));
-        memory.observe(&facts(&[]), |_| 900, clock(1));
+        memory.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| QUARANTINE, clock(0));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(1));
         assert_eq!(memory.vanished.len(), 1);
-        memory.observe(&facts(&[versioned("10.244.1.0/24", "2")]), |_| 900, clock(2));
+        memory.observe(&facts(&[versioned("10.244.1.0/24", "2")]), |_| QUARANTINE, clock(2));
         assert_eq!(memory.vanished.len(), 0);
     }
 
@@ -398,7 +445,7 @@ mod tests {
         for (second, fact, since) in
             [(5, &resting, Some(5)), (9, &resting, Some(5)), (10, &active, None), (20, &resting, Some(20))]
         {
-            memory.observe(&facts(std::slice::from_ref(fact)), |_| 900, clock(second));
+            memory.observe(&facts(std::slice::from_ref(fact)), |_| QUARANTINE, clock(second));
             assert_eq!(memory.quarantined.get(&resting.uid).map(Duration::as_secs), since, "{second}");
         }
     }
@@ -417,12 +464,12 @@ mod tests {
         let mut memory = Memory::new(false);
         memory.create_unknown(&new, clock(0));
         assert!(memory.distrust);
-        memory.observe(&facts(&[]), |_| 900, clock(119));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(119));
         assert_eq!(memory.pending.len(), 1);
         let mut seen = memory.clone();
-        seen.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| 900, clock(119));
+        seen.observe(&facts(&[versioned("10.244.1.0/24", "1")]), |_| QUARANTINE, clock(119));
         assert_eq!(seen.pending.len(), 0);
-        memory.observe(&facts(&[]), |_| 900, clock(120));
+        memory.observe(&facts(&[]), |_| QUARANTINE, clock(120));
         assert_eq!(memory.pending.len(), 0);
     }
 
@@ -460,5 +507,50 @@ mod tests {
         assert_eq!(memory.wakes_at(clock(10)), None, "what is past wakes nobody");
         memory.succeeded(&target);
         assert!(memory.is_ripe(&target, clock(0)));
+    }
+
+    fn tells(node: &str, lost: &[(&str, &str)], is_cut: bool) -> Facts<ReportFact> {
+        let blocks = lost.iter().map(|(cidr, node)| (block(cidr), Name::from(*node))).collect();
+        let report = ReportFact { lost: Lost { blocks, is_cut }, ..report(node, &[]) };
+        Arc::new([(report.name.clone(), Arc::new(report))].into())
+    }
+
+    fn told(memory: &Memory, second: u64) -> Vec<String> {
+        memory.told(clock(second)).map(|(block, node)| format!("{block} {node}")).collect()
+    }
+
+    #[test]
+    fn a_lost_block_that_agents_tell_of_is_taken_for_a_quarantine_also_after_they_fell_silent() {
+        let mut memory = Memory::new(false);
+        let lost = [("10.244.1.0/24", "x"), ("10.244.2.0/24", "y")];
+        let hear = |memory: &mut Memory, second, lost: &[(&str, &str)], there: &[BlockFact]| {
+            memory.observe_losses(&tells("n1", lost, false), &facts(there), |_| QUARANTINE, clock(second));
+        };
+        hear(&mut memory, 10, &lost, &[versioned("10.244.2.0/24", "1")]);
+        assert_eq!(told(&memory, 10), ["10.244.1.0/24 x"], "one that is there is not lost");
+        assert_eq!(memory.wakes_at(clock(10)), Some(Duration::from_secs(910)));
+        hear(&mut memory, 20, &[], &[]);
+        assert_eq!(told(&memory, 909), ["10.244.1.0/24 x"]);
+        hear(&mut memory, 30, &lost[..1], &[]);
+        hear(&mut memory, 910, &lost[..1], &[]);
+        assert_eq!(told(&memory, 910), [] as [&str; 0], "the report of a dead agent does not count for ever");
+        hear(&mut memory, 911, &[], &[versioned("10.244.1.0/24", "1")]);
+        hear(&mut memory, 912, &lost[..1], &[]);
+        assert_eq!(told(&memory, 1811), ["10.244.1.0/24 x"], "lost once more");
+    }
+
+    #[test]
+    fn more_losses_than_an_agent_can_name_stop_carving_for_a_quarantine() {
+        let mut memory = Memory::new(false);
+        let hear = |memory: &mut Memory, second, is_cut| {
+            let reports = tells("n1", &[("10.244.1.0/24", "x")], is_cut);
+            memory.observe_losses(&reports, &facts(&[]), |_| QUARANTINE, clock(second));
+        };
+        for (second, is_cut, until) in
+            [(0, false, None), (5, true, Some(905)), (99, true, Some(905)), (100, false, None)]
+        {
+            hear(&mut memory, second, is_cut);
+            assert_eq!(memory.untold, until.map(Duration::from_secs), "{second}");
+        }
     }
 }

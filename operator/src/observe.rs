@@ -354,10 +354,12 @@ fn block_urgency(old: Option<&BlockFact>, new: Option<&BlockFact>) -> Urgency {
     if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
 }
 
-/// What is held matters at once, as does a report that goes away; sums and counters can wait.
+/// What is held or lost matters at once, as does a report that goes away; sums and counters can wait.
 fn report_urgency(old: Option<&ReportFact>, new: Option<&ReportFact>) -> Urgency {
-    let held =
-        |fact: &ReportFact| (fact.reported, fact.held.iter().map(|held| held.block).collect::<Vec<_>>());
+    let held = |fact: &ReportFact| {
+        let held: Vec<_> = fact.held.iter().map(|held| held.block).collect();
+        (fact.reported, held, fact.lost.clone())
+    };
     if old.map(held) == new.map(held) { Urgency::Soon } else { Urgency::Now }
 }
 

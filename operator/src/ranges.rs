@@ -15,12 +15,12 @@
 use std::time::Duration;
 
 use plat_crds::Block;
-use plat_crds::cluster_cidr::Allocation;
+use plat_crds::cluster_cidr::{Allocation, DEFAULT_QUARANTINE_SECONDS};
 use plat_crds::condition::{self, OVERLAPPING, READY, Verdict};
 
 use crate::facts::RangeFact;
 use crate::reason;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Facts, Snapshot};
 
 /// Times in objects are cut to whole seconds: a condition may be that much younger than it says.
 const WHOLE_SECOND: Duration = Duration::from_secs(1);
@@ -50,6 +50,22 @@ pub enum Standing {
     Wait(Duration),
     /// `Ready=True` has not been written yet.
     NotWritten,
+}
+
+/// Quarantine of the blocks of the range of that name; the default if it is gone.
+pub fn quarantine_of(ranges: &Facts<RangeFact>, name: &str) -> Duration {
+    quarantine(ranges.get(name).map(|range| &**range))
+}
+
+/// Quarantine of the range that a block lies in.
+pub fn quarantine_over(ranges: &Facts<RangeFact>, block: &Block) -> Duration {
+    let covers = |range: &&RangeFact| range.range.is_some_and(|range| range.covers(block));
+    quarantine(ranges.values().map(|range| &**range).find(covers))
+}
+
+fn quarantine(range: Option<&RangeFact>) -> Duration {
+    let seconds = range.map_or(DEFAULT_QUARANTINE_SECONDS, |range| range.quarantine_seconds);
+    Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
 }
 
 /// Judges a range against everything else in the snapshot.

@@ -85,5 +85,7 @@ pub const NO_ADDRESS: &str = "NodeHasNoAddress";
 pub const FOREIGN_POD_CIDR: &str = "ForeignPodCIDR";
 /// Fault: `node.spec.podCIDRs` names a block that another node holds.
 pub const POD_CIDR_TAKEN: &str = "PodCIDRTaken";
+/// Fault: more PodCIDRs were lost than agents can name, so nothing is carved for a while.
+pub const BLOCKS_LOST: &str = "PodCIDRsLost";
 /// Fault: a node reports leases in a block that another node holds.
 pub const HELD_BLOCK_TAKEN: &str = "HeldBlockTaken";

@@ -821,6 +821,7 @@ fn a_late_create_of_a_former_leader_meets_no_block_of_a_newer_range() {
     let _story = Story(&cluster, 7);
     let mut cluster = cluster.borrow_mut();
     cluster.settings.default_ranges.clear();
+    cluster.settings.report_wait = Duration::ZERO;
     let range = |name: &str, length: u8| {
         let spec =
             json!({"cidr": "10.244.0.0/16", "blockPrefixLength": length, "quarantineSeconds": QUARANTINE});

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::Timestamp;
 use plat_crds::Block;
 
 use crate::facts::{BlockFact, Name, NodeFact, RangeFact, ReportFact};
@@ -50,9 +50,9 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Wall clock `seconds` from now.
-    pub fn wall_after(&self, seconds: i64) -> Timestamp {
-        self.wall.checked_add(SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MAX)
+    /// Wall clock `wait` from now.
+    pub fn wall_after(&self, wait: Duration) -> Timestamp {
+        self.wall.checked_add(wait).unwrap_or(Timestamp::MAX)
     }
 
     /// Time from now to `at` on the wall clock; zero if it is past.

@@ -8,16 +8,13 @@
 //! A second block of one family (two leaders once raced) goes Active → Draining → (last lease ended)
 //! Quarantined → deleted.
 
-use std::time::Duration;
-
 use k8s_openapi::jiff::Timestamp;
-use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::names;
 use plat_crds::pod_cidr::BlockState;
 
 use super::Planner;
 use crate::facts::{BlockFact, NodeFact};
-use crate::snapshot::Snapshot;
+use crate::ranges::quarantine_of;
 use crate::step::{BlockChange, Step, Version, Why};
 
 /// A label value has at most so many bytes.
@@ -111,7 +108,7 @@ impl Planner<'_> {
     }
 
     fn release_time(&self, block: &BlockFact) -> Timestamp {
-        self.snapshot.clock.wall_after(i64::from(quarantine_of(self.snapshot, &block.range)))
+        self.snapshot.clock.wall_after(quarantine_of(&self.snapshot.ranges, &block.range))
     }
 
     /// Frees a block whose quarantine is over by the wall clock and has been watched by this leader for a
@@ -126,8 +123,8 @@ impl Planner<'_> {
             self.plan.steps.push(Step::ChangeBlock { object, node, node_uid, change, why: Why::Refresh });
             return;
         };
-        let quarantine = u64::try_from(quarantine_of(self.snapshot, &block.range)).unwrap_or_default();
-        let to_watch = self.snapshot.settings.quarantine_watch.min(Duration::from_secs(quarantine));
+        let quarantine = quarantine_of(&self.snapshot.ranges, &block.range);
+        let to_watch = self.snapshot.settings.quarantine_watch.min(quarantine);
         let seen_since = self.snapshot.memory.quarantined.get(&block.uid).copied().unwrap_or(clock.steady);
         let watched = clock.steady.saturating_sub(seen_since);
         let wait = clock.until(release_after).max(to_watch.saturating_sub(watched));
@@ -170,11 +167,6 @@ impl Planner<'_> {
         }
         labels
     }
-}
-
-/// Quarantine of the blocks of a range, in seconds; the default if the range is gone.
-pub(crate) fn quarantine_of(snapshot: &Snapshot, range: &str) -> i32 {
-    snapshot.ranges.get(range).map_or(DEFAULT_QUARANTINE_SECONDS, |range| range.quarantine_seconds)
 }
 
 /// A name cut to a valid label value: at most 63 bytes, ending with a letter or a digit.

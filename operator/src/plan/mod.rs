@@ -62,6 +62,12 @@ pub struct RangeOutlook {
     pub cursor: u64,
 }
 
+impl Plan {
+    fn wake_at_the_latest(&mut self, wait: Duration) {
+        self.wake_after = Some(self.wake_after.map_or(wait, |known| known.min(wait)));
+    }
+}
+
 /// Plans.
 pub fn plan(snapshot: &Snapshot) -> Plan {
     let mut planner = Planner::new(snapshot);
@@ -83,6 +89,8 @@ struct Planner<'a> {
     blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
     /// Node name → its blocks that vanished.
     vanished_of: BTreeMap<&'a str, Vec<Block>>,
+    /// Node name → its blocks that agents tell were lost.
+    told_of: BTreeMap<&'a str, Vec<Block>>,
     /// Label keys that selectors name, but for our own.
     selected_keys: BTreeSet<&'a str>,
     plan: Plan,
@@ -136,10 +144,23 @@ impl<'a> Planner<'a> {
         for (block, vanished) in &snapshot.memory.vanished {
             vanished_of.entry(&vanished.node).or_default().push(*block);
         }
+        let mut told_of: BTreeMap<&str, Vec<Block>> = BTreeMap::new();
+        for (block, node) in snapshot.memory.told(snapshot.clock) {
+            told_of.entry(node).or_default().push(*block);
+        }
         let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
         let keys = snapshot.ranges.values().flat_map(|range| range.selector.keys());
         let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
-        Planner { snapshot, claims, ranges, blocks_of, vanished_of, selected_keys, plan: Plan::default() }
+        Planner {
+            snapshot,
+            claims,
+            ranges,
+            blocks_of,
+            vanished_of,
+            told_of,
+            selected_keys,
+            plan: Plan::default(),
+        }
     }
 
     fn name_unreadable_objects(&mut self) {
@@ -172,7 +193,7 @@ impl<'a> Planner<'a> {
     }
 
     fn wake_after(&mut self, wait: Duration) {
-        self.plan.wake_after = Some(self.plan.wake_after.map_or(wait, |known| known.min(wait)));
+        self.plan.wake_at_the_latest(wait);
     }
 
     /// Whether ranges and blocks were listed for this plan; if not, asks for it.

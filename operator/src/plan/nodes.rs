@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::condition::{self, READY};
 use plat_crds::{Block, Family};
 
 use super::Planner;
 use crate::claims::Claim;
-use crate::facts::{BlockFact, Held, NodeFact, PodCidrText, ReportFact};
+use crate::facts::{BlockFact, NodeFact, PodCidrText, ReportFact};
+use crate::ranges::quarantine_over;
 use crate::reason;
 use crate::step::Step;
 
@@ -99,16 +99,8 @@ impl<'a> Planner<'a> {
     fn rest_of_claims(&self, report: &ReportFact) -> Duration {
         let clock = self.snapshot.clock;
         let since = self.snapshot.memory.orphaned.get(&report.name).copied().unwrap_or(clock.steady);
-        let range_of = |held: &Held| {
-            let mut ranges = self.snapshot.ranges.values();
-            ranges.find(|range| range.range.is_some_and(|block| block.covers(&held.block)))
-        };
-        let quarantines = report
-            .held
-            .iter()
-            .map(|held| range_of(held).map_or(DEFAULT_QUARANTINE_SECONDS, |range| range.quarantine_seconds));
-        let longest = quarantines.max().and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(0);
-        (since + Duration::from_secs(longest)).saturating_sub(clock.steady)
+        let quarantines = report.held.iter().map(|held| quarantine_over(&self.snapshot.ranges, &held.block));
+        (since + quarantines.max().unwrap_or_default()).saturating_sub(clock.steady)
     }
 
     fn name_node_faults(&mut self, node: &NodeFact) {

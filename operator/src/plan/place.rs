@@ -18,6 +18,8 @@ use crate::step::{NewBlock, Origin, Step};
 enum Strength {
     /// `node.spec.podCIDRs`.
     NodeSpec,
+    /// Other nodes tell that its PodCIDR was lost.
+    Told,
     /// The node reports that it holds it.
     Held,
     /// This leader has seen its PodCIDR vanish.
@@ -29,6 +31,7 @@ enum Strength {
 fn strength(claim: &Claim) -> Strength {
     match claim {
         Claim::NodeSpec(_) => Strength::NodeSpec,
+        Claim::Told(_) => Strength::Told,
         Claim::Held(_) => Strength::Held,
         Claim::Vanished(_) => Strength::Vanished,
         Claim::Object(_) | Claim::Pending(_) | Claim::Cluster => Strength::Fixed,
@@ -45,7 +48,7 @@ impl<'a> Planner<'a> {
             lacking.into_iter().filter(|(node, family)| !self.give_back(node, *family)).collect();
         let lacking: Vec<_> =
             lacking.into_iter().filter(|(node, family)| !self.adopt(node, *family)).collect();
-        if lacking.is_empty() || self.must_hear_nodes_first() {
+        if lacking.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&lacking) {
             return;
         }
         for (node, family) in lacking {
@@ -105,14 +108,17 @@ impl<'a> Planner<'a> {
         false
     }
 
-    /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw,
-    /// one that its Node names, the one with most leases.
+    /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw, one
+    /// that it reports itself, one that others tell of; of several, one that its Node names, then the one with
+    /// most leases.
     fn held(&self, node: &NodeFact, family: Family) -> Vec<(Block, Strength)> {
         let vanished = self.vanished_of.get(&*node.name).into_iter().flatten();
         let mut held: Vec<_> = vanished.map(|block| (*block, Strength::Vanished, 0)).collect();
         if let Some(report) = self.snapshot.reports.get(&node.name) {
             held.extend(report.held.iter().map(|held| (held.block, Strength::Held, held.used)));
         }
+        let told = self.told_of.get(&*node.name).into_iter().flatten();
+        held.extend(told.map(|block| (*block, Strength::Told, 0)));
         held.retain(|(block, ..)| block.family() == family);
         held.sort_by_key(|(block, claim, used)| {
             let named = node.spec_blocks().any(|spec| spec == *block);
@@ -169,7 +175,7 @@ impl<'a> Planner<'a> {
                     chosen = range.pool.next_free(range.cursor).map(|index| (range.fact.name.clone(), index));
                 }
                 Standing::Wait(wait) => {
-                    self.plan.wake_after = Some(self.plan.wake_after.map_or(wait, |known| known.min(wait)));
+                    self.plan.wake_at_the_latest(wait);
                     waits = true;
                 }
                 Standing::NotWritten => waits = true,
@@ -216,20 +222,36 @@ impl<'a> Planner<'a> {
         }));
     }
 
-    /// A new leader on a cluster with a history carves nothing before every live node has said what it
-    /// holds (etcd may have been restored), or has had time to.
+    /// A new leader on a cluster with a history gives agents the time to say what they hold and what was lost
+    /// before it carves anything. Their reports of before do not count: if etcd was put back to a backup, so
+    /// were they. On a fresh cluster every report is new, so the last Ready node's ends the wait.
     fn must_hear_nodes_first(&mut self) -> bool {
         let (tenure, wait) = (self.snapshot.tenure, self.snapshot.settings.report_wait);
-        if self.snapshot.memory.fresh_cluster || tenure.held_for >= wait {
-            return false;
-        }
         let reported =
             |node: &NodeFact| self.snapshot.reports.get(&node.name).is_some_and(|report| report.reported);
-        let silent = self.snapshot.nodes.values().any(|node| node.health == Health::Ready && !reported(node));
-        if silent {
-            self.wake_after(wait - tenure.held_for);
+        let silent = |node: &NodeFact| node.health == Health::Ready && !reported(node);
+        let heard =
+            self.snapshot.memory.fresh_cluster && !self.snapshot.nodes.values().any(|node| silent(node));
+        if heard || tenure.held_for >= wait {
+            return false;
         }
-        silent
+        self.wake_after(wait - tenure.held_for);
+        true
+    }
+
+    /// While an agent misses more blocks than it can name, any block may be one of them.
+    fn must_wait_for_the_lost(&mut self, lacking: &[(&NodeFact, Family)]) -> bool {
+        let now = self.snapshot.clock.steady;
+        let Some(until) = self.snapshot.memory.untold.filter(|until| *until > now) else { return false };
+        let seconds = (until - now).as_secs();
+        for (node, family) in lacking {
+            let message = format!(
+                "node {} gets no {family} block yet: more PodCIDRs were lost than agents can name (etcd put back to a backup?), and any block may be one of them; carving goes on once they are back, at the latest in {seconds} s",
+                node.name
+            );
+            self.fault(node, reason::BLOCKS_LOST, message);
+        }
+        true
     }
 }
 

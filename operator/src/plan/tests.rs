@@ -161,6 +161,7 @@ fn a_range_is_carved_only_once_ready_true_has_stood() {
     let mut young = range("default-v4", V4);
     young.status.conditions[0].last_transition_time.0 = at(NOW - 5);
     let scene = scene().range(young.clone()).nodes(&["n1"]).all_report();
+    let scene = scene.with(|s| s.settings.report_wait = Duration::ZERO);
     let tenure = |held: u64, start| Tenure { held_for: Duration::from_secs(held), start };
     for (fresh, tenure, carves, wakes) in [
         (false, tenure(3600, Start::Expired), true, None),
@@ -307,13 +308,12 @@ fn a_report_cannot_claim_more_than_a_block_at_a_stroke() {
 }
 
 #[test]
-fn a_new_leader_on_an_old_cluster_hears_the_ready_nodes_before_it_carves() {
-    let silent = with_v4()
-        .nodes(&["n1", "n2"])
-        .report(report("n1", &[]))
-        .with(|s| s.tenure.held_for = Duration::from_secs(20));
-    assert_eq!((created(&silent.plan()).len(), silent.plan().wake_after), (0, Some(Duration::from_secs(10))));
-    let adopts = silent
+fn a_new_leader_on_an_old_cluster_waits_for_new_reports_before_it_carves() {
+    // Also if all have reported: that may be what a restored etcd remembers.
+    let old =
+        with_v4().nodes(&["n1", "n2"]).all_report().with(|s| s.tenure.held_for = Duration::from_secs(20));
+    assert_eq!((created(&old.plan()).len(), old.plan().wake_after), (0, Some(Duration::from_secs(10))));
+    let adopts = old
         .clone()
         .node(NodeFact { pod_cidrs: spec(&["10.244.9.0/24"]), ..node("n3") })
         .report(report("n3", &[("10.244.9.0/24", 0)]));
@@ -322,12 +322,74 @@ fn a_new_leader_on_an_old_cluster_hears_the_ready_nodes_before_it_carves() {
         ["n3 10.244.9.0/24 default-v4 recreated"],
         "what is claimed need not wait"
     );
-    let waited = silent.clone().with(|s| s.tenure.held_for = Duration::from_secs(30));
+    let waited = old.with(|s| s.tenure.held_for = Duration::from_secs(30));
     assert_eq!(created(&waited.plan()).len(), 2);
-    let not_live = silent.clone().node(NodeFact { health: Health::Lost, ..node("n2") });
-    assert_eq!(created(&not_live.plan()).len(), 2);
-    let fresh = silent.with(|s| s.memory = Memory::new(true));
-    assert_eq!(created(&fresh.plan()).len(), 2);
+}
+
+#[test]
+fn on_a_fresh_cluster_only_ready_nodes_are_waited_for_as_their_pods_may_run() {
+    let silent = with_v4().nodes(&["n1", "n2"]).report(report("n1", &[])).with(|s| {
+        s.memory = Memory::new(true);
+        s.tenure = Tenure { held_for: Duration::from_secs(20), start: Start::First };
+    });
+    assert_eq!((created(&silent.plan()).len(), silent.plan().wake_after), (0, Some(Duration::from_secs(10))));
+    let all_report = silent.clone().all_report();
+    assert_eq!(created(&all_report.plan()).len(), 2, "nothing was written before, so every report is new");
+    for health in [Health::Lost, Health::NotReady] {
+        let not_ready = silent.clone().node(NodeFact { health, ..node("n2") });
+        assert_eq!(created(&not_ready.plan()).len(), 2, "{health:?}");
+    }
+    let waited = silent.with(|s| s.tenure.held_for = Duration::from_secs(30));
+    assert_eq!(created(&waited.plan()).len(), 2);
+}
+
+/// etcd was put back to a time before `x` joined, so there is no Node, NodeNetwork or PodCIDR of it.
+#[test]
+fn a_block_that_others_tell_was_lost_is_given_to_nobody_but_its_node() {
+    let lost = |blocks: &[(&str, &str)]| {
+        let told =
+            blocks.iter().map(|(cidr, node)| ((block(cidr), (*node).into()), Duration::from_secs(4000)));
+        let told = told.collect();
+        move |s: &mut Scene| s.memory.told = told
+    };
+    let joins = with_v4().nodes(&["y"]).all_report().with(lost(&[("10.244.0.0/24", "x")]));
+    assert_eq!(created(&joins.plan()), ["y 10.244.1.0/24 default-v4 carved"]);
+    let returns = joins.clone().nodes(&["x"]);
+    assert_eq!(
+        created(&returns.plan()),
+        ["x 10.244.0.0/24 default-v4 recreated", "y 10.244.1.0/24 default-v4 carved"],
+        "before it has reported anything itself"
+    );
+    let over = joins.with(|s| s.clock.steady = Duration::from_secs(4000));
+    assert_eq!(created(&over.plan()), ["y 10.244.0.0/24 default-v4 carved"]);
+    let held = with_v4().nodes(&["x", "y"]).report(report("y", &[("10.244.0.0/24", 3)])).all_report();
+    let held = held.with(lost(&[("10.244.0.0/24", "x")]));
+    assert_eq!(
+        created(&held.plan()),
+        ["x 10.244.1.0/24 default-v4 carved", "y 10.244.0.0/24 default-v4 recreated"],
+        "what a node says of itself is stronger"
+    );
+    let disputed = with_v4().nodes(&["x"]).all_report();
+    let disputed = disputed.with(lost(&[("10.244.0.0/24", "x"), ("10.244.0.0/24", "z")]));
+    assert_eq!(created(&disputed.plan()), ["x 10.244.1.0/24 default-v4 carved"]);
+    let liar = with_v4().nodes(&["y"]).all_report().with(lost(&[("10.0.0.0/8", "x")]));
+    assert_eq!(
+        created(&liar.plan()),
+        ["y 10.244.0.0/24 default-v4 carved"],
+        "no more than a block at a stroke"
+    );
+}
+
+#[test]
+fn nothing_is_carved_while_more_is_lost_than_agents_can_name() {
+    let scene = with_v4().nodes(&["n1", "n2"]).report(report("n2", &[("10.244.7.0/24", 1)])).all_report();
+    let scene = scene.with(|s| s.memory.untold = Some(s.clock.steady + Duration::from_secs(60)));
+    let plan = scene.plan();
+    assert_eq!(created(&plan), ["n2 10.244.7.0/24 default-v4 recreated"]);
+    assert_eq!(faults(&plan), [format!("n1 {}", reason::BLOCKS_LOST)]);
+    assert!(plan.faults[0].message.ends_with("at the latest in 60 s"), "{}", plan.faults[0].message);
+    let over = scene.with(|s| s.clock.steady += Duration::from_secs(60));
+    assert_eq!(created(&over.plan()).len(), 2);
 }
 
 #[test]

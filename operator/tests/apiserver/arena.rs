@@ -299,12 +299,15 @@ impl Operator {
         // For measurements, another build of the same program.
         let built =
             std::env::var("PLAT_OPERATOR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_plat-operator").to_owned());
+        let waits = |flag: &&str| flag.starts_with("--report-wait-seconds");
         let mut command: Command = plane.command(&built);
         command
             .env("KUBECONFIG", plane.admin_kubeconfig())
             .args(["--log-level=info,plat_operator=debug,kube_client=off", "--pod-name", name, "--socket"])
             .arg(&socket)
             .args(flags)
+            // Nodes here are Ready and have no agents, so nobody would end the wait for their reports.
+            .args(["--report-wait-seconds=1"].iter().filter(|_| !flags.iter().any(waits)))
             .stdout(File::create(&log).unwrap())
             .stderr(Stdio::inherit());
         Operator { child: command.spawn().unwrap(), socket, log }
