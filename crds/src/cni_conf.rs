@@ -29,6 +29,8 @@ pub struct PlatPlugin {
     pub bridge: String,
     /// Folder of `blocks.json` and `leases`, as the node (not the agent's container) sees it.
     pub run_dir: String,
+    /// Pods send only from their own addresses.
+    pub anti_spoofing: bool,
     /// Capabilities of the runtime that our plugin has itself (CNI conventions), such as `bandwidth`.
     pub capabilities: Vec<String>,
 }
@@ -46,6 +48,7 @@ impl Conflist {
             // With bridge-nf-call-iptables=1 a Service's translation happens inside the bridge, which then must
             // send a pod's packet back to the port it came from when the pod is its own backend.
             "hairpinMode": true,
+            "antiSpoofing": plugin.anti_spoofing,
             "capabilities": capabilities,
             "ipam": {"type": CNI_TYPE},
         });
@@ -72,6 +75,7 @@ mod tests {
         let plugin = PlatPlugin {
             bridge: "cni0".into(),
             run_dir: "/run/plat".into(),
+            anti_spoofing: true,
             capabilities: vec!["bandwidth".into()],
         };
         let portmap = serde_json::json!({"type": "portmap", "capabilities": {"portMappings": true}});
@@ -79,6 +83,7 @@ mod tests {
         assert_eq!(list.cni_versions, ["1.0.0"]);
         assert_eq!(list.plugins[0]["ipam"]["type"], "plat");
         assert_eq!(list.plugins[0]["hairpinMode"], true);
+        assert_eq!(list.plugins[0]["antiSpoofing"], true);
         assert_eq!(list.plugins[0]["capabilities"], serde_json::json!({"bandwidth": true}));
         assert_eq!(list.plugins[1], portmap);
         assert_eq!(Conflist::new(&plugin, vec![], true).cni_versions, ["1.0.0", "1.1.0"]);

@@ -52,6 +52,10 @@ pub struct Run {
     /// Without them such a policy cuts pods off.
     #[arg(long, env = "PLAT_ADMIT_FORWARD", default_value_t = true, action = ArgAction::Set)]
     pub admit_forward: bool,
+    /// Pods send only from their own IP and hardware addresses; what they forge is dropped. Holds for pods that
+    /// start from now on.
+    #[arg(long, env = "PLAT_ANTI_SPOOFING", default_value_t = true, action = ArgAction::Set)]
+    pub anti_spoofing: bool,
     /// Who limits the bandwidth of pods (annotations kubernetes.io/ingress-bandwidth and egress-bandwidth).
     #[arg(long, env = "PLAT_BANDWIDTH", value_enum, default_value = "plat")]
     pub bandwidth: Provider,
@@ -175,8 +179,21 @@ mod tests {
     #[test]
     fn run_is_the_default_and_takes_the_same_flags() {
         for line in [
-            vec!["plat-agent", "--node-name=n1", "--hold-seconds=5", "--admit-forward=false"],
-            vec!["plat-agent", "run", "--node-name=n1", "--hold-seconds=5", "--admit-forward=false"],
+            vec![
+                "plat-agent",
+                "--node-name=n1",
+                "--hold-seconds=5",
+                "--admit-forward=false",
+                "--anti-spoofing=false",
+            ],
+            vec![
+                "plat-agent",
+                "run",
+                "--node-name=n1",
+                "--hold-seconds=5",
+                "--admit-forward=false",
+                "--anti-spoofing=false",
+            ],
         ] {
             let cli = Cli::try_parse_from(line).unwrap();
             let run = match cli.command {
@@ -184,7 +201,8 @@ mod tests {
                 None => cli.run,
                 other => panic!("{other:?}"),
             };
-            assert_eq!((run.node_name.as_str(), run.hold_seconds, run.admit_forward), ("n1", 5, false));
+            assert_eq!((run.node_name.as_str(), run.hold_seconds), ("n1", 5));
+            assert!(!run.admit_forward && !run.anti_spoofing);
         }
     }
 

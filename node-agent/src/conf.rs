@@ -135,6 +135,7 @@ mod tests {
         PlatPlugin {
             bridge: "cni0".into(),
             run_dir: "/run/plat".into(),
+            anti_spoofing: true,
             capabilities: vec![BANDWIDTH.capability.into()],
         }
     }

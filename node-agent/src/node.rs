@@ -34,6 +34,8 @@ use crate::reporter::{Pass, Report, Reporter};
 pub struct Settings {
     /// Who it is.
     pub me: Me,
+    /// Whether pods send only from their own addresses.
+    pub anti_spoofing: bool,
     /// Folder of CNI configurations, as this process sees it.
     pub conf_dir: PathBuf,
     /// Folder of CNI binaries, as this process sees it.

@@ -52,6 +52,7 @@ impl Outlet {
             plugin: PlatPlugin {
                 bridge: settings.me.bridge.clone(),
                 run_dir: settings.run_dir.to_string_lossy().into_owned(),
+                anti_spoofing: settings.anti_spoofing,
                 capabilities: by(Provider::Plat).map(|feature| feature.capability.to_owned()).collect(),
             },
             behind: by(Provider::Chained).collect(),

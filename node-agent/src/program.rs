@@ -64,6 +64,7 @@ fn settings(run: &Run, config: &Config) -> Settings {
             bridge: run.place.bridge.clone(),
             admit_forward: run.admit_forward,
         },
+        anti_spoofing: run.anti_spoofing,
         conf_dir: run.place.cni_conf_dir.clone(),
         bin_dir: run.place.cni_bin_dir.clone(),
         run_dir: run.place.run_dir.clone(),

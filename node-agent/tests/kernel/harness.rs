@@ -237,6 +237,7 @@ impl TestNode {
         let at = |name: &str| root.path().join(name);
         std::fs::write(at("image-plat"), "the CNI binary").unwrap();
         let settings = Settings {
+            anti_spoofing: true,
             me: Me { node: "n1".into(), bridge: "cni0".into(), admit_forward: true },
             conf_dir: at("net.d"),
             bin_dir: at("bin"),
