@@ -159,48 +159,11 @@ impl Beliefs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixtures::{block, objects, range};
     use crate::objects::Change;
-    use plat_crds::cluster_cidr::MasqueradeMode;
     use plat_crds::pod_cidr::BlockState;
 
     const HOLD: Duration = Duration::from_secs(300);
-
-    fn block(n: u8) -> BlockFact {
-        let block: plat_crds::Block = format!("10.244.{n}.0/24").parse().unwrap();
-        BlockFact {
-            name: block.object_name(),
-            uid: format!("uid-{n}"),
-            generation: 1,
-            created: 1,
-            block,
-            range: "r".into(),
-            node: format!("n{n}"),
-            addresses: vec![],
-            state: BlockState::Active,
-            routing: None,
-        }
-    }
-
-    fn range() -> RangeFact {
-        RangeFact {
-            name: "r".into(),
-            uid: "uid-r".into(),
-            generation: 1,
-            range: "10.244.0.0/16".parse().unwrap(),
-            ready: true,
-            quarantine_seconds: 900,
-            routing: None,
-            masquerade: MasqueradeMode::Disabled,
-            exclude: vec![],
-        }
-    }
-
-    fn objects(blocks: Vec<BlockFact>, ranges: Vec<RangeFact>) -> Objects {
-        let mut objects = Objects::default();
-        objects.blocks.apply(Change::Listed(blocks.into_iter().map(Ok).collect()));
-        objects.ranges.apply(Change::Listed(ranges.into_iter().map(Ok).collect()));
-        objects
-    }
 
     struct Fixture {
         _root: tempfile::TempDir,
@@ -229,7 +192,7 @@ mod tests {
     fn a_new_life_believes_the_cache_and_holds_what_the_first_list_lacks() {
         let fixture = fixture();
         let mut first = Beliefs::load("n1", HOLD, &fixture.run);
-        first.learn(&objects(vec![block(1), block(2), block(3)], vec![range()]));
+        first.learn(&objects(vec![block(1), block(2), block(3)], vec![range("default-v4")]));
         first.update(Duration::ZERO);
         first.save(&fixture.run, false);
 
@@ -287,8 +250,10 @@ mod tests {
     fn a_range_goes_once_no_block_of_it_is_left() {
         let fixture = fixture();
         let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
-        beliefs
-            .learn(&objects(vec![BlockFact { state: BlockState::Quarantined, ..block(2) }], vec![range()]));
+        beliefs.learn(&objects(
+            vec![BlockFact { state: BlockState::Quarantined, ..block(2) }],
+            vec![range("default-v4")],
+        ));
         beliefs.update(Duration::ZERO);
         beliefs.learn(&objects(vec![], vec![]));
         assert_eq!(beliefs.update(Duration::ZERO), Held::default());

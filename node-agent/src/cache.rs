@@ -79,21 +79,11 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use plat_crds::pod_cidr::BlockState;
+    use crate::fixtures::block;
 
     fn cache() -> Cache {
-        let block = BlockFact {
-            name: "10-244-1-0-24".into(),
-            uid: "u".into(),
-            generation: 3,
-            created: 7,
-            block: "10.244.1.0/24".parse().unwrap(),
-            range: "default-v4".into(),
-            node: "n1".into(),
-            addresses: vec!["172.30.0.11".parse().unwrap()],
-            state: BlockState::Active,
-            routing: serde_json::from_str(r#"{"mtu":1400}"#).unwrap(),
-        };
+        let routing = serde_json::from_str(r#"{"mtu":1400}"#).unwrap();
+        let block = BlockFact { generation: 3, created: 7, routing, ..block(1) };
         Cache::new([(block.name.clone(), block)].into(), BTreeMap::new())
     }
 

@@ -146,7 +146,7 @@ fn lost(range: &RangeFact) -> Fault {
 mod tests {
     use super::*;
     use crate::facts::BlockFact;
-    use plat_crds::cluster_cidr::MasqueradeMode;
+    use crate::fixtures::range;
 
     fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
@@ -163,19 +163,8 @@ mod tests {
 
     impl Case {
         fn new() -> Case {
-            let range = RangeFact {
-                name: "r".into(),
-                uid: String::new(),
-                generation: 1,
-                range: "10.244.0.0/16".parse().unwrap(),
-                ready: true,
-                quarantine_seconds: 900,
-                routing: None,
-                masquerade: MasqueradeMode::Enabled,
-                exclude: vec![],
-            };
             Case {
-                range,
+                range: range("r"),
                 blocks: BTreeMap::new(),
                 exposed: BTreeMap::new(),
                 installed: BTreeSet::new(),

@@ -327,53 +327,12 @@ pub fn forwarded<'a>(blocks: impl IntoIterator<Item = &'a Block>) -> BTreeSet<Ad
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixtures::{block, block_v6, range};
     use plat_crds::routing::Routing;
     use proptest::prelude::*;
 
     fn me() -> Me {
         Me { node: "n1".into(), bridge: "cni0".into(), admit_forward: true }
-    }
-
-    /// Block `10.244.<n>.0/24` of node `n<n>`, whose address is `172.30.0.<10+n>`.
-    fn block(n: u8) -> BlockFact {
-        let block: Block = format!("10.244.{n}.0/24").parse().unwrap();
-        BlockFact {
-            name: block.object_name(),
-            uid: format!("uid-{n}"),
-            generation: 1,
-            created: i64::from(n),
-            block,
-            range: "default-v4".into(),
-            node: format!("n{n}"),
-            addresses: vec![[172, 30, 0, 10 + n].into()],
-            state: BlockState::Active,
-            routing: None,
-        }
-    }
-
-    fn block_v6(n: u8) -> BlockFact {
-        let block: Block = format!("fd00:10:244:{n}::/64").parse().unwrap();
-        BlockFact {
-            name: block.object_name(),
-            block,
-            range: "default-v6".into(),
-            addresses: vec![[172, 30, 0, 10 + n].into(), format!("fd00:30::{n}").parse().unwrap()],
-            ..self::block(n)
-        }
-    }
-
-    fn range() -> RangeFact {
-        RangeFact {
-            name: "default-v4".into(),
-            uid: "uid-r".into(),
-            generation: 1,
-            range: "10.244.0.0/16".parse().unwrap(),
-            ready: true,
-            quarantine_seconds: 900,
-            routing: None,
-            masquerade: MasqueradeMode::Enabled,
-            exclude: vec![],
-        }
     }
 
     struct Case {
@@ -392,7 +351,7 @@ mod tests {
         Case {
             absent: BTreeSet::new(),
             blocks: blocks.into_iter().map(|b| (b.name.clone(), b)).collect(),
-            ranges: [("default-v4".to_owned(), range())].into(),
+            ranges: [("default-v4".to_owned(), range("default-v4"))].into(),
             host: Host { locations, mtu: Some(1500), ..Host::default() },
         }
     }
@@ -643,10 +602,10 @@ mod tests {
     #[test]
     fn a_range_with_a_block_that_others_carry_is_not_closed() {
         let mut case = case(vec![block(2)]);
-        assert!(all_routed(&range(), case.map()));
+        assert!(all_routed(&range("default-v4"), case.map()));
         case.blocks.get_mut("10-244-2-0-24").unwrap().routing =
             Some(Routing { mode: Some(Mode::None), ..Routing::default() });
-        assert!(!all_routed(&range(), case.map()));
+        assert!(!all_routed(&range("default-v4"), case.map()));
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub mod fabric;
 pub mod facts;
 pub mod failstatic;
 pub mod files;
+#[cfg(test)]
+mod fixtures;
 pub mod folder;
 pub mod incidents;
 pub mod kernel;

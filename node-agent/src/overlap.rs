@@ -48,22 +48,11 @@ pub fn older_first<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use plat_crds::pod_cidr::BlockState;
+    use crate::fixtures;
     use proptest::prelude::*;
 
     fn fact(block: Block, created: i64) -> BlockFact {
-        BlockFact {
-            name: block.object_name(),
-            uid: String::new(),
-            generation: 1,
-            created,
-            block,
-            range: "r".into(),
-            node: "n".into(),
-            addresses: vec![],
-            state: BlockState::Active,
-            routing: None,
-        }
+        BlockFact { name: block.object_name(), created, block, ..fixtures::block(1) }
     }
 
     #[test]

@@ -303,28 +303,11 @@ fn cni_ready(state: &CniState) -> Verdict {
 mod tests {
     use super::*;
     use crate::facts::RangeFact;
-    use crate::objects::Change;
+    use crate::fixtures::{objects, range};
     use k8s_openapi::jiff::Timestamp;
-    use plat_crds::cluster_cidr::MasqueradeMode;
-
-    fn range(name: &str, generation: i64) -> RangeFact {
-        RangeFact {
-            name: name.into(),
-            uid: format!("uid-{name}"),
-            generation,
-            range: "10.244.0.0/16".parse().unwrap(),
-            ready: true,
-            quarantine_seconds: 900,
-            routing: None,
-            masquerade: MasqueradeMode::Enabled,
-            exclude: vec![],
-        }
-    }
 
     fn known() -> Objects {
-        let mut objects = Objects::default();
-        objects.ranges.apply(Change::Listed(vec![Ok(range("a", 1)), Ok(range("b", 2))]));
-        objects
+        objects(vec![], vec![range("a"), RangeFact { generation: 2, ..range("b") }])
     }
 
     fn report(findings: &Findings) -> NodeNetworkStatus {
