@@ -28,7 +28,9 @@ pub fn check(input: &[u8]) {
         must_be_written_as(&alias);
     }
     let record = cut(input);
-    if let Some(lease) = Lease::decode(&entry_of(&record), &record) {
+    if let Some(mut lease) = Lease::decode(&entry_of(&record), &record) {
+        // They are written in this order.
+        lease.host_ports.sort_by_key(|port| port.host_ip);
         must_come_back(&lease);
     }
 }
