@@ -6,6 +6,7 @@
 //! | [`names`] | everyone: API group, field managers, route protocol and metrics, tables, file paths |
 //! | [`blocks_file`] | agent (writes `/run/plat/blocks.json`) and CNI binary (reads it) |
 //! | [`lease`] | CNI binary (writes `/run/plat/leases`) and agent (sweeps it) |
+//! | [`alias`] | CNI binary (writes it onto each pod's link) and agent (rebuilds leases from it) |
 //! | [`host_port`] | as [`lease`], of which it is a part |
 //! | [`cni_conf`] | agent (writes the conflist) and CNI binary (reads one plugin of it) |
 //! | [`cluster_cidr`], [`pod_cidr`], [`node_network`] | operator, agents and users, through the API server |
@@ -13,7 +14,7 @@
 //! | [`digest`] | agents (report it) and operator (compares it) |
 //!
 //! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
-//! build) only the first six modules exist and no Kubernetes crate is linked.
+//! build) only the first seven modules exist and no Kubernetes crate is linked.
 
 #![cfg_attr(
     feature = "k8s",

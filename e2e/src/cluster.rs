@@ -150,6 +150,12 @@ impl Cluster {
         wanted.iter().map(|pod| self.running_pod(pod, deadline)).collect()
     }
 
+    /// Runs pod `a` on n1 and pod `b` on n2.
+    pub fn run_pair(&self, deadline: Duration) -> Result<Vec<Pod>> {
+        let pod = |name, node| PodSpec { name, node, host_network: false };
+        self.run_pods(&[pod("a", 1), pod("b", 2)], deadline)
+    }
+
     fn running_pod(&self, spec: &PodSpec<'_>, deadline: Duration) -> Result<Pod> {
         let pod = wait_until(&format!("pod {} is ready", spec.name), deadline, || {
             let pod = self.get(&["pod", spec.name]).map_err(|e| e.to_string())?;

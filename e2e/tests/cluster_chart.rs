@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use plat_e2e::cluster::{Cluster, PodSpec, ProxyMode};
+use plat_e2e::cluster::{Cluster, ProxyMode};
 use plat_e2e::plat::{block_of, wait_converged};
 use plat_e2e::testbed::{output, repository};
 use plat_e2e::traffic::{Traffic, assert_none_lost};
@@ -121,8 +121,7 @@ fn from_install_on_one_node_to_uninstall_without_a_trace() {
 }
 
 fn an_upgrade_of_values_and_of_a_kind_costs_no_datagram(cluster: &Cluster) {
-    let pod = |name, node| PodSpec { name, node, host_network: false };
-    let pods = cluster.run_pods(&[pod("a", 1), pod("b", 2)], DEADLINE).unwrap();
+    let pods = cluster.run_pair(DEADLINE).unwrap();
     let block = block_of(cluster, 1).unwrap().replace(['.', '/'], "-");
     let mine = r#"{"spec":{"routing":{"metric":77}}}"#;
     cluster.kubectl(&["patch", "podcidr", &block, "--type=merge", "-p", mine]).unwrap();

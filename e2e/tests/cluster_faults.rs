@@ -28,10 +28,7 @@ fn cluster() -> &'static Cluster {
 
 /// A pod on n1 and one on n2; the same ones for every test.
 fn pair() -> &'static [Pod] {
-    static PAIR: LazyLock<Vec<Pod>> = LazyLock::new(|| {
-        let pod = |name, node| PodSpec { name, node, host_network: false };
-        cluster().run_pods(&[pod("a", 1), pod("b", 2)], DEADLINE).unwrap()
-    });
+    static PAIR: LazyLock<Vec<Pod>> = LazyLock::new(|| cluster().run_pair(DEADLINE).unwrap());
     &PAIR
 }
 
