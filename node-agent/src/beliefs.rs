@@ -214,7 +214,7 @@ mod tests {
         let fixture = fixture();
         let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
         let released = BlockFact { state: BlockState::Quarantined, ..block(4) };
-        let mut seen = objects(vec![block(1), block(2), block(3), released], vec![range()]);
+        let mut seen = objects(vec![block(1), block(2), block(3), released], vec![range("default-v4")]);
         beliefs.learn(&seen);
         assert_eq!(beliefs.update(Duration::ZERO).lost, []);
         let mut list = |beliefs: &mut Beliefs, second, blocks: Vec<BlockFact>| {
@@ -235,7 +235,7 @@ mod tests {
     fn a_block_that_is_still_routed_to_is_told_of_for_as_long_as_that() {
         let fixture = fixture();
         let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
-        let brief = RangeFact { quarantine_seconds: 60, ..range() };
+        let brief = RangeFact { quarantine_seconds: 60, ..range("default-v4") };
         let mut seen = objects(vec![block(1), block(2)], vec![brief]);
         beliefs.learn(&seen);
         beliefs.update(Duration::ZERO);

@@ -13,7 +13,8 @@ pub fn check(input: &[u8]) {
         }
         read_address(&received, Some(1));
         if let Some(address) = read_address(&received, None) {
-            assert_eq!(address_again(&address), Some(address));
+            let said = |a: &Address| (a.link, a.net, a.protocol);
+            assert_eq!(address_again(&address).as_ref().map(said), Some(said(&address)));
         }
         if let Some(route) = read_route(&received) {
             let usual = as_asked_for(route);
@@ -22,12 +23,10 @@ pub fn check(input: &[u8]) {
     }
 }
 
-/// A new address is always usable, and only an IPv4 one says so by silence.
+/// The address that is read of the request for it.
 fn address_again(address: &Address) -> Option<Address> {
     let bytes = new_address(address.link, address.net, address.protocol).encode().unwrap();
-    let read = reread(&bytes, |received| read_address(received, None))?;
-    assert!(!read.tentative);
-    Some(Address { tentative: address.tentative, ..read })
+    reread(&bytes, |received| read_address(received, None))
 }
 
 /// What a request cannot say: host bits in the destination, and scopes of IPv6.
