@@ -9,6 +9,11 @@ mod lab;
 use lab::network::{cnitool, conflist, failed, install, install_script, ok, result};
 use lab::traffic::{Server, ask_tcp, ask_udp};
 use lab::{blocks, json_of, netns, sh};
+use plat_cni::boot::BootId;
+use plat_cni::kernel::HostKernel;
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::store::Store;
+use plat_cni::sweep::Sweeper;
 use serde_json::{Value, json};
 
 /// A node: two blocks, forwarding, and a world outside at 192.0.2.2 that knows where the pods are.
@@ -170,6 +175,38 @@ fn c90_all_of_them_at_once_for_two_pods_and_both_go_without_a_trace() {
     sh("ip netns del b");
     ok(call("del", "b", &wishes(8081)));
     assert_clean();
+}
+
+#[test]
+fn c94_a_chained_plugin_that_never_lets_a_del_through_does_not_keep_our_lease() {
+    node(vec![json!({"type": "stubborn"})]);
+    install_script(
+        "stubborn",
+        "conf=$(cat); case $CNI_COMMAND in DEL) echo '{\"cniVersion\":\"1.0.0\",\"code\":999,\"msg\":\"never\"}'; exit 1;; \
+        ADD) printf %s \"$conf\" | jq -c .prevResult;; \
+        VERSION) echo '{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}';; esac",
+    );
+    add("stays", &json!({}));
+    add("goes", &json!({}));
+    // libcni goes from the last plugin to the first, and stops at the first error: we are never asked.
+    for _ in 0..2 {
+        assert!(failed(call("del", "goes", &json!({}))).contains("never"));
+    }
+    sh("ip netns del goes");
+    lab::eventually("its link is gone", || {
+        lab::host_links().iter().filter(|l| l.starts_with("plat")).count() == 1
+    });
+    // The agent's sweep, as the agent calls it; the second sighting is ninety seconds later.
+    let kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
+    let store = Store::at("/run/plat/leases".as_ref());
+    let mut sweeper = Sweeper::new(store, BootId::read().unwrap(), kernel);
+    let now = plat_cni::boot::boot_ms();
+    let wait = std::time::Duration::from_secs(5);
+    assert_eq!(sweeper.sweep_at(now, wait).unwrap().suspected, 1);
+    assert_eq!(sweeper.sweep_at(now + 90_000, wait).unwrap().ended.len(), 1);
+    assert_eq!(lab::leased(), ["10.244.3.2", "fd00:10:244:3::2"], "of the one that stays");
+    let rules = sh("nft list ruleset");
+    assert!(!rules.contains("10.244.3.3"), "{rules}");
 }
 
 #[test]

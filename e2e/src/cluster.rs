@@ -85,6 +85,16 @@ impl Cluster {
         output(&mut self.node_script("kubelet-start", node)).map(drop)
     }
 
+    /// Ends containerd with SIGKILL.
+    pub fn kill_containerd(&self, node: u8) -> Result<()> {
+        output(&mut self.node_script("containerd-kill", node)).map(drop)
+    }
+
+    /// Starts it again.
+    pub fn start_containerd(&self, node: u8) -> Result<()> {
+        output(&mut self.node_script("containerd-start", node)).map(drop)
+    }
+
     /// Restarts kube-proxy in another mode.
     pub fn set_proxy(&self, node: u8, mode: ProxyMode) -> Result<()> {
         output(self.node_script("proxy", node).arg(mode.as_str())).map(drop)

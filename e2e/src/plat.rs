@@ -1,6 +1,6 @@
 //! What Plat says of itself in a cluster, and what must hold whatever happens.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
@@ -110,6 +110,22 @@ pub fn pod_addresses(cluster: &Cluster, node: u8) -> Result<Vec<(String, IpAddr)
             Some((words.first()?.to_string(), address.split('/').next()?.parse().ok()?))
         })
         .collect())
+}
+
+/// The addresses that are leased on a node, as `plat leases` prints them.
+pub fn leased(cluster: &Cluster, node: u8) -> Result<BTreeSet<IpAddr>> {
+    let said: Value = serde_json::from_str(&cluster.on_node(node, "/opt/cni/bin/plat leases --json")?)?;
+    let leases = said["leases"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let addresses = leases.iter().filter_map(|lease| lease["addresses"].as_array()).flatten();
+    Ok(addresses.filter_map(|a| a["address"].as_str()?.parse().ok()).collect())
+}
+
+/// The addresses of a node's pods, as the API server has them, but for those that use the node's network.
+pub fn pod_ips(cluster: &Cluster, node: u8) -> Result<BTreeSet<IpAddr>> {
+    let pods = cluster.get(&["pods", "-A", "--field-selector", &format!("spec.nodeName=n{node}")])?;
+    let own = items(&pods).filter(|pod| pod["spec"]["hostNetwork"] != true);
+    let ips = own.filter_map(|pod| pod["status"]["podIPs"].as_array()).flatten();
+    Ok(ips.filter_map(|ip| ip["ip"].as_str()?.parse().ok()).collect())
 }
 
 /// The routes of ours on a node, as `ip route` prints them, without whether their link has a carrier.

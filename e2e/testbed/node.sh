@@ -6,6 +6,8 @@
 #   node.sh remove I         takes the machine away (power off); its Node object stays
 #   node.sh kubelet-stop I   SIGKILL to its kubelet; pods go on
 #   node.sh kubelet-start I
+#   node.sh containerd-kill I   SIGKILL to its containerd; pods go on
+#   node.sh containerd-start I  starts it again and waits until it answers
 #   node.sh proxy I MODE     restarts its kube-proxy as nftables or iptables
 #   node.sh run I COMMAND... runs a command on the node
 #   node.sh load I FILE...   imports image archives
@@ -66,6 +68,11 @@ conntrack: {maxPerCore: 0, min: 0}
 C
 }
 
+start_containerd() {
+  daemon_start "n$1" containerd containerd -c "$TB_RUN/n$1/containerd.toml" -l warn
+  wait_for 30 box_run "n$1" ctr version
+}
+
 start_kubelet() {
   daemon_start "n$1" kubelet kubelet --config="$TB_RUN/n$1/kubelet.yaml" --kubeconfig="$TB_RUN/n$1.kubeconfig" \
     --hostname-override="n$1" --node-ip="$(node_ip4 "$1"),$(node_ip6 "$1")" --root-dir=/var/lib/kubelet
@@ -92,8 +99,7 @@ add() {
   "$TESTBED/network.sh" node "$i"
   containerd_conf >"$dir/containerd.toml"
   kubelet_conf >"$dir/kubelet.yaml"
-  daemon_start "n$i" containerd containerd -c "$dir/containerd.toml" -l warn
-  wait_for 30 box_run "n$i" test -S /run/containerd/containerd.sock
+  start_containerd "$i"
   shopt -s nullglob
   load "$i" "$PLAT_IMAGES"/*.tar
   wait_for 90 k get --raw /readyz
@@ -107,12 +113,15 @@ remove() {
 }
 
 action=${1:-} i=${2:-}
-[[ $i =~ ^[1-9][0-9]?$ ]] || die "usage: node.sh add|remove|kubelet-stop|kubelet-start|proxy|run|load I ..."
+[[ $i =~ ^[1-9][0-9]?$ ]] ||
+  die "usage: node.sh add|remove|kubelet-stop|kubelet-start|containerd-kill|containerd-start|proxy|run|load I ..."
 case $action in
   add) cgroup_step; add "$i" ;;
   remove) cgroup_step; remove "$i" ;;
   kubelet-stop) cgroup_step; daemon_kill "n$i" kubelet ;;
   kubelet-start) cgroup_step; start_kubelet "$i" ;;
+  containerd-kill) cgroup_step; daemon_kill "n$i" containerd ;;
+  containerd-start) cgroup_step; start_containerd "$i" ;;
   proxy) cgroup_step; daemon_kill "n$i" kube-proxy; start_proxy "$i" "$3" ;;
   run) box_run "n$i" "${@:3}" ;;
   load) cgroup_step; load "$i" "${@:3}" ;;

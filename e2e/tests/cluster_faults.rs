@@ -10,8 +10,8 @@ use kube::api::{Patch, PatchParams};
 use plat_crds::PodCIDR;
 use plat_e2e::cluster::{Cluster, Pod, PodSpec, ProxyMode, items, name, node_ip};
 use plat_e2e::plat::{
-    AGENT_PORT, block_of, converged, doubles, events, has_route, metric, pod_addresses, routes,
-    wait_converged,
+    AGENT_PORT, block_of, converged, doubles, events, has_route, leased, metric, pod_addresses, pod_ips,
+    routes, wait_converged,
 };
 use plat_e2e::testbed::repository;
 use plat_e2e::traffic::{Traffic, assert_none_lost};
@@ -215,6 +215,69 @@ fn the_kinds_are_deleted_and_come_back_with_the_same_blocks() {
     assert_none_lost("the CRD was deleted", traffic);
     assert_eq!(doubles(cluster, &[1, 2, 3]).unwrap(), Vec::<String>::new());
     cluster.delete_pods(&["without-kind"]).unwrap();
+}
+
+/// Waits until exactly the addresses of a node's pods are leased, and nothing else has a link.
+fn wait_leases_are_pods(node: u8, deadline: Duration) {
+    wait_until(&format!("n{node} leases what its pods have"), deadline, || {
+        let pods = pod_ips(cluster(), node).map_err(|e| e.to_string())?;
+        let leases = leased(cluster(), node).map_err(|e| e.to_string())?;
+        let links = cluster().on_node(node, "ip -o link show type veth | grep -c ': plat' || true");
+        let links = links.map_err(|e| e.to_string())?;
+        holds(
+            pods == leases && links.trim() == pods.len().to_string(),
+            format!("pods {pods:?}, leases {leases:?}, links {links}"),
+        )
+    });
+}
+
+#[test]
+fn c89_through_kubelet_and_containerd_a_pods_address_is_its_lease_and_goes_with_it() {
+    wait_leases_are_pods(2, DEADLINE);
+    let before = leased(cluster(), 2).unwrap();
+    let pod = cluster().run_pods(&[PodSpec { name: "c89", node: 2, host_network: false }], DEADLINE).unwrap();
+    wait_leases_are_pods(2, DEADLINE);
+    let address = pod[0].ip();
+    assert!(leased(cluster(), 2).unwrap().contains(&address));
+    let in_kernel = pod_addresses(cluster(), 2).unwrap();
+    assert!(in_kernel.iter().any(|(_, found)| *found == address), "{address}: {in_kernel:?}");
+    cluster().delete_pods(&["c89"]).unwrap();
+    wait_leases_are_pods(2, DEADLINE);
+    assert_eq!(leased(cluster(), 2).unwrap(), before);
+    let rules = cluster().on_node(2, "nft list ruleset").unwrap();
+    assert!(!rules.split(|c: char| !c.is_ascii_digit() && c != '.').any(|word| word == address.to_string()));
+}
+
+#[test]
+fn c93_containerd_is_killed_while_pods_start_and_no_address_stays_leased() {
+    let cluster = cluster();
+    let names: Vec<String> = (0..24).map(|n| format!("c93-{n}")).collect();
+    let specs: Vec<_> = names.iter().map(|name| PodSpec { name, node: 3, host_network: false }).collect();
+    wait_leases_are_pods(3, DEADLINE);
+    let before = leased(cluster, 3).unwrap().len();
+    std::thread::scope(|scope| {
+        let pods = scope.spawn(|| cluster.run_pods(&specs, Duration::from_secs(180)).unwrap());
+        // In the middle: some have their address, others are getting it.
+        for kill in 1..=3 {
+            wait_until("more pods are on their way", DEADLINE, || {
+                let count = leased(cluster, 3).map_err(|e| e.to_string())?.len();
+                holds(count >= before + kill, format!("{count} leases"))
+            });
+            cluster.kill_containerd(3).unwrap();
+            let now = leased(cluster, 3).unwrap().len() - before;
+            println!("figure: containerd was killed with {now} of {} pods' addresses leased", specs.len());
+            cluster.start_containerd(3).unwrap();
+        }
+        assert_eq!(pods.join().unwrap().len(), specs.len());
+    });
+    assert_eq!(doubles(cluster, &[1, 2, 3]).unwrap(), Vec::<String>::new());
+    let surplus = leased(cluster, 3).unwrap().difference(&pod_ips(cluster, 3).unwrap()).count();
+    let begin = Instant::now();
+    // What containerd forgot, the agent finds: at two sightings ninety seconds apart.
+    wait_leases_are_pods(3, Duration::from_secs(240));
+    println!("figure: {surplus} addresses of forgotten pods, all free after {:?}", begin.elapsed());
+    cluster.delete_pods(&names.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+    wait_leases_are_pods(3, DEADLINE);
 }
 
 /// Last by name: it leaves the cluster with a fourth node.

@@ -1,5 +1,7 @@
 //! The API server is away.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use plat_crds::blocks_file::BlocksFile;
 
 use crate::harness::*;
@@ -96,6 +98,54 @@ fn a_conflist_that_sorts_before_ours_is_named() {
         assert_eq!(node.report().status.cni.unwrap().active.as_deref(), Some("00-multus.conf"));
         std::fs::remove_file(node.file("net.d/00-multus.conf")).unwrap();
         node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    });
+}
+
+#[test]
+fn c91_there_is_never_a_moment_with_a_conflist_that_cannot_be_read() {
+    isolated("offline::c91_there_is_never_a_moment_with_a_conflist_that_cannot_be_read", || {
+        let node = TestNode::with(vec![block(1)], vec![range("default-v4")]);
+        let file = node.file("net.d/05-plat.conflist");
+        let is_ours = || match std::fs::read_to_string(&file) {
+            Ok(text) if text.contains("\"plat\"") => Ok(()),
+            other => Err(format!("{other:?}")),
+        };
+        eventually("the conflist", is_ours);
+        let done = AtomicBool::new(false);
+        let reads = std::thread::scope(|scope| {
+            // What a runtime does when it is told of a change: every file with one of these suffixes.
+            let runtime = scope.spawn(|| {
+                let mut reads = 0;
+                while !done.load(Ordering::Relaxed) {
+                    for entry in std::fs::read_dir(&node.settings.conf_dir).unwrap() {
+                        let path = entry.unwrap().path();
+                        let suffix = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+                        if !["conf", "conflist", "json"].contains(&suffix) {
+                            continue;
+                        }
+                        // Gone meanwhile is no half file.
+                        let Ok(text) = std::fs::read(&path) else { continue };
+                        let read: Result<serde_json::Value, _> = serde_json::from_slice(&text);
+                        assert!(read.is_ok(), "{}: {read:?}", path.display());
+                        reads += 1;
+                    }
+                }
+                reads
+            });
+            for round in 0..40 {
+                match round % 2 {
+                    0 => std::fs::remove_file(&file).unwrap(),
+                    _ => {
+                        std::fs::write(node.file("net.d/.foreign"), "{}").unwrap();
+                        std::fs::rename(node.file("net.d/.foreign"), &file).unwrap();
+                    }
+                }
+                eventually("the conflist is back", is_ours);
+            }
+            done.store(true, Ordering::Relaxed);
+            runtime.join().unwrap()
+        });
+        assert!(reads > 40, "{reads}");
     });
 }
 
