@@ -14,47 +14,61 @@ fn masq_conf() -> Value {
 }
 
 #[test]
-fn c62_and_c63_a_del_may_come_twice_or_without_an_add() {
+fn c62_a_del_may_come_twice() {
     lab::enter();
-    let conf = masq_conf();
-    add("c", &conf);
-    for id in ["c", "c", "never"] {
-        Plat::call("DEL", id, &conf).run().silent();
+    add("c", &masq_conf());
+    for _ in 0..2 {
+        Plat::call("DEL", "c", &masq_conf()).run().silent();
         lab::assert_nothing_left();
     }
 }
 
 #[test]
-fn c64_to_c67_it_works_without_namespace_or_interface() {
+fn c63_a_del_may_come_without_an_add() {
     lab::enter();
-    let conf = masq_conf();
-    for case in ["empty", "unset", "vanished", "plain file", "interface gone", "host link gone"] {
-        let id = case.replace(' ', "-");
-        let result = add(&id, &conf);
-        let call = Plat::call("DEL", &id, &conf);
-        let call = match case {
-            "empty" => call.set("CNI_NETNS", ""),
-            "unset" => call.unset("CNI_NETNS"),
-            "vanished" => {
-                sh(&format!("ip netns del {id}"));
-                call
-            }
-            "plain file" => {
-                sh(&format!("ip netns del {id}; touch /run/netns/{id}"));
-                call
-            }
-            "interface gone" => {
-                sh(&format!("ip -n {id} link del eth0"));
-                call
-            }
-            _ => {
-                sh(&format!("ip link del {}", result["interfaces"][1]["name"]));
-                call
-            }
-        };
-        call.run().silent();
-        lab::assert_nothing_left();
-    }
+    Plat::call("DEL", "never", &masq_conf()).run().silent();
+    assert!(!lab::exists("/run/plat"), "it makes nothing, either");
+    netns("namespace");
+    Plat::call("DEL", "namespace", &masq_conf()).run().silent();
+}
+
+/// ADD, damage, DEL as the damage needs it; nothing may be left.
+fn del_after(damage: &str, call: impl FnOnce(Plat) -> Plat) {
+    lab::enter();
+    let result = add("c", &masq_conf());
+    sh(&damage.replace("HOST", result["interfaces"][1]["name"].as_str().unwrap()));
+    call(Plat::call("DEL", "c", &masq_conf())).run().silent();
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn c64_an_empty_namespace_path_is_enough() {
+    del_after("true", |call| call.set("CNI_NETNS", ""));
+}
+
+#[test]
+fn c64_and_so_is_none_at_all() {
+    del_after("true", |call| call.unset("CNI_NETNS"));
+}
+
+#[test]
+fn c65_the_namespaces_path_may_be_gone() {
+    del_after("ip netns del c", |call| call);
+}
+
+#[test]
+fn c66_the_namespaces_path_may_be_a_plain_file() {
+    del_after("umount /run/netns/c; test -f /run/netns/c", |call| call);
+}
+
+#[test]
+fn c67_the_pods_interface_may_be_gone() {
+    del_after("ip -n c link del eth0", |call| call);
+}
+
+#[test]
+fn c67_and_so_may_the_hosts_end() {
+    del_after("ip link del HOST", |call| call);
 }
 
 #[test]

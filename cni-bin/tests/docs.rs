@@ -4,7 +4,9 @@
 
 mod lab;
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 fn document() -> String {
@@ -49,4 +51,35 @@ fn every_key_that_is_read_or_refused_is_documented() {
             }
         }
     }
+}
+
+/// The numbers of the checks whose tests are in a folder, by their names (`c44_…`).
+fn checks_tested(folder: &Path, found: &mut BTreeSet<u32>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            checks_tested(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let text = fs::read_to_string(path).unwrap();
+            let names = text.split("#[test]").skip(1).filter_map(|rest| rest.split("fn c").nth(1));
+            found.extend(names.filter_map(|name| name.split('_').next()?.parse::<u32>().ok()));
+        }
+    }
+}
+
+#[test]
+fn every_check_of_the_list_has_a_test_and_a_line_in_the_documentation() {
+    let mut tested = BTreeSet::new();
+    for folder in ["cni-bin/tests", "node-agent/tests", "e2e/tests"] {
+        checks_tested(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder), &mut tested);
+    }
+    let document = document();
+    let section = document.split("## Conformance").nth(1).unwrap();
+    // Rows of the table start with the number of the check.
+    let row = |line: &str| line.strip_prefix("| ")?.split(" |").next()?.parse::<u32>().ok();
+    let listed: Vec<u32> = section.lines().filter_map(row).collect();
+    let all: Vec<u32> = (1..=94).collect();
+    assert_eq!(listed, all, "the table has each number once, in order");
+    let without_test: Vec<u32> = all.into_iter().filter(|n| !tested.contains(n)).collect();
+    assert_eq!(without_test, Vec::<u32>::new());
 }
