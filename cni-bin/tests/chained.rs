@@ -105,7 +105,11 @@ fn c90_bandwidth_limits_both_directions_and_goes_with_the_pod() {
 fn c90_tuning_changes_the_pods_link_and_check_takes_its_word() {
     let tuning = json!({"type": "tuning", "sysctl": {"net.ipv4.conf.IFNAME.arp_filter": "1"},
         "mac": "0a:00:00:00:00:99", "mtu": 1300});
-    node(vec![tuning]);
+    node(vec![tuning.clone()]);
+    // A pod may not change its hardware address unless it is told that it may.
+    let mut list = conflist("1.0.0", vec![tuning]);
+    list["plugins"][0]["antiSpoofing"] = json!(false);
+    lab::network::configure("05-plat.conflist", &list);
     let result = add("c", &json!({}));
     assert_eq!(result["interfaces"][2]["mac"], "0a:00:00:00:00:99");
     let link = json_of("ip -n c -j link show eth0")[0].clone();

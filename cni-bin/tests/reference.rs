@@ -60,6 +60,9 @@ const fn only_in(cases: &'static [&'static str], only: Only) -> Only {
 /// Cases in which nobody gives the bridge an address.
 const NO_GATEWAY: &[&str] = &["a link and an address", "several ranges of a set", "ranges of the runtime"];
 
+/// Cases without addresses.
+const NO_IPAM: &[&str] = &["no address", "disableContainerInterface"];
+
 /// Cases in which an ADD fails after the reference has made something.
 const FAILING: &[&str] = &[
     "another address on the bridge",
@@ -106,6 +109,13 @@ const BRIDGE: &[Difference] = &[
         lines: &[
             reference(&["sysctl ipv6/conf HOST", "addr_gen_mode=0"]),
             ours(&["sysctl ipv6/conf HOST", "addr_gen_mode=1"]),
+        ],
+    },
+    Difference {
+        name: "learning from reserved addresses (`no_linklocal_learn`)",
+        lines: &[
+            reference(&["host link cni0", "no_linklocal_learn=0"]),
+            ours(&["host link cni0", "no_linklocal_learn=1"]),
         ],
     },
     Difference {
@@ -166,10 +176,7 @@ const BRIDGE: &[Difference] = &[
     },
     Difference {
         name: "CHECK without `ipam`",
-        lines: &[
-            only_in(&["no address"], reference(&["CHECK", "error"])),
-            only_in(&["no address"], ours(&["CHECK", "ok"])),
-        ],
+        lines: &[only_in(NO_IPAM, reference(&["CHECK", "error"])), only_in(NO_IPAM, ours(&["CHECK", "ok"]))],
     },
     Difference {
         name: "CHECK of routes in other tables",
@@ -192,6 +199,10 @@ const BRIDGE: &[Difference] = &[
             only_in(&["a route of link scope"], reference(&["ADD", "error"])),
             only_in(&["a route of link scope"], ours(&[])),
         ],
+    },
+    Difference {
+        name: "`macspoofchk`",
+        lines: &[reference(&["table bridge nat"]), ours(&["table bridge plat-pods"])],
     },
     Difference {
         name: "`ipMasq`",
@@ -239,6 +250,13 @@ fn cases() -> Vec<Case> {
         case("mtu", json!({"mtu": 1400})),
         case("hairpinMode", json!({"hairpinMode": true})),
         case("promiscMode", json!({"promiscMode": true})),
+        case("portIsolation", json!({"portIsolation": true})),
+        case("macspoofchk", json!({"macspoofchk": true})),
+        case("enabledad", json!({"enabledad": true})),
+        case(
+            "disableContainerInterface",
+            json!({"isGateway": false, "disableContainerInterface": true, "ipam": {}}),
+        ),
         case("hairpinMode and promiscMode", json!({"hairpinMode": true, "promiscMode": true})),
         Case { before: old_bridge, ..case("another address on the bridge", json!({})) },
         Case { before: old_bridge, ..case("forceAddress", json!({"forceAddress": true})) },
@@ -584,7 +602,8 @@ fn normalise(lines: BTreeSet<String>, host_ends: &[(String, String)]) -> BTreeSe
 /// Runs all cases, several at a time, and returns what was not meant.
 fn compare(differences: &[Difference]) -> Vec<String> {
     let cases = cases();
-    let (next, seen) = (AtomicUsize::new(0), Mutex::new((BTreeSet::new(), Vec::new())));
+    let (next, seen) =
+        (AtomicUsize::new(0), Mutex::new((BTreeSet::new(), BTreeMap::<String, Vec<&str>>::new())));
     let worker = || {
         while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
             // A thread each, as a thread has one laboratory.
@@ -595,7 +614,7 @@ fn compare(differences: &[Difference]) -> Vec<String> {
                 let (used, unmeant) = &mut *seen.lock().unwrap();
                 match differences.iter().find(|d| d.lines.iter().any(|only| only.covers(case, who, line))) {
                     Some(difference) => drop(used.insert(difference.name)),
-                    None => unmeant.push(format!("{}: {who:?} alone: {line}", case.name)),
+                    None => unmeant.entry(format!("{who:?} alone: {line}")).or_default().push(case.name),
                 }
             }
         }
@@ -605,10 +624,11 @@ fn compare(differences: &[Difference]) -> Vec<String> {
             scope.spawn(worker);
         }
     });
-    let (used, mut unmeant) = seen.into_inner().unwrap();
+    let (used, unmeant) = seen.into_inner().unwrap();
     let unused = differences.iter().filter(|d| !used.contains(d.name));
-    unmeant.extend(unused.map(|d| format!("the difference {:?} does not occur any more", d.name)));
-    unmeant
+    let unused = unused.map(|d| format!("the difference {:?} does not occur any more", d.name));
+    let unmeant = unmeant.into_iter().map(|(line, cases)| format!("{line} ({})", cases.join(", ")));
+    unmeant.chain(unused).collect()
 }
 
 impl Only {
