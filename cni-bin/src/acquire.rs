@@ -14,7 +14,7 @@ use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
 use crate::error::{Code, Error};
 use crate::mac::Mac;
 use crate::netns::Netns;
-use crate::pods::{self, Added, hostports};
+use crate::pods::{self, Added, Remover, hostports};
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
 use crate::store::{Held, Locked, Survey};
@@ -236,11 +236,11 @@ pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Erro
 
 /// Ends the container's lease, which was last seen in that slot, and what the pod has in nftables. One that
 /// does not exist, or a store that does not, is fine.
-pub fn release(call: &mut Call, slot: u32) -> Result<(), Error> {
+pub fn release(call: &mut Call, slot: u32, rules: &mut Remover) -> Result<(), Error> {
     let container = call.container.clone();
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
     match store.find_at(slot, &container.id, &container.ifname)? {
-        Some(held) => Ok(end(&mut store, &held)?),
+        Some(held) => Ok(end(&mut store, &held, rules)?),
         None => Ok(()),
     }
 }
@@ -267,8 +267,8 @@ impl From<EndError> for Error {
 
 /// Takes away what the pod has in nftables, and then its lease, under one lock: so nobody restores from the
 /// lease in between, and nothing is left behind that speaks of an address which another pod gets next.
-pub fn end(store: &mut Locked<'_>, held: &Held) -> Result<(), EndError> {
-    pods::remove(&held.lease)?;
+pub fn end(store: &mut Locked<'_>, held: &Held, rules: &mut Remover) -> Result<(), EndError> {
+    rules.remove(&held.lease)?;
     Ok(store.remove(held.slot)?)
 }
 

@@ -14,6 +14,7 @@ use crate::config::{Attachment, IpamKind, Network};
 use crate::error::{Code, Error};
 use crate::fail;
 use crate::netns::Netns;
+use crate::pods::Remover;
 use crate::reply::{self, Interface, Ip, Reply};
 use crate::{delegate, link, netlink};
 
@@ -118,7 +119,7 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
         left.push(error.to_string());
     }
     if let Some(slot) = done.leased.filter(|_| link_is_gone)
-        && let Err(error) = acquire::release(call, slot)
+        && let Err(error) = acquire::release(call, slot, &mut Remover::default())
     {
         left.push(error.to_string());
     }

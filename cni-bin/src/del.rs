@@ -9,8 +9,9 @@ use crate::add::delegate_of;
 use crate::call::Call;
 use crate::error::Error;
 use crate::fail;
+use crate::pods::Remover;
 use crate::store::Held;
-use crate::{delegate, pods, teardown};
+use crate::{delegate, teardown};
 
 /// Disconnects a container.
 pub fn del(call: &mut Call) -> Result<(), Error> {
@@ -33,12 +34,14 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     let looked_up = find_lease(call);
     let lease = looked_up.as_ref().ok().and_then(Option::as_ref).map(|held| held.lease.clone());
     fail::point("del-start")?;
-    let proven = teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref())?;
+    let mut rules = Remover::default();
+    let proven =
+        teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref(), &mut rules)?;
     fail::point("del-link")?;
     // Only now: an address must not be handed out while a link still has it.
     match looked_up? {
-        Some(held) => acquire::release(call, held.slot)?,
-        None => proven.map_or(Ok(()), |lease| pods::remove(&lease))?,
+        Some(held) => acquire::release(call, held.slot, &mut rules)?,
+        None => proven.map_or(Ok(()), |lease| rules.remove(&lease))?,
     }
     fail::point("del-lease")?;
     if let Some(plugin) = delegate_of(call) {

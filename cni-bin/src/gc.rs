@@ -14,6 +14,7 @@ use crate::boot::boot_ms;
 use crate::call::Call;
 use crate::error::{Code, Error};
 use crate::json::Json;
+use crate::pods::Remover;
 use crate::spec::SpecVersion;
 use crate::{acquire, delegate, fail, teardown};
 
@@ -33,9 +34,9 @@ pub fn gc(call: &mut Call) -> Result<(), Error> {
     };
     let grace = u64::try_from(call.network.gc_grace.as_millis()).unwrap_or(u64::MAX);
     let stale = stale(leases, &call.network.name, &valid, boot_ms(), grace);
-    let mut problems = Vec::new();
+    let (mut problems, mut rules) = (Vec::new(), Remover::default());
     for lease in &stale {
-        if let Err(error) = collect(call, lease) {
+        if let Err(error) = collect(call, lease, &mut rules) {
             problems.push(format!("{} of {}: {error}", lease.ifname, lease.container_id));
         }
     }
@@ -54,13 +55,13 @@ pub fn gc(call: &mut Call) -> Result<(), Error> {
     Err(Error::because(Code::Incomplete, msg, problems.join("; ")))
 }
 
-fn collect(call: &mut Call, lease: &Lease) -> Result<(), Error> {
+fn collect(call: &mut Call, lease: &Lease, rules: &mut Remover) -> Result<(), Error> {
     fail::point(&format!("gc-{}", lease.container_id))?;
-    teardown::teardown(call.host(), &lease.container_id, &lease.ifname, Some(lease))?;
+    teardown::teardown(call.host(), &lease.container_id, &lease.ifname, Some(lease), rules)?;
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
     match store.find(&lease.container_id, &lease.ifname)? {
         // One that began since is another.
-        Some(held) if held.lease.since == lease.since => Ok(acquire::end(&mut store, &held)?),
+        Some(held) if held.lease.since == lease.since => Ok(acquire::end(&mut store, &held, rules)?),
         _ => Ok(()),
     }
 }

@@ -12,9 +12,10 @@
 //! | [`hostports`] | ports of the node that lead to a pod |
 //! | [`spoof`] | a pod sends from its own addresses only |
 //!
-//! The lease store's lock orders it all: elements are added after their lease is recorded, and taken away
-//! under the lock in which the lease ends ([`crate::acquire::end`]). So [`restore`], which holds the lock
-//! too, never writes an element whose lease is about to go. Whatever an [`add`] cannot do by adding alone is
+//! The lease store's lock orders it all: elements are added after their lease is recorded, and whatever is
+//! there is taken away under the lock in which the lease ends ([`crate::acquire::end`]). So [`restore`], which
+//! holds the lock too, leaves none whose lease is about to go. (A DEL takes them away once before, to save
+//! time: [`crate::teardown`].) Whatever an [`add`] cannot do by adding alone is
 //! settled under the lock ([`settle`]).
 
 pub mod hostports;
@@ -274,29 +275,55 @@ fn rank(lease: &Lease) -> (bool, Since) {
     (lease.veth.index == 0, lease.since)
 }
 
-/// Takes away what a pod has. What is not there, or is another pod's, is fine. To be called with the lease
-/// store locked, or without one.
-pub fn remove(lease: &Lease) -> Result<(), netlink::Error> {
-    let mut pieces = pieces(lease);
-    if pieces.is_empty() {
-        return Ok(());
+/// Takes away what pods have, by one socket.
+///
+/// The kernel frees deleted elements after a grace period, and whoever closes a socket waits for it and keeps all
+/// other transactions waiting (`nft_rcv_nl_event`). So this should live until its owner has nothing else to
+/// do, and be dropped without a lock held.
+#[derive(Default)]
+pub struct Remover {
+    socket: Option<Socket>,
+}
+
+impl Remover {
+    /// Takes away what a pod has. What is not there, or is another pod's, is fine: then nothing is changed.
+    pub fn remove(&mut self, lease: &Lease) -> Result<(), netlink::Error> {
+        let mut pieces = pieces(lease);
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        let socket = match &mut self.socket {
+            Some(socket) => socket,
+            none => none.insert(Socket::open(Protocol::Netfilter)?),
+        };
+        for piece in &mut pieces {
+            let there = nft::find(socket, &piece.set, &piece.elements)?;
+            // Another pod may have got there first, and our ADD failed of it.
+            let whole = piece.set.maps_to_data();
+            let is_same =
+                |a: &Element, b: &Element| if whole { a == b } else { a.key_only() == b.key_only() };
+            piece.elements.retain(|element| there.iter().any(|found| is_same(found, element)));
+        }
+        pieces.retain(|piece| !piece.elements.is_empty());
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        let mut batch = Batch::new();
+        for piece in &pieces {
+            batch.delete_elements(&piece.set, &piece.elements);
+        }
+        match batch.send(socket) {
+            Err(error) if error.errno() == Some(Errno::NOENT) => remove_each(socket, &pieces)?,
+            result => result?,
+        }
+        hostports::forget_flows_of(socket, lease);
+        Ok(())
     }
-    let mut socket = Socket::open(Protocol::Netfilter)?;
-    for piece in pieces.iter_mut().filter(|piece| piece.set.maps_to_data()) {
-        // Another pod may have got there first, and our ADD failed of it.
-        let there = nft::find(&mut socket, &piece.set, &piece.elements)?;
-        piece.elements.retain(|element| there.contains(element));
-    }
-    let mut batch = Batch::new();
-    for piece in &pieces {
-        batch.delete_elements(&piece.set, &piece.elements);
-    }
-    match batch.send(&mut socket) {
-        Err(error) if error.errno() == Some(Errno::NOENT) => remove_each(&mut socket, &pieces)?,
-        result => result?,
-    }
-    hostports::forget_flows_of(&mut socket, lease);
-    Ok(())
+}
+
+/// Whether a pod has anything in nftables.
+pub fn has_any(lease: &Lease) -> bool {
+    !pieces(lease).is_empty()
 }
 
 /// One by one, as one that is missing undoes the others' deletion.

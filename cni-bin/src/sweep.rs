@@ -15,6 +15,7 @@ use crate::acquire::{self, EndError};
 use crate::boot::{BootId, boot_ms};
 use crate::kernel::HostKernel;
 use crate::link::{self, Link};
+use crate::pods::Remover;
 use crate::store::{self, Missing, Store};
 
 /// How long a lease's link must have been gone.
@@ -127,13 +128,13 @@ impl Sweeper {
     }
 
     fn end(&mut self, dead: Vec<Lease>, wait: Duration) -> Result<Vec<Lease>, Error> {
-        let mut ended = Vec::new();
+        let (mut ended, mut rules) = (Vec::new(), Remover::default());
         for lease in dead {
             let locked = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)?;
             let Some(mut locked) = locked else { break };
             match locked.find(&lease.container_id, &lease.ifname)? {
                 Some(held) if held.lease.since == lease.since => {
-                    acquire::end(&mut locked, &held)?;
+                    acquire::end(&mut locked, &held, &mut rules)?;
                     ended.push(lease);
                 }
                 _ => {}

@@ -7,11 +7,12 @@
 use plat_crds::alias;
 use plat_crds::lease::Lease;
 
-use crate::link::{self, Link};
+use crate::link::{self, Link, LinkChange};
 use crate::netlink::{self, Socket};
+use crate::pods::{self, Remover};
 use crate::{kernel, wire};
 
-/// Deletes the link. What is not there is fine. The lease is the caller's, and may end only after this: its
+/// Deletes the link, and what the pod has in nftables. What is not there is fine. The lease is the caller's, and may end only after this: its
 /// address lives as long as the link. If there is none, what the kernel proved in its place is returned, by
 /// which the pod's rules can be taken away.
 pub fn teardown(
@@ -19,6 +20,7 @@ pub fn teardown(
     container_id: &str,
     ifname: &str,
     lease: Option<&Lease>,
+    rules: &mut Remover,
 ) -> Result<Option<Lease>, netlink::Error> {
     let links = host_ends(host, container_id, ifname, lease)?;
     // A lease that was lost is asked from the kernel, as long as the link is there to prove it.
@@ -26,6 +28,16 @@ pub fn teardown(
         (None, Some(link)) => kernel::prove(host, link),
         _ => None,
     };
+    // Rules go before the link, as the kernel's grace period for them then passes while the link is deleted,
+    // which takes longer. Taken down first, the link carries nothing that they would have held back.
+    if let Some(known) = lease.or(proven.as_ref()).filter(|known| !links.is_empty() && pods::has_any(known)) {
+        let down = LinkChange { up: Some(false), ..LinkChange::default() };
+        for link in &links {
+            netlink::deleted(host.request(link::set_link(link.index, &link.name, &down)))?;
+        }
+        // They are taken away once more, where they are still there, when the lease ends: then a failure counts.
+        let _ = rules.remove(known);
+    }
     for link in links {
         netlink::deleted(host.request(link::delete_link(link.index, &link.name)))?;
     }

@@ -310,7 +310,7 @@ impl Element {
     }
 
     /// The same key without a value.
-    pub(super) fn key_only(&self) -> Element {
+    pub fn key_only(&self) -> Element {
         Element::key(&[&self.key])
     }
 
