@@ -82,8 +82,8 @@ pub struct Masquerade {
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!isCIDR(self.cidr) || (cidr(self.cidr).ip().family() == 4 ? cidr(self.cidr).prefixLength() >= 8 && cidr(self.cidr).prefixLength() <= 30 : cidr(self.cidr).prefixLength() >= 16 && cidr(self.cidr).prefixLength() <= 124)")
-        .message("the range must be /8 to /30 (IPv4) or /16 to /124 (IPv6)").field_path(".cidr"),
+    validation = Rule::new("!isCIDR(self.cidr) || (cidr(self.cidr).ip().family() == 4 ? cidr(self.cidr).prefixLength() >= 8 && cidr(self.cidr).prefixLength() <= 30 : cidr(self.cidr).prefixLength() >= 24 && cidr(self.cidr).prefixLength() <= 124)")
+        .message("the range must be /8 to /30 (IPv4) or /24 to /124 (IPv6)").field_path(".cidr"),
     validation = Rule::new("!isCIDR(self.cidr) || has(self.blockPrefixLength) || cidr(self.cidr).prefixLength() <= (cidr(self.cidr).ip().family() == 4 ? 24 : 64)")
         .message("the range is smaller than the default block (/24, /64): set blockPrefixLength").field_path(".blockPrefixLength"),
     validation = Rule::new("!isCIDR(self.cidr) || !has(self.blockPrefixLength) || (self.blockPrefixLength >= cidr(self.cidr).prefixLength() && self.blockPrefixLength - cidr(self.cidr).prefixLength() <= 24)")
@@ -130,7 +130,8 @@ pub struct ClusterCIDRSpec {
     pub reserved: Vec<String>,
 
     /// How long a released block rests before another node may get it, in seconds, 60 to 604800 (a
-    /// week). A node that is cut off from the API server goes on leasing for this long, less a minute.
+    /// week). A node that is cut off from the API server goes on leasing for this long, less a minute, or
+    /// less half of it if that is shorter.
     #[serde(default = "default_quarantine_seconds")]
     #[schemars(range(min = 60, max = 604800))]
     pub quarantine_seconds: i32,
@@ -194,6 +195,11 @@ pub struct ClusterCIDRStatus {
     /// lost or stale without harm.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<i64>,
+    /// Quarantine that holds, in seconds: the longest that a node with a block of the range may still go by.
+    /// It follows a longer `spec.quarantineSeconds` at once, and a shorter one when the last of these nodes
+    /// has reported that it knows, so that lowering it frees no block that a node which is cut off leases from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quarantine_seconds: Option<i32>,
     /// `Ready`: blocks are carved from it. `Exhausted`: none is free. `Overlapping`: it shares addresses
     /// with an older range, the Service range or a node.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -64,8 +64,26 @@ pub fn quarantine_over(ranges: &Facts<RangeFact>, block: &Block) -> Duration {
 }
 
 fn quarantine(range: Option<&RangeFact>) -> Duration {
-    let seconds = range.map_or(DEFAULT_QUARANTINE_SECONDS, |range| range.quarantine_seconds);
+    let longest =
+        |range: &RangeFact| range.quarantine_seconds.max(range.status.quarantine_seconds.unwrap_or(0));
+    let seconds = range.map_or(DEFAULT_QUARANTINE_SECONDS, longest);
     Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+}
+
+/// The quarantine that holds, in seconds, for [`plat_crds::ClusterCIDRStatus::quarantine_seconds`].
+pub fn quarantine_that_holds(range: &RangeFact, snapshot: &Snapshot) -> i32 {
+    let (wanted, held) = (range.quarantine_seconds, range.status.quarantine_seconds.unwrap_or(0));
+    if held <= wanted {
+        return wanted;
+    }
+    // A block in quarantine has its time of release already.
+    let mut in_use = snapshot.blocks.values().filter(|b| b.range == range.name && !b.is_quarantined());
+    let ledger = &snapshot.memory.ledger;
+    let knows = |node: &str| {
+        let applied = snapshot.reports.get(node).and_then(|report| report.applied);
+        ledger.carries(applied.and_then(|digest| ledger.number_of(digest)), &range.uid)
+    };
+    if in_use.all(|block| knows(&block.node)) { wanted } else { held }
 }
 
 /// Judges a range against everything else in the snapshot.

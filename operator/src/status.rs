@@ -14,6 +14,7 @@ use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
 use crate::memory::Memory;
 use crate::plan::{Plan, RangeOutlook};
+use crate::ranges::quarantine_that_holds;
 use crate::reason;
 use crate::snapshot::{Clock, Snapshot, Source};
 use crate::step::{Step, Version};
@@ -135,6 +136,7 @@ fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -
     }
     let flips = flips(&range.status.conditions, &new.conditions)
         || new.observed_generation != range.status.observed_generation
+        || new.quarantine_seconds != range.status.quarantine_seconds
         || range.status.blocks.is_none();
     let object = version(&range.name, &range.uid, &range.resource_version);
     let step = Step::RangeStatus { object, old: Box::new(range.status.clone()), new: Box::new(new) };
@@ -156,6 +158,7 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
             free: signed(outlook.free),
         });
         status.cursor = Some(signed(outlook.cursor));
+        status.quarantine_seconds = Some(quarantine_that_holds(range, snapshot));
         condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
     }
     status
@@ -565,6 +568,54 @@ mod tests {
         let full = scene.node(node("n2")).block(held_block("10.244.2.0/24", "r", "n2"));
         let status = range_status(&full.world.ranges["r"], &full.plan().ranges["r"], &full.snapshot());
         assert!(condition::is_true(&status.conditions, EXHAUSTED));
+    }
+
+    #[test]
+    fn a_lowered_quarantine_holds_once_every_node_with_a_block_has_reported_that_it_knows() {
+        let lowered = |generation| {
+            let mut range = range("r", "10.244.0.0/16");
+            range.status.quarantine_seconds = Some(900);
+            RangeFact { quarantine_seconds: 60, generation, ..range }
+        };
+        let scene = scene()
+            .nodes(&["n1", "cut-off"])
+            .block(held_block("10.244.0.0/24", "r", "n1"))
+            .block(held_block("10.244.1.0/24", "r", "cut-off"))
+            .block(BlockFact { state: BlockState::Quarantined, ..held_block("10.244.2.0/24", "r", "gone") });
+        let digest = |scene: &Scene| {
+            let blocks = scene.world.blocks.values().map(|b| (&*b.uid, b.generation));
+            Digest::of(blocks.chain(scene.world.ranges.values().map(|r| (&*r.uid, r.generation))))
+        };
+        let knows = |scene: Scene, node: &str, digest| {
+            scene.report(ReportFact { applied: Some(digest), ..report(node, &[]) })
+        };
+        let (before, after) = (scene.clone().range(lowered(1)), scene.range(lowered(2)));
+        let (old, new) = (digest(&before), digest(&after));
+        let holds = |scene: Scene| {
+            let scene = scene.with(|s| {
+                for world in [&before.world, &after.world] {
+                    s.memory.ledger.update(&world.ranges, &world.blocks);
+                }
+            });
+            let plan = scene.plan();
+            let range = &scene.world.ranges["r"];
+            range_status(range, &plan.ranges["r"], &scene.snapshot()).quarantine_seconds
+        };
+        let one = knows(knows(after.clone(), "n1", new), "cut-off", old);
+        assert_eq!(holds(one), Some(900), "it may go by the old one");
+        assert_eq!(holds(knows(after.clone(), "n1", new)), Some(900), "a node without a report as well");
+        let all = knows(knows(after.clone(), "n1", new), "cut-off", new);
+        assert_eq!(holds(all), Some(60), "a block in quarantine has its time of release already");
+        let raised = after.clone().range(RangeFact { quarantine_seconds: 3600, ..lowered(2) });
+        assert_eq!(holds(raised), Some(3600), "a longer one holds at once");
+        let gone = after.clone().with(|s| {
+            std::sync::Arc::make_mut(&mut s.world.nodes).remove("cut-off");
+        });
+        let release = gone.plan().steps.into_iter().find_map(|step| match step {
+            Step::ChangeBlock { change, .. } => change.release_after.flatten(),
+            _ => None,
+        });
+        assert_eq!(release, Some(at(NOW + 900)), "its block rests for as long as it may lease");
     }
 
     fn block_statuses(classes: &[Class]) -> Vec<Write> {

@@ -28,6 +28,7 @@ fn accepted() -> Vec<Value> {
         range(json!({"cidr": "10.244.0.0/30", "blockPrefixLength": 30})),
         range(json!({"cidr": "fd00:10:244::/48"})),
         range(json!({"cidr": "fd00:10:244::/124", "blockPrefixLength": 124})),
+        range(json!({"cidr": "fd00::/24", "blockPrefixLength": 48})),
         range(json!({"cidr": "fd00:10:200::/40", "blockPrefixLength": 64})),
         range(json!({"cidr": "10.244.0.0/16", "blockPrefixLength": 16})),
         range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.0.0/24", "10.244.255.0/28"]})),
@@ -63,7 +64,7 @@ fn accepted() -> Vec<Value> {
 fn refused() -> Vec<(Value, &'static str)> {
     let canonical = "must be a CIDR without host bits, in canonical (RFC 5952) form";
     let name = "the name must be the CIDR with '.', ':' and '/' replaced by '-': it is the lock on the block";
-    let sizes = "the range must be /8 to /30 (IPv4) or /16 to /124 (IPv6)";
+    let sizes = "the range must be /8 to /30 (IPv4) or /24 to /124 (IPv6)";
     let default_block = "the range is smaller than the default block (/24, /64): set blockPrefixLength";
     let count = "blocks must not be larger than the range, nor may it hold more than 2^24 of them";
     let block_sizes = "blocks must be /16 to /30 (IPv4) or /48 to /124 (IPv6)";
@@ -84,7 +85,7 @@ fn refused() -> Vec<(Value, &'static str)> {
         (range(json!({"cidr": "::/16"})), "a range that starts with '::' cannot be named; use another"),
         (range(json!({"cidr": "8.0.0.0/7"})), sizes),
         (range(json!({"cidr": "10.244.0.0/31", "blockPrefixLength": 30})), sizes),
-        (range(json!({"cidr": "fc00::/15", "blockPrefixLength": 48})), sizes),
+        (range(json!({"cidr": "fc00::/23", "blockPrefixLength": 48})), sizes),
         (range(json!({"cidr": "fd00::/125", "blockPrefixLength": 124})), sizes),
         (range(json!({"cidr": "10.244.0.0/25"})), default_block),
         (range(json!({"cidr": "fd00:10:244::/65"})), default_block),
