@@ -63,7 +63,7 @@ pub struct Run {
     #[arg(long, env = "PLAT_HOLD_SECONDS", default_value_t = 300)]
     pub hold_seconds: u64,
     /// Address and port of /livez, /readyz and /metrics. If the port is taken, one of the next ten is used.
-    #[arg(long, env = "PLAT_LISTEN", default_value = "0.0.0.0:9539")]
+    #[arg(long, env = "PLAT_LISTEN", default_value = "[::]:9539")]
     pub listen: SocketAddr,
     /// Unix socket on which 'probe' finds this agent.
     #[arg(long, env = "PLAT_SOCKET", default_value = SOCKET)]

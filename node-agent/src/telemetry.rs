@@ -1,7 +1,7 @@
 //! Logs, metrics, and the server of `/livez`, `/readyz` and `/metrics`, on a port and on a unix socket.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -261,7 +261,7 @@ pub async fn serve_port(served: Served, wanted: SocketAddr) {
     for offset in 0..=PORT_TRIES {
         let Some(port) = wanted.port().checked_add(offset) else { break };
         let address = SocketAddr::new(wanted.ip(), port);
-        match TcpListener::bind(address).await {
+        match bind(address).await {
             Ok(listener) => {
                 tracing::info!(%address, "serving /livez, /readyz and /metrics");
                 if let Err(error) = axum::serve(listener, router(served)).await {
@@ -273,6 +273,17 @@ pub async fn serve_port(served: Served, wanted: SocketAddr) {
         }
     }
     tracing::error!(%wanted, "no port for metrics; probes go on by the socket");
+}
+
+/// `[::]` serves both families, and on a host without IPv6 it stands for `0.0.0.0`.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let every = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == every && error.kind() != io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    }
 }
 
 /// Asks the agent on that socket; an error says what is wrong.
@@ -355,6 +366,16 @@ mod tests {
         served.pulse.set_programmed();
         probe(Question::Ready, &socket).await.unwrap();
         server.abort();
+    }
+
+    #[tokio::test]
+    async fn every_address_means_those_of_both_families() {
+        let listener = bind("[::]:0".parse().unwrap()).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        if listener.local_addr().unwrap().is_ipv6() {
+            tokio::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.unwrap();
+        }
     }
 
     #[tokio::test]

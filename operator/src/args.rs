@@ -100,7 +100,7 @@ pub struct RunArgs {
 
     /// Address and port of /livez, /readyz and /metrics. If the port is taken, the next ten are tried; which
     /// one it is is logged.
-    #[arg(long, env = "PLAT_LISTEN", default_value = "0.0.0.0:9540", value_name = "ADDRESS")]
+    #[arg(long, env = "PLAT_LISTEN", default_value = "[::]:9540", value_name = "ADDRESS")]
     pub listen: SocketAddr,
 
     /// Unix socket that `plat-operator probe` asks. Its folder must exist and be writable.

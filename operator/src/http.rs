@@ -4,7 +4,7 @@
 //! and probes do not depend on it. They run this program (`plat-operator probe ready`), which asks the socket.
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -77,7 +77,7 @@ fn bind_socket(socket: &Path) -> anyhow::Result<UnixListener> {
 async fn bind_port(listen: SocketAddr) -> anyhow::Result<TcpListener> {
     for offset in 0..=PORTS {
         let Some(port) = listen.port().checked_add(offset) else { break };
-        match TcpListener::bind(SocketAddr::new(listen.ip(), port)).await {
+        match bind(SocketAddr::new(listen.ip(), port)).await {
             Ok(listener) => {
                 info!(address = %listener.local_addr()?, "serving /livez, /readyz and /metrics");
                 return Ok(listener);
@@ -89,6 +89,17 @@ async fn bind_port(listen: SocketAddr) -> anyhow::Result<TcpListener> {
         }
     }
     bail!("cannot listen on {listen}: it and the next {PORTS} ports are taken; give another --listen")
+}
+
+/// `[::]` serves both families, and on a host without IPv6 it stands for `0.0.0.0`.
+async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let every = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == every && error.kind() != std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    }
 }
 
 fn answer(verdict: Result<&'static str, String>) -> Response {

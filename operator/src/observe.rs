@@ -139,18 +139,7 @@ impl Observed {
         })
     }
 
-    /// Waits for a change and answers with the most urgent one since [`Observed::world`] was called.
-    pub async fn changed(&self) -> Urgency {
-        loop {
-            let notified = self.changed.notified();
-            if let Some(urgency) = self.lock().pending {
-                return urgency;
-            }
-            notified.await;
-        }
-    }
-
-    /// Waits until a change is at least this urgent.
+    /// Waits until a change since [`Observed::world`] was called is at least this urgent.
     pub async fn changed_at_least(&self, urgency: Urgency) {
         loop {
             let notified = self.changed.notified();

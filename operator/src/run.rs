@@ -37,6 +37,8 @@ const TURN: Duration = Duration::from_secs(5);
 const FOREIGN_EVERY: Duration = Duration::from_secs(60);
 /// How long a pass may take to end after the process was told to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(11);
+/// How long Events that still wait may take to be published at the end.
+const FLUSH_WITHIN: Duration = Duration::from_secs(3);
 /// A connection that takes longer to come about has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -77,6 +79,9 @@ async fn work(
         timing,
     );
 
+    if settings.cleanup {
+        admin.health.must_lead();
+    }
     let standing_by = elector.acquire(&admin.leadership, |answered| {
         admin.health.turn();
         if answered {
@@ -127,7 +132,7 @@ async fn lead(
     observed.set_foreign(lookup.run(&observed.foreign()).await);
     let (notes, note_queue) = mpsc::channel(QUEUE);
     let (incidents, mut incident_queue) = mpsc::channel(QUEUE);
-    let published = publish(client.clone(), instance, note_queue);
+    let mut published = std::pin::pin!(publish(client.clone(), instance, note_queue));
     // What happened just before this process led may not have been published by the one before.
     let since = Timestamp::now() - settings.lease_duration;
     let watched =
@@ -146,10 +151,16 @@ async fn lead(
     };
     let server = KubeServer::new(client.clone(), admin.leadership.clone());
     let looped = passes(&observed, &server, settings, admin, &notes, tenure, &stop);
-    tokio::select! {
+    let is_sole_actor = tokio::select! {
         is_sole_actor = looped => is_sole_actor,
-        () = async { tokio::join!(published, watched, looked_up, passed_on); } => false,
+        () = async { tokio::join!(published.as_mut(), watched, looked_up, passed_on); } => false,
+    };
+    // What the last pass did is told before the Lease goes to another process.
+    drop(notes);
+    if tokio::time::timeout(FLUSH_WITHIN, published).await.is_err() {
+        warn!("not every Event could be published within {FLUSH_WITHIN:?}");
     }
+    is_sole_actor
 }
 
 async fn passes(
@@ -161,6 +172,7 @@ async fn passes(
     tenure: impl Fn() -> Tenure,
     stop: &CancellationToken,
 ) -> bool {
+    let is_cleanup = settings.cleanup;
     let began = Instant::now();
     let clock = || Clock { wall: whole_seconds(Timestamp::now()), steady: began.elapsed() };
     let mut leader: Option<Leader> = None;
@@ -184,7 +196,9 @@ async fn passes(
             observed.restart();
             continue;
         }
-        if pass.list_error.is_none() {
+        // Whoever waits for a cleanup waits until the finalizers are off.
+        let cleaned = || pass.done.iter().all(|done| done.outcome.is_success());
+        if pass.list_error.is_none() && (!is_cleanup || cleaned()) {
             admin.health.passed();
         }
         for note in pass.notes {
@@ -210,13 +224,9 @@ async fn wait(
     stop: &CancellationToken,
 ) {
     let earliest = |distance: Duration| tokio::time::sleep_until((started + distance).into());
-    let urgent = async {
-        observed.changed_at_least(Urgency::Now).await;
-        earliest(COALESCE).await;
-    };
-    let unhurried = async {
-        observed.changed().await;
-        earliest(COALESCE_REPORTS).await;
+    let change = async |urgency, coalesce| {
+        observed.changed_at_least(urgency).await;
+        earliest(coalesce).await;
     };
     let timer = async {
         tokio::time::sleep(at_most).await;
@@ -229,8 +239,8 @@ async fn wait(
         }
     };
     tokio::select! {
-        () = urgent => {}
-        () = unhurried => {}
+        () = change(Urgency::Now, COALESCE) => {}
+        () = change(Urgency::Soon, COALESCE_REPORTS) => {}
         () = timer => {}
         () = alive => {}
         () = stop.cancelled() => {}

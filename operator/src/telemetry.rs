@@ -263,6 +263,7 @@ pub struct Health {
     contact: Mutex<Option<Instant>>,
     leads: AtomicBool,
     passed: AtomicBool,
+    must_lead: AtomicBool,
 }
 
 impl Default for Health {
@@ -273,6 +274,7 @@ impl Default for Health {
             contact: Mutex::new(None),
             leads: AtomicBool::new(false),
             passed: AtomicBool::new(false),
+            must_lead: AtomicBool::new(false),
         }
     }
 }
@@ -313,6 +315,11 @@ impl Health {
         }
     }
 
+    /// As a standby it is not ready: in cleanup nobody else does its work.
+    pub fn must_lead(&self) {
+        self.must_lead.store(true, Ordering::Relaxed);
+    }
+
     /// Whether it does its work: as leader, it has passed over everything; as standby, it can reach the API
     /// server and would take over.
     pub fn ready(&self, holds_lease: bool) -> Result<&'static str, String> {
@@ -322,6 +329,9 @@ impl Health {
                 (true, false) => Err("leading, but has not seen every object yet".to_owned()),
                 (false, _) => Err("the leader Lease cannot be renewed: is the API server there?".to_owned()),
             };
+        }
+        if self.must_lead.load(Ordering::Relaxed) {
+            return Err("standing by: nothing is cleaned up before it leads".to_owned());
         }
         let contact = self.contact.lock().map(|contact| *contact).unwrap_or_default();
         match contact.map(|at| at.elapsed()) {
@@ -391,6 +401,8 @@ mod tests {
         assert!(health.ready(false).unwrap_err().contains("has not answered yet"));
         health.contact();
         assert_eq!(health.ready(false), Ok("standing by"));
+        health.must_lead();
+        assert!(health.ready(false).unwrap_err().contains("nothing is cleaned up before it leads"));
         health.leads();
         assert!(health.ready(true).unwrap_err().contains("not seen every object"));
         health.passed();

@@ -1,7 +1,9 @@
 //! Several operators, and operators that end in every way.
 
 use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::events::v1::Event;
 use kube::Api;
+use kube::api::ListParams;
 use plat_e2e::wait::{holds, wait_until_async};
 use serde_json::json;
 
@@ -44,6 +46,24 @@ fn one_of_two_leads_and_hands_over_when_it_is_told_to_stop() {
         assert!(second.terminate().await.success());
         let spec = leases.get("plat-operator").await.unwrap().spec.unwrap();
         assert_eq!(spec.holder_identity.as_deref(), Some(""));
+    });
+}
+
+#[test]
+fn what_the_last_pass_did_is_told_before_the_lease_is_handed_over() {
+    arena(|cluster| async move {
+        let operator = cluster.operator("a", &[V4]);
+        operator.wait_log("leading").await;
+        let names = names(60);
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        cluster.nodes(&names).await;
+        cluster.wait_blocks(&names, 1).await;
+        // Two Events for each block, one after the other: most of them still wait.
+        assert!(operator.terminate().await.success());
+        let events: Api<Event> = Api::namespaced(cluster.client.clone(), "default");
+        let events = events.list(&ListParams::default()).await.unwrap().items;
+        let told = events.iter().filter(|event| event.reason.as_deref() == Some("BlockAllocated")).count();
+        assert_eq!(told, 120);
     });
 }
 
