@@ -34,28 +34,33 @@ fn while_others_go_on(what: &str, bad: impl FnOnce()) {
 }
 
 /// Waits until a ClusterCIDR is not Ready because of something that it overlaps.
-fn wait_overlapping(name: &str, words: &str) {
+fn wait_overlapping(name: &str, reason: &str, words: &str) {
     wait_until(&format!("{name} is Overlapping"), DEADLINE, || {
         let range = cluster().get(&["clustercidr", name]).map_err(|e| e.to_string())?;
         let overlap = find_condition(&range, "Overlapping").cloned().unwrap_or_default();
         let ready = find_condition(&range, "Ready").cloned().unwrap_or_default();
         let said = overlap["message"].as_str().unwrap_or_default().contains(words);
-        holds(overlap["status"] == "True" && ready["status"] == "False" && said, format!("{overlap} {ready}"))
+        let named = overlap["reason"] == reason && ready["reason"] == reason && said;
+        holds(
+            overlap["status"] == "True" && ready["status"] == "False" && named,
+            format!("{overlap} {ready}"),
+        )
     });
 }
 
 #[test]
 fn ranges_that_overlap_are_refused_by_name_and_carve_nothing() {
     while_others_go_on("overlapping ranges", || {
-        for (name, cidr, words) in [
-            ("overlaps-older", "10.244.128.0/17", "default-v4"),
-            ("holds-everything", "10.0.0.0/8", "10."),
-            ("holds-the-api-server", "172.16.0.0/12", "172.30.0."),
+        let older = "shares addresses with the older ClusterCIDR default-v4 (10.244.0.0/16)";
+        for (name, cidr, reason, words) in [
+            ("overlaps-older", "10.244.128.0/17", "OverlapsClusterCIDR", older),
+            ("holds-everything", "10.0.0.0/8", "OverlapsClusterCIDR", older),
+            ("holds-the-api-server", "172.16.0.0/12", "OverlapsAPIServer", "172.16.0.0/12 holds 172.30.0."),
         ] {
             let range = json!({"apiVersion": "plat.network/v1alpha1", "kind": "ClusterCIDR", "metadata": {"name": name},
                 "spec": {"cidr": cidr, "priority": 100}});
             cluster().apply(&range.to_string()).unwrap();
-            wait_overlapping(name, words);
+            wait_overlapping(name, reason, words);
         }
         cluster()
             .kubectl(&[
