@@ -70,7 +70,8 @@ pub fn plugin_error(plugin: &str, verb: &str, stdout: &[u8], stderr: &[u8]) -> E
     let told = Json::parse(stdout).ok().and_then(|json| {
         let text = |key| json.get(key).text(key).unwrap_or_default().to_owned();
         let msg = text("msg");
-        let code = json.get("code").u32("code").ok().flatten();
+        // 0 is no error's code.
+        let code = json.get("code").u32("code").ok().flatten().filter(|code| *code != 0);
         let known = !msg.is_empty() || code.is_some();
         known.then(|| Error { code: code.unwrap_or(Code::Delegate as u32), msg, details: text("details") })
     });
@@ -126,7 +127,7 @@ mod tests {
         assert_eq!((error.code, error.msg.as_str()), (999, "IPAM plugin host-local ADD: no IP addresses"));
         let error = plugin_error("x", "DEL", b"", b"panic: oh\n");
         assert_eq!((error.code, error.details.as_str()), (106, "panic: oh"));
-        for junk in ["{}", "null", "[]", "{\"code\":\"x\"}"] {
+        for junk in ["{}", "null", "[]", "{\"code\":\"x\"}", "{\"code\":0}", "{\"code\":0,\"msg\":\"m\"}"] {
             assert_eq!(plugin_error("x", "DEL", junk.as_bytes(), b"").code, 106, "{junk}");
         }
     }

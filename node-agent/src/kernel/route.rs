@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use plat_cni::netlink::{CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
+use plat_cni::netlink::{APPEND, CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
 use plat_crds::block::{Block, Family};
 use plat_crds::names::ROUTE_PROTOCOL;
 use rtnetlink::RouteMessageBuilder;
@@ -273,14 +273,27 @@ pub fn add(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Result<()
 }
 
 /// Replaces our route of the same key.
+///
+/// IPv4 has several routes of one key in a row, and the kernel's replace takes the first, which somebody
+/// else may have put before ours since (`ip route prepend`). So the new one is put last, and then ours that
+/// is there goes: deleting looks at the protocol, and takes the first that fits. IPv6 makes one multipath
+/// route of them, which is not ours any more ([`dump`]).
 pub fn replace(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Result<(), SetError> {
-    set(socket, route, bridge, REPLACE)
+    if route.key.prefix.family() == Family::IPv6 {
+        return set(socket, route, bridge, REPLACE);
+    }
+    match set(socket, route, bridge, APPEND) {
+        // It is there already, and so is another: if the wrong one goes, the next pass makes it again.
+        Ok(()) | Err(SetError::Foreign(_)) => {}
+        Err(error) => return Err(error),
+    }
+    delete(socket, &route.key).map(drop).map_err(SetError::Refused)
 }
 
 fn set(socket: &mut Socket, route: &Route, bridge: Option<u32>, flags: u16) -> Result<(), SetError> {
     use rustix::io::Errno;
     let content = write(route, bridge).ok_or(SetError::NoBridge(route.key))?;
-    let verb = if flags & REPLACE != 0 { "replace" } else { "add" };
+    let verb = if flags & EXCL != 0 { "add" } else { "replace" };
     let what = format!("{verb} route {route}");
     let answer = socket.request(message(&RouteNetlinkMessage::NewRoute(content), flags | CREATE, what));
     answer.map_err(|error| match error.errno() {

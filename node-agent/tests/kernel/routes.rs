@@ -213,6 +213,28 @@ fn a_foreign_route_of_the_same_key_is_never_overwritten() {
 }
 
 #[test]
+fn a_foreign_route_that_was_put_before_ours_survives_its_change() {
+    isolated("routes::a_foreign_route_that_was_put_before_ours_survives_its_change", || {
+        let mut node = node();
+        expect_own_and(&["10.244.2.0/24 gateway 172.30.0.12 dev eth0 metric 1120"]);
+        // The kernel's replace would take the first of the key, whosever it is.
+        run("ip route prepend 10.244.2.0/24 via 172.30.0.99 proto static metric 1120");
+        let mut moved = block(2);
+        moved.addresses = vec![ip("172.30.0.77")];
+        node.apply(moved.clone());
+        expect_own_and(&["10.244.2.0/24 gateway 172.30.0.77 dev eth0 metric 1120"]);
+        moved.routing = with_routing(block(2), r#"{"mtu":1400}"#).routing;
+        node.apply(moved.clone());
+        expect_own_and(&["10.244.2.0/24 gateway 172.30.0.77 dev eth0 metric 1120 mtu 1400"]);
+        assert!(run("ip route show 10.244.2.0/24 proto static").contains("172.30.0.99"));
+        moved.state = BlockState::Quarantined;
+        node.apply(moved);
+        expect_own_and(&[]);
+        assert!(run("ip route show 10.244.2.0/24 proto static").contains("172.30.0.99"));
+    });
+}
+
+#[test]
 fn routes_of_others_and_other_metrics_stay_through_it_all() {
     isolated("routes::routes_of_others_and_other_metrics_stay_through_it_all", || {
         let mut node = TestNode::new();
