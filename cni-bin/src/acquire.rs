@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use plat_crds::host_port::HostPort;
-use plat_crds::lease::{Guard, HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
+use plat_crds::lease::{Datapath, Guard, HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
 use plat_crds::{Block, Family};
 
 use crate::add::Done;
@@ -19,7 +19,7 @@ use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
 use crate::store::{Held, Locked, Survey};
 use crate::sysctl::Sysctls;
-use crate::wire::{self, PodNet, Style};
+use crate::wire::{self, NoGateway, PodNet, Style};
 use crate::{delegate, netlink, store};
 
 /// What a pod was given.
@@ -47,17 +47,35 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
             let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
             let source = Source { pool: Pool::Ranges, sets: conf.ranges.clone() };
             let (held, chosen) = reserve(call, conf, &source, netns.id(), done)?;
-            let net = PodNet::leased(&chosen, Style::Subnet, &conf.bridge, &conf.routes);
-            Ok(Given { dns, ..given(net, Style::Subnet, held) })
+            let (net, style) = leased_net(conf, &chosen, Style::Subnet)?;
+            Ok(Given { dns, ..given(net, style, held) })
         }
         IpamKind::Delegated(plugin) => from_delegate(call, conf, &plugin, netns.id(), done),
+        IpamKind::None if conf.datapath == Datapath::Routed => {
+            let why = "there is nothing to route without an address: set ipam";
+            Err(Error::because(Code::Config, "the datapath routed needs addresses", why))
+        }
         IpamKind::None => {
             // Without an address there still is a link, which DEL finds by the lease.
-            let mut lease = blank_lease(call, netns.id(), Pool::Delegated);
+            let mut lease = blank_lease(call, conf, netns.id(), Pool::Delegated);
             lease.guard = guard(conf, &lease);
             let held = record(call, conf, lease, done)?;
             Ok(given(PodNet::default(), Style::Subnet, held))
         }
+    }
+}
+
+/// The network of a pod that leased these addresses, which on a bridge sit as `bridged` says.
+fn leased_net(conf: &Attachment, chosen: &[Chosen], bridged: Style) -> Result<(PodNet, Style), Error> {
+    match conf.datapath {
+        Datapath::Bridge => Ok((PodNet::leased(chosen, bridged, &conf.bridge, &conf.routes), bridged)),
+        Datapath::Routed => Ok((PodNet::routed(wire::ips(chosen, bridged), &conf.routes)?, Style::Routed)),
+    }
+}
+
+impl From<NoGateway> for Error {
+    fn from(error: NoGateway) -> Error {
+        Error::because(Code::Config, "the datapath routed needs a gateway", error)
     }
 }
 
@@ -70,8 +88,8 @@ fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Do
     let file = pool::read_blocks(&call.network.run_dir)?;
     let source = pool::from_blocks(&file, &call.boot, boot_ms())?;
     let (held, chosen) = reserve(call, conf, &source, netns, done)?;
-    let net = PodNet::leased(&chosen, Style::Host, &conf.bridge, &conf.routes);
-    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, Style::Host, held) })
+    let (net, style) = leased_net(conf, &chosen, Style::Host)?;
+    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, style, held) })
 }
 
 fn from_delegate(
@@ -84,17 +102,20 @@ fn from_delegate(
     // From now on its DEL is due, also if its ADD fails half way.
     done.delegated = Some(plugin.to_owned());
     let reply = delegate::add(plugin, &call.plugin_path, &call.input, call.network.version)?;
-    let net = PodNet::delegated(reply.ips, reply.routes, &conf.bridge);
     let leased = |ip: &Ip| LeasedAddress {
         address: ip.address.addr(),
         subnet_length: ip.address.prefix_len(),
         masquerade: conf.bridge.ip_masq,
     };
-    let addresses = net.ips.iter().map(leased).collect();
-    let mut lease = Lease { addresses, ..blank_lease(call, netns, Pool::Delegated) };
+    let addresses = reply.ips.iter().map(leased).collect();
+    let (net, style) = match conf.datapath {
+        Datapath::Bridge => (PodNet::delegated(reply.ips, reply.routes, &conf.bridge), Style::Subnet),
+        Datapath::Routed => (PodNet::routed(reply.ips, &reply.routes)?, Style::Routed),
+    };
+    let mut lease = Lease { addresses, ..blank_lease(call, conf, netns, Pool::Delegated) };
     lease.guard = guard(conf, &lease);
     let held = record(call, conf, lease, done)?;
-    Ok(Given { dns: reply.dns, ..given(net, Style::Subnet, held) })
+    Ok(Given { dns: reply.dns, ..given(net, style, held) })
 }
 
 /// Chooses addresses and records them, under one lock.
@@ -105,7 +126,7 @@ fn reserve(
     netns: NetnsId,
     done: &mut Done,
 ) -> Result<(Held, Vec<Chosen>), Error> {
-    let mut lease = blank_lease(call, netns, source.pool);
+    let mut lease = blank_lease(call, conf, netns, source.pool);
     let pool = lease.pool_id();
     let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
@@ -170,7 +191,7 @@ fn guard(conf: &Attachment, lease: &Lease) -> Option<Guard> {
     Some(Guard { mac, scope })
 }
 
-fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
+fn blank_lease(call: &Call, conf: &Attachment, netns: NetnsId, pool: Pool) -> Lease {
     let container = &call.container;
     Lease {
         container_id: container.id.clone(),
@@ -179,6 +200,7 @@ fn blank_lease(call: &Call, netns: NetnsId, pool: Pool) -> Lease {
         pool,
         addresses: Vec::new(),
         veth: HostVeth { name: wire::host_name(&container.id, &container.ifname, 0), index: 0 },
+        datapath: conf.datapath,
         netns: Some(netns),
         since: since_now(),
         ..Lease::default()

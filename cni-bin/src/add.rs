@@ -47,10 +47,10 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
     acquire::open_rules(call, &given.held, &attached.bridge.name)?;
     fail::point("rules")?;
-    attach::raise(call, &conf, &given, &netns, &attached.host)?;
+    let mut pod = attach::raise(call, &conf, &given, &netns, &attached)?;
     fail::point("raised")?;
     acquire::confirm(call, &given.held)?;
-    attach::await_use(call, &conf, &netns, &attached.host)?;
+    attach::await_use(call, &conf, &given, &attached, &mut pod)?;
     fail::point("confirm")?;
     describe(call, conf, given, &attached).render(call.network.version)
 }
@@ -81,7 +81,8 @@ fn refuse_host_netns(netns: &Netns) -> Result<(), Error> {
     Err(Error::because(Code::Netns, "cannot use CNI_NETNS", why))
 }
 
-/// The result: bridge, host's end, pod's end, in this order, as chained plugins expect of a bridge plugin.
+/// The result: bridge, host's end, pod's end, in this order, as chained plugins expect of a bridge plugin;
+/// without bridge the other two, as of the ptp plugin.
 fn describe(call: &Call, conf: Attachment, given: Given, attached: &Attached) -> Reply {
     let end = |name: &str, mac: String, sandbox: &str, mtu: u32| Interface {
         name: name.to_owned(),
@@ -89,14 +90,15 @@ fn describe(call: &Call, conf: Attachment, given: Given, attached: &Attached) ->
         sandbox: sandbox.to_owned(),
         mtu: Some(mtu).filter(|mtu| *mtu != 0),
     };
-    let bridge = &attached.bridge;
-    let bridge_mac = bridge.mac.map(|mac| mac.to_string()).unwrap_or_default();
     let mtu = attached.host.mtu;
-    let interfaces = vec![
-        end(&bridge.name, bridge_mac, "", bridge.mtu),
+    let bridge = attached.bridge.as_ref().map(|bridge| {
+        end(&bridge.name, bridge.mac.map(|mac| mac.to_string()).unwrap_or_default(), "", bridge.mtu)
+    });
+    let ends = [
         end(&attached.host.name, attached.host_mac.to_string(), "", mtu),
         end(&call.container.ifname, attached.pod_mac.to_string(), &call.container.netns, mtu),
     ];
+    let interfaces: Vec<Interface> = bridge.into_iter().chain(ends).collect();
     let pod = interfaces.len() - 1;
     Reply {
         ips: given.net.ips.into_iter().map(|ip| Ip { interface: Some(pod), ..ip }).collect(),

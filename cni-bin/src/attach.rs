@@ -1,14 +1,15 @@
 //! The pod's link: bridge, veth pair, addresses, routes, in few exchanges with the kernel.
 
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use plat_crds::lease::{GuardScope, Lease};
+use plat_crds::lease::{Datapath, GuardScope, Lease};
 use plat_crds::{Family, alias};
 use rustix::io::Errno;
 
-use crate::acquire::Given;
+use crate::acquire::{self, Given};
 use crate::add::Done;
 use crate::bandwidth;
 use crate::bridge::{self, Bridge};
@@ -16,10 +17,11 @@ use crate::call::Call;
 use crate::config::Attachment;
 use crate::error::{Code, Error};
 use crate::fail;
-use crate::link::{self, Link, LinkChange, NewVeth, Route};
+use crate::link::{self, Link, LinkChange, NewVeth, Route, Way};
 use crate::mac::Mac;
 use crate::netlink::{self, Protocol, Socket, created};
 use crate::netns::Netns;
+use crate::routed;
 use crate::sysctl::Sysctls;
 use crate::wire::{self, Style};
 
@@ -29,8 +31,8 @@ const NAME_TRIES: u32 = 10;
 /// What the pod hangs on.
 #[derive(Debug)]
 pub struct Attached {
-    /// The bridge.
-    pub bridge: Bridge,
+    /// The bridge, if it hangs on one.
+    pub bridge: Option<Bridge>,
     /// The host's end of the link.
     pub host: Link,
     /// The hardware address of the host's end.
@@ -39,14 +41,14 @@ pub struct Attached {
     pub pod_mac: Mac,
 }
 
-/// How long to wait for the bridge to serve the pod's port, and how often to look.
+/// How long to wait for the host's end to carry packets, and how often to look.
 const PORT_PATIENCE: Duration = Duration::from_secs(2);
 const PORT_PAUSE: Duration = Duration::from_micros(500);
 /// The same for duplicate address detection, which takes a second or two.
 const DUPLICATES_PATIENCE: Duration = Duration::from_secs(5);
 const DUPLICATES_PAUSE: Duration = Duration::from_millis(10);
 
-/// Connects the pod's namespace with the bridge. The pod's end of the link is still down.
+/// Connects the pod's namespace with the bridge, or with the host alone. The pod's end of the link is still down.
 pub fn attach(
     call: &mut Call,
     conf: &Attachment,
@@ -54,12 +56,19 @@ pub fn attach(
     netns: &Netns,
     done: &mut Done,
 ) -> Result<Attached, Error> {
-    let bridge = open_bridge(call, conf, given)?;
+    let bridge = match conf.datapath {
+        Datapath::Bridge => Some(open_bridge(call, conf, given)?),
+        Datapath::Routed => None,
+    };
     fail::point("bridge")?;
     let attached = make_link(call, conf, given, netns, bridge, done)?;
     fail::point("link")?;
     mark_link(call, conf, &given.held.lease, &attached.host)?;
     fail::point("alias")?;
+    if conf.datapath == Datapath::Routed {
+        join_host(call, given, &attached)?;
+    }
+    fail::point("joined")?;
     Ok(attached)
 }
 
@@ -79,6 +88,35 @@ fn open_bridge(call: &mut Call, conf: &Attachment, given: &Given) -> Result<Brid
     Ok(bridge)
 }
 
+/// Makes this host the pod's router. For the node's blocks the agent has switched forwarding on.
+fn join_host(call: &mut Call, given: &Given, attached: &Attached) -> Result<(), Error> {
+    let joined = routed::join(call.host(), &given.net, &given.blocks, &attached.host, attached.pod_mac);
+    if let Err(error) = joined {
+        if error.errno() != Some(Errno::EXIST) {
+            return Err(error.into());
+        }
+        // Whoever was given our address after the store was removed has such a route too.
+        acquire::confirm(call, &given.held)?;
+        let msg = "another program or network has a route to an address of this pod";
+        return Err(Error::because(Code::AddressUnavailable, msg, error));
+    }
+    if given.blocks.is_empty() {
+        for family in Family::ALL.into_iter().filter(|family| given.net.has(*family)) {
+            forward(family)?;
+        }
+    }
+    Ok(())
+}
+
+fn forward(family: Family) -> Result<(), Error> {
+    let switch = match family {
+        Family::IPv4 => "ipv4/ip_forward",
+        Family::IPv6 => "ipv6/conf/all/forwarding",
+    };
+    Sysctls::default().ensure(switch, "1")?;
+    Ok(())
+}
+
 /// By hand, `isGateway` makes this host a router for the pod's subnets.
 fn add_subnet_gateways(
     call: &mut Call,
@@ -90,19 +128,18 @@ fn add_subnet_gateways(
         let Some(gateway) = ip.gateway else { continue };
         let net = IpNet::new(gateway, ip.address.prefix_len()).unwrap_or(gateway.into());
         bridge::add_subnet_gateway(call.host(), bridge, net, conf.bridge.force_address)?;
-        let switch = if gateway.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
-        Sysctls::default().ensure(switch, "1")?;
+        forward(Family::of(&gateway))?;
     }
     Ok(())
 }
 
-/// Makes the veth pair, one end in the pod's namespace, the other a port of the bridge.
+/// Makes the veth pair, one end in the pod's namespace, the other a port of the bridge if there is one.
 fn make_link(
     call: &mut Call,
     conf: &Attachment,
     given: &Given,
     netns: &Netns,
-    bridge: Bridge,
+    bridge: Option<Bridge>,
     done: &mut Done,
 ) -> Result<Attached, Error> {
     let container = call.container.clone();
@@ -116,7 +153,7 @@ fn make_link(
             pod_name: &container.ifname,
             pod_mac,
             mtu: conf.bridge.mtu.or(given.mtu),
-            bridge: Some(bridge.index),
+            bridge: bridge.as_ref().map(|bridge| bridge.index),
             pod_netns: netns.as_fd(),
         };
         let mut echo = None;
@@ -156,11 +193,11 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
     let alias = alias::of(lease);
     let mark = LinkChange {
         alias: Some(&alias),
-        hairpin: conf.bridge.hairpin.then_some(true),
+        hairpin: (conf.datapath == Datapath::Bridge && conf.bridge.hairpin).then_some(true),
         isolated: conf.bridge.isolated.then_some(true),
         ..LinkChange::default()
     };
-    // The port of a bridge has no use for an address of its own, and a DEL would wait for the end of it: for
+    // The host's end has no use for an address of its own, and a DEL would wait for the end of it: for
     // several grace periods of the kernel, most of what it takes.
     let quiet = LinkChange { link_local: Some(false), ..mark.clone() };
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
@@ -179,8 +216,15 @@ fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> 
 }
 
 /// Gives the pod's end of the link what was acquired. Sysctls, then link up, limit, addresses and routes: one
-/// visit to the pod's namespace, one exchange with its side of the kernel.
-pub fn raise(call: &Call, conf: &Attachment, given: &Given, netns: &Netns, host: &Link) -> Result<(), Error> {
+/// visit to the pod's namespace, one exchange with its side of the kernel, for which the socket is returned.
+pub fn raise(
+    call: &Call,
+    conf: &Attachment,
+    given: &Given,
+    netns: &Netns,
+    attached: &Attached,
+) -> Result<Socket, Error> {
+    let host = &attached.host;
     let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
     let ifname = &call.container.ifname;
     let sysctls = wire::pod_sysctls(ifname, &given.net, given.style, &conf.bridge);
@@ -191,7 +235,7 @@ pub fn raise(call: &Call, conf: &Attachment, given: &Given, netns: &Netns, host:
         Ok(Socket::open(Protocol::Route)?)
     })?;
     if conf.bridge.pod_down {
-        return Ok(());
+        return Ok(pod);
     }
     let up = LinkChange { up: Some(true), ..LinkChange::default() };
     let mut messages = Vec::new();
@@ -207,13 +251,17 @@ pub fn raise(call: &Call, conf: &Attachment, given: &Given, netns: &Netns, host:
         false => link::new_address(peer, ip.address, 0),
         true => link::plain_address(peer, ip.address),
     }));
+    if attached.bridge.is_none() {
+        messages.extend(routed::gateway_neighbours(&given.net, peer, attached.host_mac));
+    }
     let routes = given.net.kernel_routes(peer);
     let routes_start = messages.len();
     messages.extend(routes.iter().map(link::new_route));
     let mut outcomes = pod.request_each(messages)?;
     let of_routes = outcomes.split_off(routes_start.min(outcomes.len()));
     outcomes.into_iter().collect::<Result<(), _>>()?;
-    Ok(accept_routes(&routes, of_routes)?)
+    accept_routes(&routes, of_routes)?;
+    Ok(pod)
 }
 
 /// A pod with several interfaces may have a route already: the first one wins. And so it does for what leads
@@ -234,22 +282,42 @@ fn accept_routes(routes: &[Route], outcomes: Vec<Result<(), netlink::Error>>) ->
 }
 
 /// Waits until the pod can use its link, so that its first packet is not lost.
-pub fn await_use(call: &mut Call, conf: &Attachment, netns: &Netns, host: &Link) -> Result<(), Error> {
+pub fn await_use(
+    call: &mut Call,
+    conf: &Attachment,
+    given: &Given,
+    attached: &Attached,
+    pod: &mut Socket,
+) -> Result<(), Error> {
     if conf.bridge.pod_down {
         return Ok(());
     }
-    await_port(call, host)?;
-    if conf.bridge.tests_duplicates { await_addresses(call, netns, host) } else { Ok(()) }
+    await_port(call, &attached.host)?;
+    if conf.bridge.tests_duplicates {
+        return await_addresses(call, pod, &attached.host);
+    }
+    await_own(given, pod)
+}
+
+/// Waits until the pod takes packets to its IPv6 addresses: the kernel makes the routes by which it does, and joins
+/// the groups by which neighbours ask, in its own time, though no duplicates are looked for.
+fn await_own(given: &Given, pod: &mut Socket) -> Result<(), Error> {
+    let deadline = Instant::now() + PORT_PATIENCE;
+    for address in given.net.ips.iter().map(|ip| ip.address.addr()).filter(IpAddr::is_ipv6) {
+        while link::way(pod, address)? != Some(Way::Local) && Instant::now() < deadline {
+            std::thread::sleep(PORT_PAUSE);
+        }
+    }
+    Ok(())
 }
 
 /// Waits until duplicate address detection is through with the pod's IPv6 addresses.
-fn await_addresses(call: &Call, netns: &Netns, host: &Link) -> Result<(), Error> {
+fn await_addresses(call: &Call, pod: &mut Socket, host: &Link) -> Result<(), Error> {
     let peer = host.peer.ok_or_else(|| vanished(&host.name))?;
     let ifname = &call.container.ifname;
-    let mut pod = netns.inside(|| Ok(Socket::open(Protocol::Route)?))?;
     let deadline = Instant::now() + DUPLICATES_PATIENCE;
     loop {
-        let addresses = link::addresses(&mut pod, peer)?;
+        let addresses = link::addresses(pod, peer)?;
         if let Some(taken) = addresses.iter().find(|a| a.duplicate) {
             let msg = format!("address {} of {ifname} is in use by another on the link", taken.net.addr());
             return Err(Error::because(
@@ -269,14 +337,16 @@ fn await_addresses(call: &Call, netns: &Netns, host: &Link) -> Result<(), Error>
     }
 }
 
-/// Waits until the bridge serves the pod's port, so that the pod's first packet is not lost. The kernel
-/// looks at a new link's carrier in its own time, usually before we are here; on a machine that is busy with
+/// Waits until the host's end carries packets and the bridge, if there is one, serves the pod's port, so that the
+/// pod's first packet is not lost. The kernel looks at a new link's carrier in its own time, usually before we
+/// are here; on a machine that is busy with
 /// links it can take longer. A bridge that does not get there (spanning tree) is not waited for forever.
 fn await_port(call: &mut Call, host: &Link) -> Result<(), Error> {
     let deadline = Instant::now() + PORT_PATIENCE;
     loop {
         let port = link::link_by_index(call.host(), host.index)?.ok_or_else(|| vanished(&host.name))?;
-        if port.forwarding || Instant::now() >= deadline {
+        let serves = if port.master.is_some() { port.forwarding } else { port.operational };
+        if serves || Instant::now() >= deadline {
             return Ok(());
         }
         std::thread::sleep(PORT_PAUSE);

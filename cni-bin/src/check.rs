@@ -3,7 +3,7 @@
 //! What others added is theirs and no fault; what is listed in `prevResult`, or was made by us, must be
 //! there.
 
-use plat_crds::lease::Lease;
+use plat_crds::lease::{Datapath, Lease};
 
 use crate::add::delegate_of;
 use crate::bandwidth;
@@ -15,7 +15,7 @@ use crate::netlink::{Protocol, Socket};
 use crate::netns::Netns;
 use crate::reply::{Interface, Ip, Reply};
 use crate::spec::SpecVersion;
-use crate::{delegate, pods};
+use crate::{delegate, pods, routed};
 use plat_crds::Family;
 
 /// Checks a container.
@@ -37,7 +37,10 @@ pub fn check(call: &mut Call) -> Result<(), Error> {
     if let Some(problem) = bandwidth::problem(call.host(), conf.bandwidth.ingress, host.index, &host.name)? {
         return Err(failed(&format!("link {} on the host {problem}", host.name)));
     }
-    check_pod(call, &conf, &netns, &host, &previous)?;
+    let mut pod = check_pod(call, &conf, &netns, &host, &previous)?;
+    if lease.datapath == Datapath::Routed {
+        check_joint(call, &lease, &host, &mut pod, &previous)?;
+    }
     if let Some(problem) = pods::missing(&lease)? {
         return Err(failed(&problem));
     }
@@ -72,13 +75,33 @@ fn check_host_end(call: &mut Call, conf: &Attachment, lease: &Lease) -> Result<L
     let name = &lease.veth.name;
     let link = link::link_by_name(call.host(), name)?;
     let link = link.ok_or_else(|| failed(&format!("link {name} on the host is gone")))?;
-    let bridge = link::link_by_name(call.host(), &conf.bridge.name)?;
-    let bridge = bridge.ok_or_else(|| failed(&format!("bridge {} is gone", conf.bridge.name)))?;
     let problem = if link.kind.as_deref() != Some("veth") {
         "is not a veth"
     } else if !link.up {
         "is down"
-    } else if link.master != Some(bridge.index) {
+    } else {
+        return match lease.datapath {
+            Datapath::Bridge => check_port(call, conf, link),
+            Datapath::Routed => check_master(link),
+        };
+    };
+    Err(failed(&format!("link {name} on the host {problem}")))
+}
+
+/// A link of the `routed` datapath that became a port would be the bridge's alone.
+fn check_master(link: Link) -> Result<Link, Error> {
+    match link.master {
+        None => Ok(link),
+        Some(master) => {
+            Err(failed(&format!("link {} on the host was made a port of link {master}", link.name)))
+        }
+    }
+}
+
+fn check_port(call: &mut Call, conf: &Attachment, link: Link) -> Result<Link, Error> {
+    let bridge = link::link_by_name(call.host(), &conf.bridge.name)?;
+    let bridge = bridge.ok_or_else(|| failed(&format!("bridge {} is gone", conf.bridge.name)))?;
+    let problem = if link.master != Some(bridge.index) {
         "is not a port of the bridge"
     } else if conf.bridge.hairpin && !link.hairpin {
         "is not in hairpin mode"
@@ -89,7 +112,31 @@ fn check_host_end(call: &mut Call, conf: &Attachment, lease: &Lease) -> Result<L
     } else {
         return Ok(link);
     };
-    Err(failed(&format!("link {name} on the host {problem}")))
+    Err(failed(&format!("link {} on the host {problem}", link.name)))
+}
+
+/// That the host is the router of a pod of the `routed` datapath, and each end knows the other.
+fn check_joint(
+    call: &mut Call,
+    lease: &Lease,
+    host: &Link,
+    pod: &mut Pod,
+    previous: &Reply,
+) -> Result<(), Error> {
+    let addresses = lease.addresses.iter().map(|leased| leased.address);
+    let of_host = routed::missing(call.host(), addresses, host, pod.link.mac)?;
+    let gateways = previous.ips.iter().filter_map(|ip| ip.gateway);
+    let problem = match of_host {
+        Some(problem) => Some(problem),
+        None => routed::missing_in_pod(&mut pod.socket, gateways, pod.link.index, host.mac)?,
+    };
+    problem.map_or(Ok(()), |problem| Err(failed(&problem)))
+}
+
+/// A pod's end, and a socket in its namespace.
+struct Pod {
+    socket: Socket,
+    link: Link,
 }
 
 fn check_pod(
@@ -98,7 +145,7 @@ fn check_pod(
     netns: &Netns,
     host: &Link,
     previous: &Reply,
-) -> Result<(), Error> {
+) -> Result<Pod, Error> {
     let ifname = &call.container.ifname;
     let mut pod = netns.inside(|| Ok(Socket::open(Protocol::Route)?))?;
     let link = link::link_by_name(&mut pod, ifname)?;
@@ -135,7 +182,7 @@ fn check_pod(
             return Err(failed(&format!("the route to {} is gone", lost.dst)));
         }
     }
-    Ok(())
+    Ok(Pod { socket: pod, link })
 }
 
 /// How the pod's interface differs from what the result says of it. Pure.

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use plat_crds::host_port::HostPort;
-use plat_crds::lease::{GuardScope, MAX_NETWORK_NAME};
+use plat_crds::lease::{Datapath, GuardScope, MAX_NETWORK_NAME};
 use plat_crds::names;
 
 use crate::bandwidth::Bandwidth;
@@ -160,6 +160,8 @@ fn ipam_kind(ipam: &Json, from_runtime: &Json) -> Result<IpamKind, Error> {
 /// What ADD and CHECK need besides.
 #[derive(Clone, Debug)]
 pub struct Attachment {
+    /// How the pod's link is joined to the host.
+    pub datapath: Datapath,
     /// The bridge and how the pod hangs on it.
     pub bridge: BridgeConf,
     /// What the pod's packets must come from (`antiSpoofing`, `macspoofchk`); `None`: anything.
@@ -301,6 +303,7 @@ impl Attachment {
             return Err(Error::because(Code::Config, "disableContainerInterface cannot go with ipam", why));
         }
         Ok(Attachment {
+            datapath: parse_datapath(json)?,
             bridge,
             guard: guard(json, &network.ipam)?,
             ranges,
@@ -313,6 +316,20 @@ impl Attachment {
             bandwidth: Bandwidth::parse(json, runtime)?,
         })
     }
+}
+
+/// Reads `datapath`, and refuses what only a bridge could do.
+fn parse_datapath(json: &Json) -> Result<Datapath, Error> {
+    let datapath = match json.get("datapath").text("datapath")? {
+        "" | "bridge" => return Ok(Datapath::Bridge),
+        "routed" => Datapath::Routed,
+        other => {
+            let msg = format!("unsupported key datapath with value {other:?}");
+            return Err(Error::because(Code::UnsupportedKey, msg, "it is bridge or routed"));
+        }
+    };
+    refused::check_routed(json)?;
+    Ok(datapath)
 }
 
 impl BridgeConf {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use plat_crds::alias::{self, Alias, Leased};
-use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
+use plat_crds::lease::{Datapath, HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
 
 use crate::boot::since_now;
 use crate::link::{self, Address, Link};
@@ -98,6 +98,7 @@ fn lease_of(link: &Link, alias: &Alias<'_>, behind: &[Address], known: &Known) -
         addresses,
         veth: HostVeth { name: link.name.clone(), index: link.index },
         netns: None,
+        datapath: if link.master.is_some() { Datapath::Bridge } else { Datapath::Routed },
         since: since_now(),
         ..Lease::default()
     };

@@ -11,7 +11,7 @@
 //! | verbs | [`add`] ([`acquire`], [`attach`]), [`del`] and [`gc`] ([`teardown`]), [`check`], [`status`], [`version`] |
 //! | decided by pure functions | [`request`], [`config`], [`spec`], [`pick`], [`pool`], [`wire`], [`reply`], [`sweep::dead`], [`mac`], [`json`], [`error`] |
 //! | leases | [`store`] (file), [`kernel`] (proof), [`leases`] (`plat leases`), format in [`plat_crds::lease`] |
-//! | kernel | [`netlink`], [`link`], [`nft`], [`conntrack`], [`bridge`], [`tc`], [`bandwidth`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
+//! | kernel | [`netlink`], [`link`], [`nft`], [`conntrack`], [`bridge`], [`routed`], [`tc`], [`bandwidth`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
 //! | other plugins | [`delegate`] |
 //!
 //! The agent uses [`bridge`], [`nft`], [`pods`], [`store`] and [`sweep`]: what both programs make in the
@@ -46,6 +46,7 @@ pub mod pods;
 pub mod pool;
 pub mod reply;
 pub mod request;
+pub mod routed;
 pub mod spec;
 pub mod status;
 pub mod store;

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
 use plat_crds::Family;
+use rustix::io::Errno;
 
 use crate::mac::Mac;
 use crate::netlink::{Attributes, CREATE, ECHO, EXCL, Error, Message, REPLACE, Received, Socket, octets};
@@ -22,12 +23,15 @@ const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_GETNEIGH: u16 = 30;
 
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
+const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_NET_NS_FD: u16 = 28;
@@ -36,6 +40,7 @@ const IFLA_EXT_MASK: u16 = 29;
 const IFLA_NUM_TX_QUEUES: u16 = 31;
 const IFLA_NUM_RX_QUEUES: u16 = 32;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_TARGET_NETNSID: u16 = 46;
 const INFO_KIND: u16 = 1;
 const INFO_DATA: u16 = 2;
 /// `br_boolopt_multi`: values, and which of them are meant.
@@ -52,6 +57,8 @@ const PORT_FORWARDING: u8 = 3;
 const INET6_ADDR_GEN_MODE: u16 = 8;
 const ADDR_GEN_EUI64: u8 = 0;
 const ADDR_GEN_NONE: u8 = 1;
+/// `IF_OPER_UP`.
+const OPERATIONAL: u8 = 6;
 const IFF_UP: u32 = 1;
 const IFF_PROMISC: u32 = 0x100;
 /// Leave the counters out of a link's description: they are most of it.
@@ -79,8 +86,19 @@ const RTA_TABLE: u16 = 15;
 const METRIC_MTU: u16 = 2;
 const METRIC_ADVMSS: u16 = 8;
 const ROUTE_HEADER: usize = 12;
+/// Where the kind of a route is in its header.
+const ROUTE_TYPE: usize = 7;
 const RTN_UNICAST: u8 = 1;
+const RTN_LOCAL: u8 = 2;
 
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NDA_IFINDEX: u16 = 8;
+const NUD_PERMANENT: u16 = 0x80;
+const NEIGHBOUR_HEADER: usize = 12;
+
+/// The number of the loopback link, the first of every namespace (`LOOPBACK_IFINDEX`).
+pub const LOOPBACK: u32 = 1;
 /// `RT_SCOPE_UNIVERSE`: a route through a gateway.
 pub const SCOPE_GLOBAL: u8 = 0;
 /// `RT_SCOPE_LINK`: a route to what is on the link itself.
@@ -105,6 +123,8 @@ pub struct Link {
     pub mtu: u32,
     /// Whether it is up (administratively).
     pub up: bool,
+    /// Whether it carries packets: the kernel has seen the other end come up.
+    pub operational: bool,
     /// Whether it takes all frames (`promisc on`).
     pub promiscuous: bool,
     /// The bridge it is a port of.
@@ -313,10 +333,18 @@ pub fn link_by_index(socket: &mut Socket, index: u32) -> Result<Option<Link>, Er
     get_link(socket, get)
 }
 
+/// The link of that number in another namespace, named as in [`addresses_in`]; `None` if there is none.
+pub fn link_in(socket: &mut Socket, netns: u32, index: u32) -> Result<Option<Link>, Error> {
+    let what = "look up the other end of a link";
+    let mut get = Message::new(RTM_GETLINK, 0, &link_header(index, 0, 0), what);
+    get.attr_u32(IFLA_EXT_MASK, SKIP_STATISTICS).attr_u32(IFLA_TARGET_NETNSID, netns);
+    get_link(socket, get)
+}
+
 fn get_link(socket: &mut Socket, get: Message) -> Result<Option<Link>, Error> {
     let mut link = None;
     match socket.ask(get, |received| link = link.take().or_else(|| read_link(&received))) {
-        Err(error) if error.errno() == Some(rustix::io::Errno::NODEV) => Ok(None),
+        Err(error) if error.errno() == Some(Errno::NODEV) => Ok(None),
         Err(error) => Err(error),
         Ok(()) => Ok(link),
     }
@@ -353,6 +381,7 @@ pub fn read_link(received: &Received<'_>) -> Option<Link> {
             IFLA_MTU => link.mtu = attribute.u32().unwrap_or(0),
             IFLA_LINK => link.peer = attribute.u32(),
             IFLA_MASTER => link.master = attribute.u32(),
+            IFLA_OPERSTATE => link.operational = attribute.u8() == Some(OPERATIONAL),
             IFLA_IFALIAS => link.alias = Some(attribute.text().into_owned()),
             IFLA_LINK_NETNSID => link.peer_netns = attribute.u32(),
             IFLA_LINKINFO => {
@@ -592,10 +621,47 @@ fn route_message(route: &Route, kind: u16, flags: u16, verb: &str) -> Message {
 
 /// The unicast routes of a family through single links, of every table.
 pub fn routes(socket: &mut Socket, family: Family) -> Result<Vec<Route>, Error> {
-    let mut header = vec![0; ROUTE_HEADER];
-    header.splice(..1, [family_number(family)]);
+    routes_of(socket, family, 0)
+}
+
+/// The same of one protocol; the kernel does the filtering.
+pub fn routes_of(socket: &mut Socket, family: Family, protocol: u8) -> Result<Vec<Route>, Error> {
+    let mut header = vec![family_number(family), 0, 0, 0, 0, protocol];
+    header.resize(ROUTE_HEADER, 0);
     let get = Message::new(RTM_GETROUTE, 0, &header, "list routes");
-    socket.dump(&get, |received| read_route(&received))
+    let routes = socket.dump(&get, |received| read_route(&received))?;
+    // Kernels before 4.20 ignore the filter.
+    Ok(routes.into_iter().filter(|route| protocol == 0 || route.protocol == protocol).collect())
+}
+
+/// Where packets to an address go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// To this namespace itself.
+    Local,
+    /// Over the link of that number.
+    Over(u32),
+}
+
+/// Where packets to an address go; `None` if nowhere.
+pub fn way(socket: &mut Socket, address: IpAddr) -> Result<Option<Way>, Error> {
+    let family = Family::of(&address);
+    let mut header = vec![0; ROUTE_HEADER];
+    header.splice(..2, [family_number(family), IpNet::from(address).prefix_len()]);
+    let mut get = Message::new(RTM_GETROUTE, 0, &header, format!("look up the route to {address}"));
+    get.attr(RTA_DST, &octets(address));
+    let mut way = None;
+    let answer = socket.ask(get, |received| {
+        way = match received.payload.get(ROUTE_TYPE) {
+            Some(&RTN_LOCAL) => Some(Way::Local),
+            _ => read_route(&received).map(|route| Way::Over(route.link)),
+        };
+    });
+    match answer {
+        Err(error) if matches!(error.errno(), Some(Errno::NETUNREACH | Errno::HOSTUNREACH)) => Ok(None),
+        Err(error) => Err(error),
+        Ok(()) => Ok(way),
+    }
 }
 
 /// Reads an `RTM_NEWROUTE` of a unicast route through a single link. Pure.
@@ -626,5 +692,62 @@ pub fn read_route(received: &Received<'_>) -> Option<Route> {
         scope: *scope,
         mtu: metric(METRIC_MTU),
         advmss: metric(METRIC_ADVMSS),
+    })
+}
+
+/// A neighbour: who has which hardware address on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The link's number.
+    pub link: u32,
+    /// The IP address.
+    pub address: IpAddr,
+    /// The hardware address; `None` while the kernel is still asking.
+    pub mac: Option<Mac>,
+}
+
+/// `ndmsg`.
+fn neighbour_header(family: u8, link: u32, state: u16) -> Vec<u8> {
+    let mut header = vec![family, 0, 0, 0];
+    header.extend_from_slice(&link.to_ne_bytes());
+    header.extend_from_slice(&state.to_ne_bytes());
+    header.extend_from_slice(&[0; 2]);
+    header
+}
+
+/// Writes down a neighbour for good (`nud permanent`): the kernel never asks for it.
+pub fn permanent_neighbour(link: u32, address: IpAddr, mac: Mac) -> Message {
+    let header = neighbour_header(family_number(Family::of(&address)), link, NUD_PERMANENT);
+    let what = format!("add neighbour {address}");
+    let mut m = Message::new(RTM_NEWNEIGH, CREATE | REPLACE, &header, what);
+    m.attr(NDA_DST, &octets(address)).attr(NDA_LLADDR, &mac.0);
+    m
+}
+
+/// The neighbours on a link.
+pub fn neighbours(socket: &mut Socket, link: u32) -> Result<Vec<Neighbour>, Error> {
+    let mut get = Message::new(RTM_GETNEIGH, 0, &neighbour_header(0, 0, 0), "list neighbours");
+    get.attr_u32(NDA_IFINDEX, link);
+    let all = socket.dump(&get, |received| read_neighbour(&received))?;
+    Ok(all.into_iter().filter(|n| n.link == link).collect())
+}
+
+/// The neighbours of a family on all links.
+pub fn neighbours_of(socket: &mut Socket, family: Family) -> Result<Vec<Neighbour>, Error> {
+    let header = neighbour_header(family_number(family), 0, 0);
+    let get = Message::new(RTM_GETNEIGH, 0, &header, "list neighbours");
+    socket.dump(&get, |received| read_neighbour(&received))
+}
+
+fn read_neighbour(received: &Received<'_>) -> Option<Neighbour> {
+    if received.kind != RTM_NEWNEIGH {
+        return None;
+    }
+    let [family, _, _, _, index @ ..] = received.payload.get(..8)? else { return None };
+    let attributes = Attributes::behind(received.payload, NEIGHBOUR_HEADER);
+    Some(Neighbour {
+        link: u32::from_ne_bytes(index.try_into().ok()?),
+        address: read_ip(*family, attributes.find(NDA_DST)?.value)?,
+        mac: attributes.find(NDA_LLADDR).and_then(|a| a.value.try_into().ok()).map(Mac),
     })
 }

@@ -22,7 +22,14 @@ pub enum Style {
     Host,
     /// Each address with its subnet's prefix, as the reference bridge plugin does.
     Subnet,
+    /// Each address alone, on a link to the host itself ([`crate::routed`]).
+    Routed,
 }
+
+/// An address for which nobody named a gateway, and whose subnet has no room for one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} has no gateway: let the IPAM plugin name one, or give it the address of a subnet")]
+pub struct NoGateway(pub IpNet);
 
 /// A pod's addresses and routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,23 +43,9 @@ pub struct PodNet {
 impl PodNet {
     /// The network of a pod that leased these addresses.
     pub fn leased(chosen: &[Chosen], style: Style, conf: &BridgeConf, routes: &[RouteConf]) -> PodNet {
-        let ips = chosen
-            .iter()
-            .map(|c| Ip {
-                address: match style {
-                    Style::Host => IpNet::from(c.address),
-                    Style::Subnet => {
-                        IpNet::new(c.address, c.range.subnet.prefix_len()).unwrap_or(c.address.into())
-                    }
-                },
-                gateway: Some(c.range.gateway),
-                interface: None,
-            })
-            .collect();
-        let mut net = PodNet { ips, routes: Vec::new() };
-        match style {
-            Style::Host => net.add_host_routes(),
-            Style::Subnet => {}
+        let mut net = PodNet { ips: ips(chosen, style), ..PodNet::default() };
+        if style == Style::Host {
+            net.add_host_routes();
         }
         net.routes.extend_from_slice(routes);
         if style == Style::Subnet && conf.is_default_gateway {
@@ -75,14 +68,45 @@ impl PodNet {
         net
     }
 
+    /// The network of a pod in the `routed` datapath, whoever chose its addresses: each stands alone, its
+    /// subnet and everything else is behind the gateway.
+    pub fn routed(ips: Vec<Ip>, routes: &[RouteConf]) -> Result<PodNet, NoGateway> {
+        let mut net = PodNet::default();
+        for ip in ips {
+            let named = ip.gateway.filter(|gateway| !is_link_local(gateway));
+            let gateway = named.or_else(|| first_host(ip.address)).ok_or(NoGateway(ip.address))?;
+            net.ips.push(Ip { address: ip.address.addr().into(), gateway: Some(gateway), ..ip });
+            net.add_on_link(gateway);
+            if ip.address.prefix_len() < ip.address.max_prefix_len() {
+                net.add_route(RouteConf::new(ip.address.trunc(), Some(gateway)));
+            }
+        }
+        for route in routes {
+            let route = route.clone();
+            let on_link = route.scope == Some(u32::from(SCOPE_LINK));
+            let gw = route.gw.or_else(|| net.gateway_for(&route).filter(|_| !on_link));
+            net.add_route(RouteConf { gw, ..route });
+        }
+        net.add_default_routes();
+        Ok(net)
+    }
+
+    fn add_route(&mut self, route: RouteConf) {
+        if !self.routes.contains(&route) {
+            self.routes.push(route);
+        }
+    }
+
+    fn add_on_link(&mut self, gateway: IpAddr) {
+        let scope = Some(u32::from(SCOPE_LINK));
+        self.add_route(RouteConf { scope, ..RouteConf::new(IpNet::from(gateway), None) });
+    }
+
     /// The gateway is on the link, all else behind it.
     fn add_host_routes(&mut self) {
-        for gateway in self.ips.iter().filter_map(|ip| ip.gateway) {
-            let on_link = RouteConf {
-                scope: Some(u32::from(SCOPE_LINK)),
-                ..RouteConf::new(IpNet::from(gateway), None)
-            };
-            self.routes.push(on_link);
+        let gateways: Vec<IpAddr> = self.ips.iter().filter_map(|ip| ip.gateway).collect();
+        for gateway in gateways {
+            self.add_on_link(gateway);
             self.routes.push(RouteConf::new(everything(gateway), Some(gateway)));
         }
     }
@@ -127,6 +151,20 @@ impl PodNet {
     pub fn has(&self, family: Family) -> bool {
         self.ips.iter().any(|ip| Family::of(&ip.address.addr()) == family)
     }
+}
+
+/// The addresses, alone or with the prefix of their subnet, and the gateways of their ranges.
+pub fn ips(chosen: &[Chosen], style: Style) -> Vec<Ip> {
+    let address = |c: &Chosen| match style {
+        Style::Host | Style::Routed => IpNet::from(c.address),
+        Style::Subnet => IpNet::new(c.address, c.range.subnet.prefix_len()).unwrap_or(c.address.into()),
+    };
+    let ip = |c: &Chosen| Ip { address: address(c), gateway: Some(c.range.gateway), interface: None };
+    chosen.iter().map(ip).collect()
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 fn everything(address: IpAddr) -> IpNet {
@@ -284,6 +322,42 @@ mod tests {
         let net = PodNet::delegated(vec![ip()], vec![], &conf(true));
         assert_eq!(shown(&net), ["10.5.0.7/24", "0.0.0.0/0 via 10.5.0.1 scope 0"]);
         assert_eq!(PodNet::delegated(vec![ip()], vec![], &conf(false)).ips[0].gateway, None);
+    }
+
+    #[test]
+    fn routed_all_is_behind_the_gateway_and_a_route_of_the_configuration_comes_before_our_default() {
+        let plain = PodNet::routed(ips(&pods(), Style::Host), &[]).unwrap();
+        let mut bridged = shown(&PodNet::leased(&pods(), Style::Host, &conf(false), &[]));
+        let mut routed = shown(&plain);
+        bridged.sort();
+        routed.sort();
+        assert_eq!(routed, bridged, "from blocks a pod looks the same in both datapaths");
+        let own = RouteConf { mtu: Some(1400), ..RouteConf::new("0.0.0.0/0".parse().unwrap(), None) };
+        let net = PodNet::routed(ips(&pods()[..1], Style::Subnet), &[own.clone(), own]).unwrap();
+        assert_eq!(
+            shown(&net),
+            [
+                "10.244.3.7/32",
+                "10.244.3.1/32 scope 253",
+                "10.244.3.0/24 via 10.244.3.1 scope 0",
+                "0.0.0.0/0 via 10.244.3.1 scope 0",
+            ]
+        );
+        assert_eq!(net.routes.last().unwrap().mtu, Some(1400));
+    }
+
+    #[test]
+    fn routed_needs_a_gateway_that_can_stand_on_the_host() {
+        let ip = |address: &str, gateway: Option<&str>| Ip {
+            address: address.parse().unwrap(),
+            gateway: gateway.map(|g| g.parse().unwrap()),
+            interface: None,
+        };
+        let gateway = |ip| PodNet::routed(vec![ip], &[]).map(|net| net.ips[0].gateway.unwrap().to_string());
+        assert_eq!(gateway(ip("10.5.0.7/24", Some("10.5.0.254"))).unwrap(), "10.5.0.254");
+        assert_eq!(gateway(ip("10.5.0.7/24", None)).unwrap(), "10.5.0.1");
+        assert_eq!(gateway(ip("fd00:5::7/64", Some("fe80::1"))).unwrap(), "fd00:5::1");
+        assert_eq!(gateway(ip("10.5.0.7/32", None)), Err(NoGateway("10.5.0.7/32".parse().unwrap())));
     }
 
     #[test]

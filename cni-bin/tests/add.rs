@@ -8,16 +8,33 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::process::Stdio;
 
-use lab::{Answer, Plat, add, address, blocks, cluster_conf, hand_conf, netns, ping, sh, with};
+use lab::{Answer, Datapath, Plat, add, address, blocks, cluster_conf, hand_conf, netns, ping, sh, with};
 use serde_json::{Value, json};
 
-#[test]
-fn c35_an_interface_that_exists_is_left_alone() {
+lab::in_each_datapath! {
+    c37_from_blocks_a_pod_has_lone_addresses_and_all_passes_the_hosts_ip_layer,
+    pods_reach_and_are_reached_by_pods_the_host_and_other_nodes_at_once,
+    c35_an_interface_that_exists_is_left_alone,
+    c38_a_failure_at_any_step_leaves_nothing,
+    c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_once,
+    c41_a_second_add_is_refused_and_the_first_lease_kept,
+    c42_another_interface_of_the_same_container_gets_another_address,
+    c51_a_requested_address_is_given_or_refused_without_a_leak,
+    c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default,
+    c59_a_name_that_is_taken_on_the_host_is_never_taken_over,
+    c60_a_namespace_of_a_user_namespace_works,
+    by_hand_masquerade_is_for_what_leaves_the_subnet_only,
+    the_mtu_of_the_blocks_file_is_used_where_the_configuration_says_none,
+    a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address,
+}
+
+fn c35_an_interface_that_exists_is_left_alone(at: Datapath) {
     lab::enter();
+    let conf = at.of(hand_conf());
     netns("c");
     sh("ip -n c link add eth0 address 02:00:00:00:00:09 type veth peer name other");
     let before = sh("ip -n c -j link show");
-    assert!(Plat::call("ADD", "c", &hand_conf()).run().error(103).contains("eth0"));
+    assert!(Plat::call("ADD", "c", &conf).run().error(103).contains("eth0"));
     assert_eq!(sh("ip -n c -j link show"), before);
     lab::assert_nothing_left();
 }
@@ -70,23 +87,25 @@ fn c37_by_hand_the_kernel_has_what_the_result_says_and_pods_reach_each_other() {
     assert_eq!(sh("cat /proc/sys/net/ipv4/ip_forward").trim(), "1", "isGateway makes a router");
 }
 
-#[test]
-fn c37_from_blocks_a_pod_has_lone_addresses_and_all_passes_the_hosts_ip_layer() {
+fn c37_from_blocks_a_pod_has_lone_addresses_and_all_passes_the_hosts_ip_layer(at: Datapath) {
     lab::enter();
+    let conf = at.of(cluster_conf());
     sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
     blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
-    let result = add("a", &cluster_conf());
-    add("b", &cluster_conf());
+    let result = add("a", &conf);
+    add("b", &conf);
     assert_eq!(result["ips"][0]["address"], "10.244.3.2/32");
     assert_eq!(result["ips"][1]["address"], "fd00:10:244:3::2/128");
     assert_eq!(result["ips"][0]["gateway"], "10.244.3.1");
-    assert_eq!(
-        result["routes"],
-        json!([
-            {"dst": "10.244.3.1/32", "scope": 253}, {"dst": "0.0.0.0/0", "gw": "10.244.3.1"},
-            {"dst": "fd00:10:244:3::1/128", "scope": 253}, {"dst": "::/0", "gw": "fd00:10:244:3::1"}
-        ])
-    );
+    let routes: BTreeSet<String> =
+        result["routes"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let expected = [
+        json!({"dst": "10.244.3.1/32", "scope": 253}),
+        json!({"dst": "0.0.0.0/0", "gw": "10.244.3.1"}),
+        json!({"dst": "fd00:10:244:3::1/128", "scope": 253}),
+        json!({"dst": "::/0", "gw": "fd00:10:244:3::1"}),
+    ];
+    assert_eq!(routes, expected.iter().map(Value::to_string).collect());
     for to in ["10.244.3.1", "10.244.3.3", "fd00:10:244:3::1", "fd00:10:244:3::3"] {
         assert!(ping("a", to), "{to}");
     }
@@ -96,18 +115,65 @@ fn c37_from_blocks_a_pod_has_lone_addresses_and_all_passes_the_hosts_ip_layer() 
         assert_eq!(text.matches(expected).count(), 4, "{text}");
     }
     assert!(sh("ip -n a route get 10.244.3.3").contains("via 10.244.3.1"));
-    let bridge = lab::json_of("ip -j addr show cni0");
-    let on_bridge: BTreeSet<&str> =
-        bridge[0]["addr_info"].as_array().unwrap().iter().filter_map(|a| a["local"].as_str()).collect();
-    assert!(on_bridge.is_superset(&["10.244.3.1", "fd00:10:244:3::1"].into()), "{on_bridge:?}");
+    let link = match at {
+        Datapath::Bridge => "cni0",
+        Datapath::Routed => "lo",
+    };
+    let holder = lab::json_of(&format!("ip -j addr show {link}"));
+    let held: BTreeSet<&str> =
+        holder[0]["addr_info"].as_array().unwrap().iter().filter_map(|a| a["local"].as_str()).collect();
+    assert!(held.is_superset(&["10.244.3.1", "fd00:10:244:3::1"].into()), "{held:?}");
 }
 
-#[test]
-fn c38_a_failure_at_any_step_leaves_nothing() {
+fn pods_reach_and_are_reached_by_pods_the_host_and_other_nodes_at_once(at: Datapath) {
+    lab::enter();
+    sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=1");
+    // Another node, which knows this one's blocks.
+    sh("ip netns add node2; ip link add n0 type veth peer name n0 netns node2
+        sysctl -qw net.ipv6.conf.n0.accept_dad=0; ip netns exec node2 sysctl -qw net.ipv6.conf.n0.accept_dad=0
+        ip link set n0 up; ip -n node2 link set n0 up
+        ip addr add 172.30.0.11/24 dev n0; ip -6 addr add fd00:30::11/64 dev n0 nodad
+        ip -n node2 addr add 172.30.0.12/24 dev n0; ip -n node2 -6 addr add fd00:30::12/64 dev n0 nodad
+        ip -n node2 route add 10.244.3.0/24 via 172.30.0.11; ip -n node2 route add fd00:10:244:3::/64 via fd00:30::11");
+    blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
+    let conf = at.of(cluster_conf());
+    add("a", &conf);
+    // One packet each: nothing must be lost to preparations, in whichever direction the first one goes.
+    let once = |from: &str, to: &str| {
+        let wait = format!("busybox ping -c 1 -W 2 {to}");
+        let text = if from.is_empty() { sh(&wait) } else { sh(&format!("ip netns exec {from} {wait}")) };
+        assert!(text.contains("1 packets received"), "{from} to {to}: {text}");
+    };
+    for (number, family) in
+        [["10.244.3", "172.30.0.11", "172.30.0.12"], ["fd00:10:244:3:", "fd00:30::11", "fd00:30::12"]]
+            .into_iter()
+            .enumerate()
+    {
+        let [block, host, node2] = family;
+        let of_block = |n: usize| format!("{block}{}{n}", if number == 0 { "." } else { ":" });
+        for to in [of_block(1), host.to_owned(), node2.to_owned()] {
+            once("a", &to);
+        }
+        let id = format!("b{number}");
+        add(&id, &conf);
+        let last = 3 + 2 * number;
+        once("", &of_block(last));
+        once("node2", &of_block(last));
+        once("a", &of_block(last));
+        let id = format!("c{number}");
+        add(&id, &conf);
+        once("node2", &of_block(last + 1));
+        once(&id, &of_block(last));
+    }
+}
+
+fn c38_a_failure_at_any_step_leaves_nothing(at: Datapath) {
     lab::enter();
     netns("c");
-    let conf = with(hand_conf(), json!({"ipMasq": true}));
-    for point in ["start", "lease", "bridge", "link", "alias", "attached", "rules", "confirm", "reply"] {
+    let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
+    for point in
+        ["start", "lease", "bridge", "link", "alias", "joined", "attached", "rules", "confirm", "reply"]
+    {
         let answer = Plat::call("ADD", "c", &conf).set("PLAT_FAIL", &format!("{point}:error")).run();
         assert!(answer.error(100).contains(point));
         lab::assert_nothing_left();
@@ -116,12 +182,13 @@ fn c38_a_failure_at_any_step_leaves_nothing() {
     Plat::call("ADD", "c", &conf).result();
 }
 
-#[test]
-fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_once() {
+fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_once(at: Datapath) {
     lab::enter();
     // A block of five addresses for pods.
-    let conf = with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}}));
-    for point in ["start", "lease", "bridge", "link", "alias", "attached", "rules", "confirm", "reply"] {
+    let conf = at.of(with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}})));
+    for point in
+        ["start", "lease", "bridge", "link", "alias", "joined", "attached", "rules", "confirm", "reply"]
+    {
         let id = format!("k-{point}");
         netns(&id);
         let answer = Plat::call("ADD", &id, &conf).set("PLAT_FAIL", &format!("{point}:kill")).run();
@@ -159,24 +226,24 @@ fn c40_a_result_that_cannot_be_written_is_taken_back() {
     }
 }
 
-#[test]
-fn c41_a_second_add_is_refused_and_the_first_lease_kept() {
+fn c41_a_second_add_is_refused_and_the_first_lease_kept(at: Datapath) {
     lab::enter();
-    let first = add("c", &hand_conf());
+    let conf = at.of(hand_conf());
+    let first = add("c", &conf);
     netns("c2");
-    let again = Plat::call("ADD", "c", &hand_conf()).set("CNI_NETNS", "/run/netns/c2").run();
+    let again = Plat::call("ADD", "c", &conf).set("CNI_NETNS", "/run/netns/c2").run();
     let _ = again.error(103);
     assert_eq!(lab::leased(), [address(&first)]);
     assert!(ping("c", "10.22.0.1"), "the first one still works");
 }
 
-#[test]
-fn c42_another_interface_of_the_same_container_gets_another_address() {
+fn c42_another_interface_of_the_same_container_gets_another_address(at: Datapath) {
     lab::enter();
-    let first = add("c", &hand_conf());
-    let second = Plat::call("ADD", "c", &hand_conf()).set("CNI_IFNAME", "net1").result();
+    let conf = at.of(hand_conf());
+    let first = add("c", &conf);
+    let second = Plat::call("ADD", "c", &conf).set("CNI_IFNAME", "net1").result();
     assert_ne!(address(&first), address(&second));
-    Plat::call("DEL", "c", &hand_conf()).set("CNI_IFNAME", "net1").run().silent();
+    Plat::call("DEL", "c", &conf).set("CNI_IFNAME", "net1").run().silent();
     assert_eq!(lab::leased(), [address(&first)]);
 }
 
@@ -274,19 +341,19 @@ fn c50_leases_of_a_block_stay_when_the_blocks_change() {
     assert_eq!(lab::leased(), ["10.244.9.2"]);
 }
 
-#[test]
-fn c51_a_requested_address_is_given_or_refused_without_a_leak() {
+fn c51_a_requested_address_is_given_or_refused_without_a_leak(at: Datapath) {
     lab::enter();
+    let conf = at.of(hand_conf());
     let ask = |id: &str, ip: &str| {
         netns(id);
-        Plat::call("ADD", id, &with(hand_conf(), json!({"runtimeConfig": {"ips": [ip]}}))).run()
+        Plat::call("ADD", id, &with(conf.clone(), json!({"runtimeConfig": {"ips": [ip]}}))).run()
     };
     assert_eq!(address(&ask("a", "10.22.0.50/24").json()), "10.22.0.50");
     for (id, ip) in [("b", "10.22.0.50"), ("c", "10.22.0.1"), ("d", "10.99.0.1"), ("e", "10.22.0.255")] {
         assert!(ask(id, ip).error(102).contains(ip));
     }
     assert_eq!(lab::leased(), ["10.22.0.50"]);
-    assert_eq!(address(&add("f", &hand_conf())), "10.22.0.2", "a request does not move the next one on");
+    assert_eq!(address(&add("f", &conf)), "10.22.0.2", "a request does not move the next one on");
 }
 
 #[test]
@@ -350,18 +417,21 @@ fn a_resolv_conf_that_never_ends_fails_the_add_and_does_not_keep_it() {
     lab::assert_nothing_left();
 }
 
-#[test]
-fn c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default() {
+fn c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default(at: Datapath) {
     lab::enter();
+    let conf = at.of(cluster_conf());
     blocks(&["fd00:10:244:3::/64"]);
     netns("c");
     sh("ip netns exec c sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
-    let result = Plat::call("ADD", "c", &cluster_conf()).result();
+    let result = Plat::call("ADD", "c", &conf).result();
     assert_eq!(result["ips"][0]["address"], "fd00:10:244:3::2/128");
+    // What the kernel does late: before that, the pod takes nothing that is sent to it.
+    let local = sh("ip -n c -6 route show table local fd00:10:244:3::2");
     let addresses = lab::json_of("ip -n c -j addr show eth0");
     assert!(!addresses.to_string().contains("tentative"), "{addresses}");
+    assert!(local.contains("local fd00:10:244:3::2 dev eth0"), "{local}");
     assert!(ping("c", "fd00:10:244:3::1"));
-    let host = result["interfaces"][1]["name"].as_str().unwrap();
+    let host = lab::host_end(&result)["name"].as_str().unwrap();
     assert_eq!(sh(&format!("cat /proc/sys/net/ipv6/conf/{host}/accept_ra")).trim(), "0");
     assert_eq!(sh("ip netns exec c cat /proc/sys/net/ipv6/conf/eth0/accept_ra").trim(), "0");
 }
@@ -449,46 +519,45 @@ fn c58_an_address_on_the_bridge_that_contradicts_is_an_error_or_replaced() {
     );
 }
 
-#[test]
-fn c59_a_name_that_is_taken_on_the_host_is_never_taken_over() {
+fn c59_a_name_that_is_taken_on_the_host_is_never_taken_over(at: Datapath) {
     lab::enter();
-    let name = add("c", &hand_conf())["interfaces"][1]["name"].as_str().unwrap().to_owned();
-    Plat::call("DEL", "c", &hand_conf()).run().silent();
+    let conf = at.of(hand_conf());
+    let name = lab::host_end(&add("c", &conf))["name"].as_str().unwrap().to_owned();
+    Plat::call("DEL", "c", &conf).run().silent();
     sh(&format!("ip link add {name} type veth peer name foreign; ip link set {name} alias mine"));
-    let result = Plat::call("ADD", "c", &hand_conf()).result();
-    assert_ne!(result["interfaces"][1]["name"], name.as_str());
+    let result = Plat::call("ADD", "c", &conf).result();
+    assert_ne!(lab::host_end(&result)["name"], name.as_str());
     assert!(ping("c", "10.22.0.1"));
-    Plat::call("DEL", "c", &hand_conf()).run().silent();
+    Plat::call("DEL", "c", &conf).run().silent();
     sh(&format!("ip link show {name}; ip link show foreign"));
     assert_eq!(lab::leases(), Vec::<Value>::new());
 }
 
-#[test]
-fn c60_a_namespace_of_a_user_namespace_works() {
+fn c60_a_namespace_of_a_user_namespace_works(at: Datapath) {
     lab::enter();
+    let conf = at.of(cluster_conf());
     sh("touch /run/netns/c; unshare -U -r -n sh -c 'echo $$ >/run/pid; exec sleep 60' >/dev/null 2>&1 & \
         while [ ! -s /run/pid ]; do sleep 0.01; done; mount --bind /proc/$(cat /run/pid)/ns/net /run/netns/c; kill $(cat /run/pid)");
     blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
-    Plat::call("ADD", "c", &cluster_conf()).result();
+    Plat::call("ADD", "c", &conf).result();
     assert!(ping("c", "10.244.3.1"));
     // The proof of the lease works across user namespaces too.
     std::fs::remove_file("/run/plat/leases").unwrap();
-    let other = add("d", &cluster_conf());
+    let other = add("d", &conf);
     assert_eq!(address(&other), "10.244.3.3");
-    Plat::call("DEL", "c", &cluster_conf()).run().silent();
-    Plat::call("DEL", "d", &cluster_conf()).run().silent();
+    Plat::call("DEL", "c", &conf).run().silent();
+    Plat::call("DEL", "d", &conf).run().silent();
     lab::assert_nothing_left();
 }
 
-#[test]
-fn by_hand_masquerade_is_for_what_leaves_the_subnet_only() {
+fn by_hand_masquerade_is_for_what_leaves_the_subnet_only(at: Datapath) {
     lab::enter();
     // An outside world that knows nothing of the pods' subnet.
     sh(
         "ip netns add world; ip link add w0 type veth peer name w0 netns world; ip addr add 192.0.2.1/24 dev w0; ip link set w0 up; \
         ip -n world addr add 192.0.2.2/24 dev w0; ip -n world link set w0 up",
     );
-    let conf = with(hand_conf(), json!({"ipMasq": true}));
+    let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
     add("a", &conf);
     add("b", &conf);
     assert!(ping("a", "192.0.2.2"), "leaves with the node's address");
@@ -547,14 +616,14 @@ fn without_ipam_a_pod_gets_a_link_alone() {
     lab::assert_nothing_left();
 }
 
-#[test]
-fn the_mtu_of_the_blocks_file_is_used_where_the_configuration_says_none() {
+fn the_mtu_of_the_blocks_file_is_used_where_the_configuration_says_none(at: Datapath) {
     lab::enter();
+    let conf = at.of(cluster_conf());
     lab::write_blocks(&["10.244.3.0/24"], |file| file.mtu = Some(1430));
-    let result = add("c", &cluster_conf());
-    assert_eq!(result["interfaces"][2]["mtu"], 1430);
+    let result = add("c", &conf);
+    assert_eq!(lab::pod_end(&result)["mtu"], 1430);
     assert_eq!(pod_link("c")["mtu"], 1430);
-    add("d", &with(cluster_conf(), json!({"mtu": 1380})));
+    add("d", &with(conf.clone(), json!({"mtu": 1380})));
     assert_eq!(pod_link("d")["mtu"], 1380);
 }
 
@@ -574,11 +643,10 @@ fn a_read_only_or_full_run_folder_is_named_and_nothing_is_left() {
     }
 }
 
-#[test]
-fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address() {
+fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: Datapath) {
     lab::enter();
     netns("slow");
-    let conf = with(hand_conf(), json!({"ipam": {"subnet": "10.22.0.0/29"}}));
+    let conf = at.of(with(hand_conf(), json!({"ipam": {"subnet": "10.22.0.0/29"}})));
     std::fs::write("/run/wait", "").unwrap();
     // The ADD waits with a lease and no link, so that nothing in the kernel proves the lease yet.
     let slow = Plat::call("ADD", "slow", &conf)

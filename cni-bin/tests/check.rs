@@ -6,15 +6,20 @@ mod lab;
 
 use std::fs::File;
 
-use lab::{Answer, Plat, add, blocks, cluster_conf, hand_conf, sh, with};
+use lab::{Answer, Datapath, Plat, add, blocks, cluster_conf, hand_conf, sh, with};
 use serde_json::{Value, json};
+
+lab::in_each_datapath! {
+    c76_directly_after_add_all_is_well_in_every_version_and_style,
+    c79_what_a_chained_plugin_changed_and_reported_is_fine,
+    c80_what_others_added_is_fine,
+}
 
 fn check(id: &str, conf: &Value, result: &Value) -> Answer {
     Plat::call("CHECK", id, &with(conf.clone(), json!({"prevResult": result}))).run()
 }
 
-#[test]
-fn c76_directly_after_add_all_is_well_in_every_version_and_style() {
+fn c76_directly_after_add_all_is_well_in_every_version_and_style(at: Datapath) {
     lab::enter();
     blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
     for (number, version) in ["0.4.0", "1.0.0", "1.1.0"].iter().enumerate() {
@@ -22,6 +27,7 @@ fn c76_directly_after_add_all_is_well_in_every_version_and_style() {
         for (style, conf) in
             [("hand", with(hand_conf(), change.clone())), ("cluster", with(cluster_conf(), change.clone()))]
         {
+            let conf = at.of(conf);
             let id = format!("{style}{number}");
             let result = add(&id, &conf);
             check(&id, &conf, &result).silent();
@@ -88,23 +94,24 @@ fn c78_a_namespace_that_is_gone_is_named() {
     );
 }
 
-#[test]
-fn c79_what_a_chained_plugin_changed_and_reported_is_fine() {
+fn c79_what_a_chained_plugin_changed_and_reported_is_fine(at: Datapath) {
     lab::enter();
-    let conf = hand_conf();
+    let conf = at.of(hand_conf());
     let mut result = add("c", &conf);
     sh("ip -n c link set eth0 address 0a:00:00:00:00:99 mtu 1300");
-    result["interfaces"][2]["mac"] = json!("0A:00:00:00:00:99");
-    result["interfaces"][2]["mtu"] = json!(1300);
+    let pod = result["interfaces"].as_array_mut().unwrap().last_mut().unwrap();
+    pod["mac"] = json!("0A:00:00:00:00:99");
+    pod["mtu"] = json!(1300);
     check("c", &conf, &result).silent();
+    assert!(lab::ping("c", "10.22.0.1"), "the kernel asks for what it does not know");
 }
 
-#[test]
-fn c80_what_others_added_is_fine() {
+fn c80_what_others_added_is_fine(at: Datapath) {
     lab::enter();
-    let result = add("c", &hand_conf());
-    sh("ip -n c addr add 10.99.0.1/24 dev eth0; ip -n c route add 198.51.100.0/24 via 10.22.0.9");
-    check("c", &hand_conf(), &result).silent();
+    let conf = at.of(hand_conf());
+    let result = add("c", &conf);
+    sh("ip -n c addr add 10.99.0.1/24 dev eth0; ip -n c route add 198.51.100.0/24 via 10.22.0.1");
+    check("c", &conf, &result).silent();
 }
 
 #[test]

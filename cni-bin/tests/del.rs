@@ -6,8 +6,21 @@ mod lab;
 
 use std::fs::File;
 
-use lab::{Plat, add, blocks, cluster_conf, hand_conf, netns, sh, with};
+use lab::{Datapath, Plat, add, blocks, cluster_conf, hand_conf, netns, sh, with};
 use serde_json::{Value, json};
+
+lab::in_each_datapath! {
+    c64_an_empty_namespace_path_is_enough,
+    c64_and_so_is_none_at_all,
+    c65_the_namespaces_path_may_be_gone,
+    c66_the_namespaces_path_may_be_a_plain_file,
+    c67_the_pods_interface_may_be_gone,
+    c67_and_so_may_the_hosts_end,
+    c70_a_configuration_that_changed_since_does_not_keep_the_lease,
+    c72_the_link_goes_first_then_the_lease,
+    a_kill_at_any_step_is_made_good_by_the_next_del,
+    without_a_store_the_kernel_says_what_to_take_away,
+}
 
 fn masq_conf() -> Value {
     with(hand_conf(), json!({"ipMasq": true}))
@@ -33,42 +46,37 @@ fn c63_a_del_may_come_without_an_add() {
 }
 
 /// ADD, damage, DEL as the damage needs it; nothing may be left.
-fn del_after(damage: &str, call: impl FnOnce(Plat) -> Plat) {
+fn del_after(at: Datapath, damage: &str, call: impl FnOnce(Plat) -> Plat) {
     lab::enter();
-    let result = add("c", &masq_conf());
-    sh(&damage.replace("HOST", result["interfaces"][1]["name"].as_str().unwrap()));
-    call(Plat::call("DEL", "c", &masq_conf())).run().silent();
+    let conf = at.of(masq_conf());
+    let result = add("c", &conf);
+    sh(&damage.replace("HOST", lab::host_end(&result)["name"].as_str().unwrap()));
+    call(Plat::call("DEL", "c", &conf)).run().silent();
     lab::assert_nothing_left();
 }
 
-#[test]
-fn c64_an_empty_namespace_path_is_enough() {
-    del_after("true", |call| call.set("CNI_NETNS", ""));
+fn c64_an_empty_namespace_path_is_enough(at: Datapath) {
+    del_after(at, "true", |call| call.set("CNI_NETNS", ""));
 }
 
-#[test]
-fn c64_and_so_is_none_at_all() {
-    del_after("true", |call| call.unset("CNI_NETNS"));
+fn c64_and_so_is_none_at_all(at: Datapath) {
+    del_after(at, "true", |call| call.unset("CNI_NETNS"));
 }
 
-#[test]
-fn c65_the_namespaces_path_may_be_gone() {
-    del_after("ip netns del c", |call| call);
+fn c65_the_namespaces_path_may_be_gone(at: Datapath) {
+    del_after(at, "ip netns del c", |call| call);
 }
 
-#[test]
-fn c66_the_namespaces_path_may_be_a_plain_file() {
-    del_after("umount /run/netns/c; test -f /run/netns/c", |call| call);
+fn c66_the_namespaces_path_may_be_a_plain_file(at: Datapath) {
+    del_after(at, "umount /run/netns/c; test -f /run/netns/c", |call| call);
 }
 
-#[test]
-fn c67_the_pods_interface_may_be_gone() {
-    del_after("ip -n c link del eth0", |call| call);
+fn c67_the_pods_interface_may_be_gone(at: Datapath) {
+    del_after(at, "ip -n c link del eth0", |call| call);
 }
 
-#[test]
-fn c67_and_so_may_the_hosts_end() {
-    del_after("ip link del HOST", |call| call);
+fn c67_and_so_may_the_hosts_end(at: Datapath) {
+    del_after(at, "ip link del HOST", |call| call);
 }
 
 #[test]
@@ -109,9 +117,9 @@ fn c69_no_prev_result_is_needed_and_none_is_too_strange() {
     }
 }
 
-#[test]
-fn c70_a_configuration_that_changed_since_does_not_keep_the_lease() {
+fn c70_a_configuration_that_changed_since_does_not_keep_the_lease(at: Datapath) {
     lab::enter();
+    let conf = at.of(cluster_conf());
     blocks(&["10.244.3.0/24"]);
     let changed = [
         json!({"name": "other"}),
@@ -124,9 +132,9 @@ fn c70_a_configuration_that_changed_since_does_not_keep_the_lease() {
     ];
     for (number, change) in changed.into_iter().enumerate() {
         let id = format!("c{number}");
-        add(&id, &cluster_conf());
+        add(&id, &conf);
         sh("rm -f /run/plat/blocks.json");
-        Plat::call("DEL", &id, &with(cluster_conf(), change)).run().silent();
+        Plat::call("DEL", &id, &with(conf.clone(), change)).run().silent();
         lab::assert_nothing_left();
         blocks(&["10.244.3.0/24"]);
     }
@@ -140,10 +148,9 @@ fn c71_an_unsupported_version_is_never_silent() {
     assert_eq!(lab::leases().len(), 1);
 }
 
-#[test]
-fn c72_the_link_goes_first_then_the_lease() {
+fn c72_the_link_goes_first_then_the_lease(at: Datapath) {
     lab::enter();
-    let conf = masq_conf();
+    let conf = at.of(masq_conf());
     add("c", &conf);
     let _ = Plat::call("DEL", "c", &conf).set("PLAT_FAIL", "del-link:error").run().error(100);
     assert_eq!(lab::host_links(), Vec::<String>::new());
@@ -152,10 +159,9 @@ fn c72_the_link_goes_first_then_the_lease() {
     lab::assert_nothing_left();
 }
 
-#[test]
-fn a_kill_at_any_step_is_made_good_by_the_next_del() {
+fn a_kill_at_any_step_is_made_good_by_the_next_del(at: Datapath) {
     lab::enter();
-    let conf = masq_conf();
+    let conf = at.of(masq_conf());
     for point in ["del-start", "del-link", "del-lease"] {
         add(point, &conf);
         assert!(!Plat::call("DEL", point, &conf).set("PLAT_FAIL", &format!("{point}:kill")).run().success);
@@ -227,10 +233,9 @@ fn c75_after_a_reboot_no_lease_is_left() {
     assert_eq!(lab::address(&add("d", &hand_conf())), "10.22.0.2");
 }
 
-#[test]
-fn without_a_store_the_kernel_says_what_to_take_away() {
+fn without_a_store_the_kernel_says_what_to_take_away(at: Datapath) {
     lab::enter();
-    let conf = masq_conf();
+    let conf = at.of(masq_conf());
     add("c", &conf);
     add("other", &conf);
     sh("rm -rf /run/plat");

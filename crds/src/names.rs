@@ -26,6 +26,10 @@ pub const DEFAULT_CLUSTER_CIDR_V6: &str = "default-v6";
 /// `rtm_protocol` of every route of ours (shown by `ip route` as `proto 112`). Free in iproute2's
 /// `rt_protos` and unused by the routing daemons listed there.
 pub const ROUTE_PROTOCOL: u8 = 112;
+/// `rtm_protocol` of the host routes to the pods of the routed datapath. The CNI binary makes them, the agent
+/// puts lost ones back and removes none: a number of their own keeps them apart from the agent's routes, of
+/// which it removes what it does not want. Free like [`ROUTE_PROTOCOL`].
+pub const POD_ROUTE_PROTOCOL: u8 = 113;
 /// Metric of our routes to blocks. The kernel's replace key is prefix, table and metric, not protocol: a
 /// metric of our own keeps a replace from overwriting an administrator's route or a device's own.
 pub const ROUTE_METRIC: u32 = 1120;

@@ -133,6 +133,39 @@ pub fn hand_conf() -> Value {
         "ipam": {"subnet": "10.22.0.0/24"}})
 }
 
+/// How a test's pods are joined to the host.
+#[derive(Clone, Copy, Debug)]
+pub enum Datapath {
+    Bridge,
+    Routed,
+}
+
+impl Datapath {
+    /// The configuration in this datapath.
+    pub fn of(self, conf: Value) -> Value {
+        let name = match self {
+            Datapath::Bridge => "bridge",
+            Datapath::Routed => "routed",
+        };
+        with(conf, json!({"datapath": name}))
+    }
+}
+
+/// Makes a test for each datapath of claims that hold in both: functions of a [`Datapath`].
+#[allow(unused_macros, reason = "each test program uses a part")]
+macro_rules! in_each_datapath {
+    ($($claim:ident),* $(,)?) => {
+        mod bridge {
+            $(#[test] fn $claim() { super::$claim(crate::lab::Datapath::Bridge) })*
+        }
+        mod routed {
+            $(#[test] fn $claim() { super::$claim(crate::lab::Datapath::Routed) })*
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test program uses a part")]
+pub(crate) use in_each_datapath;
+
 /// The configuration with some keys replaced.
 pub fn with(mut conf: Value, changes: Value) -> Value {
     for (key, value) in changes.as_object().unwrap() {
@@ -276,6 +309,16 @@ pub fn add(id: &str, conf: &Value) -> Value {
 /// The first address of a result, without its prefix length.
 pub fn address(result: &Value) -> String {
     result["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().to_owned()
+}
+
+/// The host's end of the link in a result; behind it there is only the pod's.
+pub fn host_end(result: &Value) -> &Value {
+    result["interfaces"].as_array().unwrap().iter().rev().nth(1).unwrap()
+}
+
+/// The pod's end of the link in a result.
+pub fn pod_end(result: &Value) -> &Value {
+    result["interfaces"].as_array().unwrap().last().unwrap()
 }
 
 /// What is recorded (`plat leases --json`).
