@@ -45,7 +45,7 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     fail::point("attached")?;
     given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
-    acquire::open_rules(call, &given.held, &attached.bridge.name)?;
+    acquire::open_rules(call, &given.held, attached.towards_pod())?;
     fail::point("rules")?;
     let mut pod = attach::raise(call, &conf, &given, &netns, &attached)?;
     fail::point("raised")?;

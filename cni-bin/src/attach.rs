@@ -41,6 +41,13 @@ pub struct Attached {
     pub pod_mac: Mac,
 }
 
+impl Attached {
+    /// The link over which the host's IP layer sends to the pod.
+    pub fn towards_pod(&self) -> &str {
+        self.bridge.as_ref().map_or(&self.host.name, |bridge| &bridge.name)
+    }
+}
+
 /// How long to wait for the host's end to carry packets, and how often to look.
 const PORT_PATIENCE: Duration = Duration::from_secs(2);
 const PORT_PAUSE: Duration = Duration::from_micros(500);
