@@ -177,12 +177,19 @@ fn is_closed(protocol: &str, place: &str, to: &str) -> bool {
     }
 }
 
-/// What the maps and sets for host ports hold.
+/// The elements of the maps and sets for host ports, each with the set's name.
 fn elements() -> BTreeSet<String> {
-    let ours = |line: &String| {
-        ["hostports", "hairpin", "neighbours"].iter().any(|name| line.contains(&format!("\"{name}")))
-    };
-    lab::pod_elements().into_iter().filter(ours).collect()
+    let ruleset = lab::json_of("nft -j list ruleset");
+    let mut found = BTreeSet::new();
+    for object in ruleset["nftables"].as_array().unwrap() {
+        let Some(set) = object.get("set").or_else(|| object.get("map")) else { continue };
+        let name = set["name"].as_str().unwrap();
+        if ["hostports", "hairpin", "neighbours"].iter().any(|ours| name.starts_with(ours)) {
+            let elements = set["elem"].as_array().into_iter().flatten();
+            found.extend(elements.map(|element| format!("{name} {element}")));
+        }
+    }
+    found
 }
 
 /// The UDP flows that the kernel remembers, those with these words.
