@@ -433,7 +433,7 @@ pub fn restore<'a>(
         batch.delete_elements(&set, &wrong);
         batch.add_elements(&set, &missing);
         if !missing.is_empty() {
-            restored.put_back.push(format!("{} elements of {set}", missing.len()));
+            restored.put_back.push(format!("{} of {set}", elements(missing.len())));
         }
     }
     if batch.send(&mut socket).is_err() {
@@ -444,6 +444,10 @@ pub fn restore<'a>(
         hostports::forget_strays(&mut socket, &leases);
     }
     Ok(restored)
+}
+
+fn elements(count: usize) -> String {
+    if count == 1 { "1 element".to_owned() } else { format!("{count} elements") }
 }
 
 /// By the name of the set.

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{self, Protocol, Socket};
+use plat_cni::pods::{self, Orphans, Restored, hostports};
 use plat_cni::store::{Missing, Store};
 use plat_cni::sweep::{self, Sweeper};
 use plat_crds::block::Block;
@@ -56,6 +57,15 @@ impl Usage {
     pub fn blocks(&self) -> BTreeSet<Block> {
         self.leased.iter().filter_map(|(_, block)| *block).collect()
     }
+}
+
+/// The pods' tables, once they are as the leases say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodRules {
+    /// What was put back, and what was swept.
+    pub restored: Restored,
+    /// Sysctls that must be 1 for host ports to lead from 127.0.0.1 to pods.
+    pub loopback: BTreeSet<String>,
 }
 
 /// The agent's end of the lease store.
@@ -105,6 +115,18 @@ impl Leases {
 
     fn written(&self) -> Option<SystemTime> {
         std::fs::metadata(self.store.path()).and_then(|file| file.modified()).ok()
+    }
+
+    /// Brings the pods' nftables tables to what the leases say, with the store locked, so that no pod comes or
+    /// goes in between.
+    pub fn restore_rules(&mut self) -> Result<PodRules, sweep::Error> {
+        let locked = self.store.lock(&self.boot, LOCK_WAIT, Missing::Create, &mut self.kernel)?;
+        let Some(mut locked) = locked else { return Ok(PodRules::default()) };
+        let leases: Vec<Lease> = locked.leases()?.into_iter().map(|held| held.lease).collect();
+        let restored = pods::restore(&leases, Orphans::Sweep(&mut || locked.proven()))?;
+        drop(locked);
+        let loopback = hostports::loopback_switches(self.kernel.route(), &leases)?;
+        Ok(PodRules { restored, loopback })
     }
 
     /// Ends dead leases and counts the others. A store that is missing is made from what the kernel holds:

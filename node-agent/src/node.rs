@@ -19,12 +19,13 @@ use crate::closing::{self, Closing, Evidence, Trials};
 use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
-use crate::fabric::{Admit, Desired, Observed, RouteKey, TableState};
+use crate::fabric::{Admit, Desired, Observed, RouteKey, Sysctl, TableState};
 use crate::folder;
+use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
 use crate::kernel::{host, route, sysctl};
-use crate::leases::{Count, Leases, Usage};
+use crate::leases::{Count, Leases, PodRules, Usage};
 use crate::objects::Objects;
 use crate::outlet::Outlet;
 use crate::reporter::{Pass, Report, Reporter};
@@ -80,6 +81,18 @@ impl Error {
     }
 }
 
+/// Whether the pods' nftables tables may have been changed by someone else than the CNI binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// Nothing tells so.
+    Trusted,
+    /// Somebody made a transaction, or it is not known whether.
+    Doubtful,
+}
+
+/// How soon the pods' tables are looked at again if the lease store could not be had.
+const RULES_AGAIN: Duration = Duration::from_millis(500);
+
 /// One node.
 pub struct Node {
     beliefs: Beliefs,
@@ -113,12 +126,19 @@ impl Node {
     }
 
     /// Brings the node to where it should be, and says where it is. A `full` pass also looks at what
-    /// nothing tells of. `culprits` is asked at the end, when who did what has surely been told.
-    pub fn pass(&mut self, full: bool, culprits: impl FnOnce() -> Wake) -> Result<Report, Error> {
+    /// nothing tells of, and one with the pods' `rules` in doubt at their tables. `culprits` is asked at the
+    /// end, when who did what has surely been told.
+    pub fn pass(
+        &mut self,
+        full: bool,
+        rules: Rules,
+        culprits: impl FnOnce() -> Wake,
+    ) -> Result<Report, Error> {
         let Node { beliefs, machine, outlet, reporter } = self;
         let mut outcome = Outcome::default();
 
         machine.restore_table(&mut outcome)?;
+        let rules_at = machine.restore_rules(full || rules == Rules::Doubtful, &mut outcome);
         let now = Duration::from_millis(boot::boot_ms());
         let held = beliefs.update(now);
         if !beliefs.are_complete() {
@@ -158,7 +178,7 @@ impl Node {
             chained: outlet.chained(),
         };
         let mut report = reporter.report(known, map, pass, culprits);
-        report.next = [report.next, count_at].into_iter().flatten().min();
+        report.next = [report.next, count_at, rules_at].into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)
@@ -177,6 +197,8 @@ struct Machine {
     done: Done,
     /// The forward hook, with the generation of the ruleset and the forwarding that it was judged for.
     forward: Option<(u32, BTreeSet<Admit>, Forwarding)>,
+    /// Whether the pods' tables were as the leases say when they were last looked at.
+    rules: Rules,
 }
 
 impl Machine {
@@ -191,6 +213,7 @@ impl Machine {
             desired: None,
             done: Done::default(),
             forward: None,
+            rules: Rules::Doubtful,
         })
     }
 
@@ -201,6 +224,45 @@ impl Machine {
             apply::replace_table(&mut self.kernel, &desired.masquerade, &self.done, outcome);
         }
         Ok(())
+    }
+
+    /// Brings the pods' tables to what the leases say, if someone else than the CNI binary may have changed
+    /// them, or never since this program started. Returns when to try again, if it could not be done.
+    fn restore_rules(&mut self, doubtful: bool, outcome: &mut Outcome) -> Option<Duration> {
+        if self.rules == Rules::Trusted && !doubtful {
+            return None;
+        }
+        let PodRules { restored, loopback } = match self.leases.restore_rules() {
+            Ok(rules) => rules,
+            Err(error) => {
+                tracing::warn!(%error, "the pods' nftables tables were not looked at; trying again");
+                self.rules = Rules::Doubtful;
+                return Some(Duration::from_millis(boot::boot_ms()) + RULES_AGAIN);
+            }
+        };
+        if restored.orphans > 0 {
+            tracing::info!(elements = restored.orphans, "removed nftables elements that no lease has");
+        }
+        for what in restored.put_back {
+            outcome.repaired(Repair::Nft, what);
+        }
+        for path in loopback {
+            self.switch_on(path, outcome);
+        }
+        self.rules = Rules::Trusted;
+        None
+    }
+
+    fn switch_on(&mut self, path: String, outcome: &mut Outcome) {
+        match self.kernel.sysctls.read(&path) {
+            Ok(Some(value)) if value != "1" => {}
+            _ => return,
+        }
+        let what = format!("sysctl net/{path} = 1");
+        match self.kernel.sysctls.write(&Sysctl { path, value: "1".to_owned() }) {
+            Ok(()) => outcome.repaired(Repair::Sysctl, what),
+            Err(error) => tracing::warn!(%error, "127.0.0.1 does not lead to pods"),
+        }
     }
 
     /// Counts the leases again if pods came or went; last in a pass, as everything else is more urgent.

@@ -109,7 +109,7 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         // On this thread: the runtime has no other work than waiting, and memory that several threads take
         // is held several times (glibc's arenas).
         let mut who = std::mem::take(&mut wake);
-        let result = node.pass(full, || {
+        let result = node.pass(full, who.rules(), || {
             who.merge(events.peek());
             who
         });

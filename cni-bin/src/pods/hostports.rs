@@ -248,6 +248,20 @@ pub fn loopback_switch(lease: &Lease, device: &str) -> Option<String> {
     needed.then(|| format!("ipv4/conf/{device}/route_localnet"))
 }
 
+/// Those sysctls for all leases: of the bridge that a pod hangs on, else of the host's end of its link.
+pub fn loopback_switches(route: &mut Socket, leases: &[Lease]) -> Result<BTreeSet<String>, Error> {
+    let mut switches = BTreeSet::new();
+    for lease in leases.iter().filter(|lease| loopback_switch(lease, "").is_some()) {
+        let Some(link) = link::link_by_name(route, &lease.veth.name)? else { continue };
+        let device = match link.master {
+            Some(bridge) => link::link_by_index(route, bridge)?.map(|bridge| bridge.name),
+            None => Some(link.name),
+        };
+        switches.extend(device.and_then(|device| loopback_switch(lease, &device)));
+    }
+    Ok(switches)
+}
+
 /// Makes the kernel forget UDP flows to host ports of these leases that do not lead to their pods: the
 /// client sent before the port was open, or to a pod that is gone. Without this it would go on so until it
 /// pauses for half a minute or more.

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use plat_cni::netlink::Attributes;
-use plat_crds::names::ROUTE_PROTOCOL;
+use plat_crds::names::{CNI_TYPE, NFT_PODS_TABLE, ROUTE_PROTOCOL};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
@@ -31,6 +31,7 @@ use rustix::net::{
 use tokio::sync::Notify;
 
 use super::route;
+use crate::node::Rules;
 
 /// Name of this program's threads: transactions made by them are not taken for somebody else's.
 pub const THREAD_NAME: &str = "plat-agent";
@@ -68,6 +69,9 @@ pub enum Source {
     Sysctl,
     /// nftables.
     Nftables,
+    /// The pods' nftables tables, by someone else than the CNI binary, which changes them with many an ADD
+    /// and DEL.
+    PodRules,
     /// A file.
     File,
     /// Messages were lost.
@@ -79,8 +83,10 @@ pub enum Source {
 pub struct Wake {
     /// Where hints came from.
     pub sources: BTreeSet<Source>,
-    /// Processes that made nftables transactions, such as `nft (pid 4711)`.
+    /// Processes that made nftables transactions, such as `nft (pid 4711)`; not the CNI binary.
     pub nft_culprits: BTreeSet<String>,
+    /// The transaction whose messages are being read is about the pods' tables; its end tells who made it.
+    touches_pods: bool,
     /// Netlink ports that deleted routes of ours; usually process IDs.
     pub route_culprits: BTreeSet<u32>,
 }
@@ -89,6 +95,15 @@ impl Wake {
     /// Whether there is anything to wake for.
     pub fn is_empty(&self) -> bool {
         self.sources.is_empty()
+    }
+
+    /// Whether somebody else than the CNI binary may have changed the pods' tables.
+    pub fn rules(&self) -> Rules {
+        let doubts = [Source::PodRules, Source::Overrun];
+        match doubts.iter().any(|source| self.sources.contains(source)) {
+            true => Rules::Doubtful,
+            false => Rules::Trusted,
+        }
     }
 
     /// Takes in another one.
@@ -193,7 +208,11 @@ impl Events {
         let mut state = self.shared.state();
         match state.failure.take() {
             Some(failure) => Err(failure),
-            None => Ok(std::mem::take(&mut state.pending)),
+            None => {
+                // A transaction may be half read.
+                let next = Wake { touches_pods: state.pending.touches_pods, ..Wake::default() };
+                Ok(std::mem::replace(&mut state.pending, next))
+            }
         }
     }
 }
@@ -384,18 +403,25 @@ fn read_route(head: Head, payload: &[u8], wake: &mut Wake) -> Option<Source> {
 }
 
 fn read_nft_message(head: Head, payload: &[u8], wake: &mut Wake) {
+    let attributes = Attributes::behind(payload, 4);
     if head.kind != NEW_GENERATION {
+        // In every other message the first attribute is the table's name.
+        wake.touches_pods |= attributes.find(1).is_some_and(|name| name.text() == NFT_PODS_TABLE);
         return;
     }
     wake.sources.insert(Source::Nftables);
-    let attributes = Attributes::behind(payload, 4);
+    let touched = std::mem::take(&mut wake.touches_pods);
     let process = attributes.find(2).and_then(|pid| pid.be32());
     let name = attributes.find(3).map(|name| name.text().into_owned());
     if let (Some(process), Some(name)) = (process, name)
-        && name != THREAD_NAME
-        && wake.nft_culprits.len() < MAX_CULPRITS
+        && ![THREAD_NAME, CNI_TYPE].contains(&name.as_str())
     {
-        wake.nft_culprits.insert(format!("{name} (pid {process})"));
+        if touched {
+            wake.sources.insert(Source::PodRules);
+        }
+        if wake.nft_culprits.len() < MAX_CULPRITS {
+            wake.nft_culprits.insert(format!("{name} (pid {process})"));
+        }
     }
 }
 
@@ -496,6 +522,7 @@ mod tests {
         };
         assert_eq!(generation("nft").nft_culprits, ["nft (pid 4711)".to_owned()].into());
         assert_eq!(generation(THREAD_NAME).nft_culprits, [].into());
+        assert_eq!(generation(CNI_TYPE).nft_culprits, [].into());
         assert!(!generation(THREAD_NAME).is_empty());
     }
 

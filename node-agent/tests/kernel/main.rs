@@ -13,6 +13,7 @@ mod harness;
 mod held;
 mod masquerade;
 mod offline;
+mod pods;
 mod repair;
 mod rights;
 mod routes;

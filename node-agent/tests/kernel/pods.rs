@@ -1,0 +1,122 @@
+//! The pods' own nftables tables: the CNI binary writes them, the agent keeps them as the leases say.
+
+use std::time::Duration;
+
+use plat_cni::boot::BootId;
+use plat_cni::kernel::HostKernel;
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::pods::{self, Added};
+use plat_cni::store::{Missing, Store};
+use plat_crds::host_port::{HostIp, HostPort, Transport};
+use plat_crds::lease::{HostVeth, Lease, LeasedAddress, Pool};
+
+use crate::harness::*;
+
+fn node() -> TestNode {
+    let node = TestNode::with(vec![block(1), block(2)], vec![range("default-v4")]);
+    node.expect_condition("MasqueradeReady", "True", "TableInstalled");
+    eventually("the conflist", || {
+        if node.file("net.d/05-plat.conflist").exists() { Ok(()) } else { Err("none".into()) }
+    });
+    node.settled();
+    node
+}
+
+/// A pod with two host ports, as an ADD leaves it.
+fn pod(node: &TestNode) {
+    run("ip netns add pod");
+    run("ip link add platpod type veth peer name eth0 netns pod");
+    run("ip link set platpod master cni0 up");
+    let lease = Lease {
+        container_id: "pod".into(),
+        ifname: "eth0".into(),
+        network: Some("plat".into()),
+        pool: Pool::Blocks,
+        addresses: vec![LeasedAddress { address: ip("10.244.1.7"), subnet_length: 24, masquerade: false }],
+        veth: HostVeth { name: "platpod".into(), index: 9 },
+        host_ports: [Transport::Tcp, Transport::Udp]
+            .map(|protocol| HostPort { host_ip: HostIp::Any, protocol, host_port: 8080, container_port: 80 })
+            .into(),
+        ..Lease::default()
+    };
+    shell(&format!("ip link set platpod alias '{}'", plat_crds::alias::of(&lease)));
+    set_sysctl("ipv4/conf/cni0/route_localnet", "1");
+    lease_out(node, &lease);
+}
+
+fn lease_out(node: &TestNode, lease: &Lease) {
+    let boot = BootId::read().unwrap();
+    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
+    let store = Store::at(&node.file("plat/leases"));
+    let locked = store.lock(&boot, Duration::from_secs(5), Missing::Create, &mut kernel).unwrap();
+    let mut locked = locked.unwrap();
+    let survey = locked.survey(&lease.container_id, &lease.ifname).unwrap();
+    locked.insert(&survey, lease).unwrap();
+    if pods::add(lease).unwrap() == Added::Unsettled {
+        pods::settle(lease, std::slice::from_ref(lease), &mut || Ok(Vec::new())).unwrap();
+    }
+}
+
+fn table() -> String {
+    String::from_utf8(try_run("nft list table inet plat-pods").stdout).unwrap()
+}
+
+fn expect_table(before: &str) {
+    eventually("the table", || if table() == before { Ok(()) } else { Err(table()) });
+}
+
+#[test]
+fn whatever_is_lost_of_a_pods_rules_is_back_and_told() {
+    isolated("pods::whatever_is_lost_of_a_pods_rules_is_back_and_told", || {
+        let node = node();
+        pod(&node);
+        node.settled();
+        let before = table();
+        assert!(before.contains("tcp . 8080 : 10.244.1.7 . 80"), "{before}");
+        let mut count = 0;
+        for (damage, losses) in [
+            ("delete table inet plat-pods", 3),
+            ("flush map inet plat-pods hostports4", 1),
+            ("delete element inet plat-pods hostports4 { udp . 8080 }", 1),
+            ("flush chain inet plat-pods loopback-guard", 1),
+            ("flush table inet plat-pods", 1),
+            // With the agent's own table.
+            ("flush ruleset", 4),
+        ] {
+            run(&format!("nft {damage}"));
+            expect_table(&before);
+            count += losses;
+            let message = node.expect_incident("NftRestored", count);
+            assert!(message.contains("put back; likely changed by nft (pid"), "{damage}: {message}");
+        }
+        node.settled();
+        assert_eq!(node.report().status.incidents.len(), 1, "{:?}", node.report().status.incidents);
+    });
+}
+
+#[test]
+fn what_belongs_to_no_lease_is_swept_and_loopback_leads_to_pods_again() {
+    isolated("pods::what_belongs_to_no_lease_is_swept_and_loopback_leads_to_pods_again", || {
+        let node = node();
+        pod(&node);
+        let before = table();
+        set_sysctl("ipv4/conf/cni0/route_localnet", "0");
+        run("nft add element inet plat-pods hostports4 { tcp . 9 : 10.244.1.99 . 9 }");
+        expect_table(&before);
+        node.expect_incident("SysctlRestored", 1);
+        assert_eq!(sysctl("ipv4/conf/cni0/route_localnet"), "1");
+    });
+}
+
+#[test]
+fn an_agent_that_starts_finds_what_was_lost_while_it_was_away() {
+    isolated("pods::an_agent_that_starts_finds_what_was_lost_while_it_was_away", || {
+        let mut node = node();
+        pod(&node);
+        let before = table();
+        node.stop();
+        run("nft flush ruleset");
+        node.start();
+        expect_table(&before);
+    });
+}
