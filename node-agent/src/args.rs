@@ -56,6 +56,9 @@ pub struct Run {
     /// start from now on.
     #[arg(long, env = "PLAT_ANTI_SPOOFING", default_value_t = true, action = ArgAction::Set)]
     pub anti_spoofing: bool,
+    /// Who opens the host ports of pods.
+    #[arg(long, env = "PLAT_HOST_PORTS", value_enum, default_value = "plat")]
+    pub host_ports: Provider,
     /// Who limits the bandwidth of pods (annotations kubernetes.io/ingress-bandwidth and egress-bandwidth).
     #[arg(long, env = "PLAT_BANDWIDTH", value_enum, default_value = "plat")]
     pub bandwidth: Provider,

@@ -49,6 +49,8 @@ pub struct Settings {
     pub sysctl_dir: PathBuf,
     /// `/proc/net` of the node.
     pub proc_net: PathBuf,
+    /// Who opens the host ports of pods.
+    pub host_ports: Provider,
     /// Who limits the bandwidth of pods.
     pub bandwidth: Provider,
     /// How long unconfirmed withdrawals wait.

@@ -40,7 +40,7 @@ impl Outlet {
     pub fn open(settings: &Settings, boot_id: &str) -> Outlet {
         let files = Files::new(&settings.conf_dir, &settings.bin_dir, &settings.run_dir, &settings.plugin);
         let text = files.run.get(BLOCKS_FILE).ok().flatten().unwrap_or_default();
-        let providers = [(HOST_PORTS, Provider::Chained), (BANDWIDTH, settings.bandwidth)];
+        let providers = [(HOST_PORTS, settings.host_ports), (BANDWIDTH, settings.bandwidth)];
         let by = |provider| {
             let wanted = providers.iter().filter(move |(_, by)| *by == provider);
             wanted.map(|(feature, _)| *feature)

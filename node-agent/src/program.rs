@@ -71,6 +71,7 @@ fn settings(run: &Run, config: &Config) -> Settings {
         plugin: run.plugin.clone(),
         sysctl_dir: run.place.sysctl_dir.clone(),
         proc_net: Path::new("/proc/net").to_owned(),
+        host_ports: run.host_ports,
         bandwidth: run.bandwidth,
         hold: Duration::from_secs(run.hold_seconds),
         needed,

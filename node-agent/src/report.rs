@@ -260,7 +260,7 @@ fn cni_ready(state: &CniState) -> Verdict {
         CniState::WithoutPortmap => (
             true,
             "WithoutPortmap",
-            "in place, but hostPort does nothing: the node has no portmap plugin; install the reference CNI plugins if pods use hostPort".to_owned(),
+            "in place, but hostPort does nothing: it is left to the portmap plugin, which the node does not have; install the reference CNI plugins or set hostPorts=plat".to_owned(),
         ),
         CniState::WithoutBandwidth => (
             true,

@@ -58,7 +58,7 @@ fn busy_node() -> (TestNode, String) {
         vec![block(1), block(2), block_v6(1), block_v6(2)],
         vec![range("default-v4"), range("default-v6")],
     );
-    node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    node.expect_condition("CNIReady", "True", "Installed");
     node.settled();
     node.stop();
     // What the CNI binary makes.

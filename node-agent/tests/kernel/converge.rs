@@ -113,7 +113,7 @@ fn any_sequence_of_objects_and_damage_ends_where_the_objects_say() {
     isolated("converge::any_sequence_of_objects_and_damage_ends_where_the_objects_say", || {
         let blocks = vec![block(1), block(2), block(3), block_v6(1), block_v6(2)];
         let mut node = TestNode::with(blocks, vec![range("default-v4"), range("default-v6")]);
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         node.contact();
         node.settled();
         let table = run("nft list table inet plat");

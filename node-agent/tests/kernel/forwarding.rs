@@ -8,7 +8,7 @@ fn node(admit: bool) -> TestNode {
     node.start();
     node.contact();
     node.list(vec![block(1), block_v6(1)], vec![range("default-v4"), range("default-v6")]);
-    node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    node.expect_condition("CNIReady", "True", "Installed");
     node
 }
 

@@ -245,6 +245,7 @@ impl TestNode {
             plugin: at("image-plat"),
             sysctl_dir: PathBuf::from("/proc/sys/net"),
             proc_net: PathBuf::from("/proc/net"),
+            host_ports: Provider::Plat,
             bandwidth: Provider::Plat,
             hold: Duration::from_secs(300),
             needed: BTreeSet::new(),

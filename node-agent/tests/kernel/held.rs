@@ -12,7 +12,7 @@ fn three_nodes(hold: Duration) -> (TestNode, Vec<String>) {
     node.start();
     node.contact();
     node.list(vec![block(1), block(2), block(3)], vec![range("default-v4")]);
-    node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    node.expect_condition("CNIReady", "True", "Installed");
     (node, our_routes())
 }
 

@@ -147,7 +147,7 @@ fn pods_are_seen_as_themselves_inside_and_as_the_node_outside() {
     isolated("masquerade::pods_are_seen_as_themselves_inside_and_as_the_node_outside", || {
         let blocks = vec![block(1), block(2), block_v6(1)];
         let node = TestNode::with(blocks, vec![range("default-v4"), range("default-v6")]);
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         pod_and_router();
         assert_eq!(seen_by("203.0.113.9"), ["172.30.0.11"], "outside");
         assert_eq!(seen_by("172.30.0.12"), ["10.244.1.7"], "a node");

@@ -37,7 +37,7 @@ fn an_agent_that_starts_without_the_api_server_programs_from_its_cache_and_grant
         "offline::an_agent_that_starts_without_the_api_server_programs_from_its_cache_and_grants_no_more_time",
         || {
             let mut node = TestNode::with(vec![block(1), block(2)], vec![range("default-v4")]);
-            node.expect_condition("CNIReady", "True", "WithoutPortmap");
+            node.expect_condition("CNIReady", "True", "Installed");
             node.settled();
             let (before, granted) = (our_routes(), lease_until(&node).unwrap());
             assert!(granted > 0);
@@ -49,7 +49,7 @@ fn an_agent_that_starts_without_the_api_server_programs_from_its_cache_and_grant
             std::fs::remove_file(node.file("net.d/05-plat.conflist")).unwrap();
             std::fs::remove_file(node.file("bin/plat")).unwrap();
             node.start();
-            node.expect_condition("CNIReady", "True", "WithoutPortmap");
+            node.expect_condition("CNIReady", "True", "Installed");
             // The range's unreachable route is not made while nobody can tell whether it does harm.
             let expected: Vec<&str> =
                 before.iter().map(String::as_str).filter(|r| !r.contains("/16")).collect();
@@ -71,7 +71,7 @@ fn a_lease_is_moved_on_by_contact_alone_and_ends() {
         assert_eq!(lease_until(&node), Some(0), "no contact yet, no lease");
         assert!(!node.file("net.d/05-plat.conflist").exists());
         node.contact();
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         let contact = node.objects.contact.unwrap().boot_ms;
         assert_eq!(lease_until(&node), Some(contact + 840_000));
         let mut long_ago = node.objects.contact.unwrap();
@@ -91,13 +91,13 @@ fn a_lease_is_moved_on_by_contact_alone_and_ends() {
 fn a_conflist_that_sorts_before_ours_is_named() {
     isolated("offline::a_conflist_that_sorts_before_ours_is_named", || {
         let node = TestNode::with(vec![block(1)], vec![range("default-v4")]);
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         std::fs::write(node.file("net.d/00-multus.conf"), "{}").unwrap();
         let message = node.expect_condition("CNIReady", "False", "Shadowed");
         assert!(message.contains("00-multus.conf"), "{message}");
         assert_eq!(node.report().status.cni.unwrap().active.as_deref(), Some("00-multus.conf"));
         std::fs::remove_file(node.file("net.d/00-multus.conf")).unwrap();
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
     });
 }
 
@@ -163,7 +163,7 @@ fn the_conflist_comes_last_and_never_without_a_block() {
         node.expect_condition("CNIReady", "False", "NotProgrammed");
         assert!(!node.file("net.d/05-plat.conflist").exists());
         run("ip link del cni0");
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         assert!(node.file("net.d/05-plat.conflist").exists());
     });
 }
@@ -172,7 +172,7 @@ fn the_conflist_comes_last_and_never_without_a_block() {
 fn a_blocks_file_of_an_earlier_life_grants_nothing_to_a_node_without_a_block() {
     isolated("offline::a_blocks_file_of_an_earlier_life_grants_nothing_to_a_node_without_a_block", || {
         let mut node = TestNode::with(vec![block(1)], vec![range("default-v4")]);
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         node.stop();
         std::fs::remove_file(node.file("plat/map.json")).unwrap();
         node.start();
@@ -198,7 +198,7 @@ fn a_node_whose_ipv6_is_switched_off_has_ipv4() {
         node.start();
         node.contact();
         node.list(vec![block(1), block(2)], vec![range("default-v4")]);
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         node.settled();
         assert_eq!(our_routes().len(), 4);
         assert!(node.report().status.incidents.is_empty());
@@ -223,7 +223,7 @@ fn a_full_or_read_only_run_folder_is_named_and_the_rest_goes_on() {
 
         std::fs::remove_file(run_dir.join("ballast")).unwrap();
         node.settled();
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         assert!(run_dir.join("sysctls.json").exists());
 
         run(&format!("mount -o remount,ro {}", run_dir.display()));

@@ -7,7 +7,7 @@ use crate::harness::*;
 fn node() -> TestNode {
     let blocks = vec![block(1), block(2), block_v6(1), block_v6(2)];
     let node = TestNode::with(blocks, vec![range("default-v4"), range("default-v6")]);
-    node.expect_condition("CNIReady", "True", "WithoutPortmap");
+    node.expect_condition("CNIReady", "True", "Installed");
     node.settled();
     node
 }
