@@ -50,7 +50,7 @@ impl Bandwidth {
     /// configuration itself, or if it has none of them, of the capability `bandwidth`.
     pub fn parse(json: &Json, runtime: &Json) -> Result<Bandwidth, Error> {
         const KEYS: [&str; 4] = ["ingressRate", "ingressBurst", "egressRate", "egressBurst"];
-        let (json, path) = match KEYS.iter().any(|key| json.has(key)) {
+        let (json, path) = match KEYS.iter().any(|key| !json.get(key).is_null()) {
             true => (json, ""),
             false => {
                 (runtime.get("bandwidth").object("runtimeConfig.bandwidth")?, "runtimeConfig.bandwidth.")

@@ -71,10 +71,11 @@ pub fn udp_flows(socket: &mut Socket, family: Family, port: Option<u16>) -> Resu
         let by_port = if port.is_some() { BY_DESTINATION_PORT } else { 0 };
         m.attr_u32(FILTER_ORIGINAL, BY_PROTOCOL | by_port).attr_u32(FILTER_REPLY, 0);
     });
-    socket.dump(&get, |received| read(&received))
+    socket.dump(&get, |received| read_flow(&received))
 }
 
-fn read(received: &Received<'_>) -> Option<Flow> {
+/// Reads an `IPCTNL_MSG_CT_NEW`; `None` if it is not UDP. Pure.
+pub fn read_flow(received: &Received<'_>) -> Option<Flow> {
     let attributes = Attributes::behind(received.payload, 4);
     let (original, reply) =
         (attributes.find(TUPLE_ORIGINAL)?.nested(), attributes.find(TUPLE_REPLY)?.nested());

@@ -78,7 +78,8 @@ pub fn rate(socket: &mut Socket, link: u32, name: &str) -> Result<Option<u64>, E
     }
 }
 
-fn read_rate(received: &Received<'_>) -> Option<u64> {
+/// Reads an `RTM_NEWQDISC`. Pure.
+pub fn read_rate(received: &Received<'_>) -> Option<u64> {
     if received.kind != RTM_NEWQDISC {
         return None;
     }

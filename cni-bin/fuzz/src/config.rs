@@ -11,8 +11,10 @@ use plat_cni::json::Json;
 use plat_cni::pick::pick;
 use plat_cni::request::Args;
 use plat_cni::version::version;
+use plat_crds::host_port::HostPort;
+use plat_crds::lease::Lease;
 
-use super::{must_be_an_object, must_be_reportable};
+use super::{lease, must_be_an_object, must_be_reportable};
 
 /// Each verb reads it or says why not; a range leases what it says; spelling does not matter.
 pub fn check(input: &[u8]) {
@@ -29,6 +31,7 @@ pub fn check(input: &[u8]) {
     }
     let attachment = reported(Attachment::parse(&network, &Args::default()));
     attachment.iter().flat_map(|a| &a.ranges).for_each(must_lease_what_it_says);
+    attachment.iter().for_each(|a| must_be_recorded(&a.host_ports));
     let ipam = network.json.get("ipam");
     reported(ranges::parse(ipam, &Json::Null, network.version));
 
@@ -95,6 +98,13 @@ fn mapped(json: &Json, field: Field<'_>) -> Json {
         }
         other => other.clone(),
     }
+}
+
+/// A lease that is written with these ports is read with them, if they fit.
+fn must_be_recorded(host_ports: &[HostPort]) {
+    let lease = Lease { host_ports: host_ports.to_vec(), ..lease::of("c", "eth0", &[]) };
+    let Ok((_, record)) = lease.encode() else { return };
+    assert_eq!(Lease::decode(&lease::entry_of(&record), &record), Some(lease));
 }
 
 fn must_lease_what_it_says(set: &RangeSet) {

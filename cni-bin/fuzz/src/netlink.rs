@@ -1,10 +1,12 @@
-//! rtnetlink messages: what one `recv` brings.
+//! rtnetlink messages (links, addresses, routes, queueing disciplines): what one `recv` brings.
 
 use plat_cni::link::{Address, Route, new_address, new_route, read_address, read_link, read_route};
 use plat_cni::netlink::{Received, read_answer, split};
+use plat_cni::tc::{Bucket, new_bucket, read_rate};
 use plat_crds::Family;
 
-/// Any bytes are read or passed over. An address or route that was read and is asked for again is the same.
+/// Any bytes are read or passed over. An address, route or rate that was read and is asked for again is
+/// the same.
 pub fn check(input: &[u8]) {
     for received in split(input) {
         read_answer(&received);
@@ -15,6 +17,10 @@ pub fn check(input: &[u8]) {
         if let Some(address) = read_address(&received, None) {
             let said = |a: &Address| (a.link, a.net, a.protocol);
             assert_eq!(address_again(&address).as_ref().map(said), Some(said(&address)));
+        }
+        if let Some(rate) = read_rate(&received) {
+            let bucket = new_bucket(2, "eth0", &Bucket { rate, burst: 1, limit: 1 });
+            assert_eq!(reread(&bucket.encode().unwrap(), read_rate), Some(rate));
         }
         if let Some(route) = read_route(&received) {
             let usual = as_asked_for(route);

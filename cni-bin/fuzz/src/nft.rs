@@ -1,5 +1,6 @@
-//! nftables messages: what one `recv` brings.
+//! Messages of nftables and connection tracking: what one `recv` brings.
 
+use plat_cni::conntrack::read_flow;
 use plat_cni::netlink::{Attribute, Attributes, Message, split};
 use plat_cni::nft::{Element, Expr, read_chain, read_elements, read_rule, read_table};
 
@@ -11,6 +12,7 @@ pub fn check(input: &[u8]) {
             assert!(!table.table.to_string().contains('\0'));
         }
         read_chain(&received);
+        read_flow(&received);
         if let Some(elements) = read_elements(&received) {
             let read = again(&elements, Element::encode, Element::decode);
             assert!(read.is_none_or(|read| read == elements), "{elements:?}");
