@@ -2,6 +2,8 @@
 # `make bench`: builds for release and measures. Figures go to target/bench/*.json, a line of JSON each with
 # name, ours, peer, peersFigure, ratio (ours by theirs), unit, and the goal where there is one; a table goes to
 # standard output and to target/bench/table.md.
+#
+#   RECORD=1   write the table into docs/benchmarks.md, with machine, load and date
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $EUID == 0 ]] || { echo "bench: needs root: it makes network namespaces" >&2; exit 1; }
@@ -9,12 +11,26 @@ target=${CARGO_TARGET_DIR:-target}
 tools=${PLAT_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/plat/tools}
 images=${PLAT_IMAGES:-$target/images}
 triple=$(rustc -vV | sed -n 's/^host: //p')
-[[ -x $images/bin/plat ]] || e2e/images/build.sh
+# Always built anew: figures of an old program are worse than none.
+e2e/images/build.sh
 echo "bench: building ..." >&2
 # Static, as the CNI binary is: a dynamic linker would be no floor.
 RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
   cargo build --release --quiet --target "$triple" -p plat-rig --bin floor --bin bench
-echo "bench: CNI ADD and DEL, taking turns with the reference plugins and the floor (about a minute) ..." >&2
 mkdir -p "$target/bench"
+load=$(cut -d' ' -f1 /proc/loadavg)
+echo "bench: CNI ADD and DEL, taking turns with the reference plugins and the floor (1 to 2 min) ..." >&2
 "$target/$triple/release/bench" --plat "$images/bin/plat" --floor "$target/$triple/release/floor" \
   --reference "$tools/cni" --out "$target/bench" "$@" | tee "$target/bench/table.md"
+
+if [[ ${RECORD:-} ]]; then
+  cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
+  said="$(date -u +%F), $(nproc) × ${cpu:-$(uname -m)}, Linux $(uname -r), load $load before the run, commit $(git rev-parse --short HEAD)."
+  # Between the two markers stands what the last recorded run printed.
+  awk -v table="$target/bench/table.md" -v said="$said" '
+    /<!-- figures end -->/ { inside = 0 }
+    !inside { print }
+    /<!-- figures begin -->/ { inside = 1; print said "\n"; while ((getline line < table) > 0) print line }
+  ' docs/benchmarks.md >"$target/bench/benchmarks.md"
+  cp "$target/bench/benchmarks.md" docs/benchmarks.md
+fi

@@ -40,7 +40,8 @@ pub struct Contender {
 /// What gives the network.
 #[derive(Clone, Debug)]
 pub enum Kind {
-    /// CNI plugins in a chain: program and configuration of each.
+    /// CNI plugins in a chain: program and configuration of each. The texts `PORT0` and `PORT1` in a configuration
+    /// become numbers of the pod's own.
     Plugins(Vec<(PathBuf, Value)>),
     /// The floor: program, bridge, and the /16 that addresses are from, as its first two numbers.
     Floor(PathBuf, &'static str, &'static str),
@@ -77,7 +78,7 @@ impl Contender {
             if let (Value::Object(conf), false) = (&mut conf, previous.is_null()) {
                 conf.insert("prevResult".to_owned(), previous);
             }
-            let (begin, out) = finish(self.plugin(program, verb, number), Some(conf.to_string()))?;
+            let (begin, out) = finish(self.plugin(program, verb, number), Some(text_for(&conf, number)))?;
             took += begin.elapsed();
             self.check(verb, &out)?;
             previous = serde_json::from_slice(&out.stdout).unwrap_or_default();
@@ -129,7 +130,7 @@ impl Contender {
         let mut child = command.stdin(Stdio::piped()).stdout(writer).stderr(Stdio::null()).spawn()?;
         // Our copy of the pipe's other end goes with the command.
         drop(command);
-        feed(child.stdin.take(), conf.to_string())?;
+        feed(child.stdin.take(), text_for(conf, number))?;
         let peak = stopped_peak(&child);
         let mut out = Vec::new();
         reader.read_to_end(&mut out)?;
@@ -139,6 +140,12 @@ impl Contender {
         }
         peak
     }
+}
+
+/// A configuration's text for pod `number`.
+fn text_for(conf: &Value, number: usize) -> String {
+    let port = |n: usize| (10_000 + 2 * number + n).to_string();
+    conf.to_string().replace("\"PORT0\"", &port(0)).replace("\"PORT1\"", &port(1))
 }
 
 /// What a pipe holds by default.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use plat_crds::names;
+use plat_crds::cni_conf::{Conflist, PlatPlugin};
 use plat_rig::figures::{Figure, Goal, Unit, median, p99};
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ const FLOOR: (&str, &str) = ("floor0", "10.30");
 /// Everything that `make bench` measures.
 pub fn all(args: &Args) -> Result<Vec<Figure>> {
     node::prepare(&[FLOOR])?;
-    let plat = plat(args, "plat", "pl", &["10.10.0.0/16"], 0, Value::Null)?;
+    let plat = plat(args, "plat", "pl", &["10.10.0.0/16"], 0, json!({}))?;
     let bridge = reference_bridge(args, "bridge+host-local", "br", &["10.20.0.0/16"]);
     let ptp = ptp(args);
     let floor = floor(args);
@@ -31,6 +31,11 @@ pub fn all(args: &Args) -> Result<Vec<Figure>> {
     figures.extend(at_once(&contenders, args.rounds)?);
     progress("two families");
     figures.extend(dual_stack(args)?);
+    progress("host ports and limits");
+    figures.extend(host_ports(args)?);
+    figures.extend(bandwidth(args)?);
+    progress("routed");
+    figures.extend(routed(args)?);
     progress("with many leases");
     figures.extend(leases_held(args)?);
     progress("memory and size");
@@ -42,9 +47,9 @@ pub fn all(args: &Args) -> Result<Vec<Figure>> {
 /// Two builds of the CNI binary, for whoever changes it.
 pub fn two_builds(args: &Args, other: &Path) -> Result<Vec<Figure>> {
     node::prepare(&[FLOOR])?;
-    let ours = plat(args, "plat", "pl", &["10.10.0.0/16"], 0, Value::Null)?;
+    let ours = plat(args, "plat", "pl", &["10.10.0.0/16"], 0, json!({}))?;
     let args = Args { plat: other.to_owned(), ..args.clone() };
-    let other = plat(&args, "other build", "ot", &["10.11.0.0/16"], 0, Value::Null)?;
+    let other = plat(&args, "other build", "ot", &["10.11.0.0/16"], 0, json!({}))?;
     let contenders = [ours, other, floor(&args)];
     let took = take_turns(&contenders, args.pods, Pods::Pile)?;
     let figures = |name: &str, value: &dyn Fn(Took) -> f64| {
@@ -72,11 +77,20 @@ fn plat(
     held: u32,
     more: Value,
 ) -> Result<Contender> {
-    let mut conf = json!({
-        "cniVersion": "1.0.0", "name": names::CNI_NETWORK, "type": names::CNI_TYPE,
-        "bridge": format!("{prefix}-bridge"), "runDir": node::run_dir(prefix, blocks, held)?,
-        "hairpinMode": true, "ipam": {"type": names::CNI_TYPE},
-    });
+    let plugin = PlatPlugin {
+        bridge: format!("{prefix}-bridge"),
+        run_dir: node::run_dir(prefix, blocks, held)?.to_string_lossy().into_owned(),
+        anti_spoofing: true,
+        capabilities: Vec::new(),
+    };
+    // As the agent writes it, and as a runtime hands it on.
+    let list = Conflist::new(&plugin, Vec::new(), true);
+    let mut conf = list.plugins.into_iter().next().unwrap_or_default();
+    let mut more = more;
+    if let Value::Object(more) = &mut more {
+        more.insert("name".to_owned(), list.name.into());
+        more.insert("cniVersion".to_owned(), list.cni_version.into());
+    }
     if let (Value::Object(conf), Value::Object(more)) = (&mut conf, more) {
         conf.extend(more);
     }
@@ -250,19 +264,88 @@ fn rate(contender: &Contender, verb: Verb) -> Result<f64> {
 
 fn dual_stack(args: &Args) -> Result<Vec<Figure>> {
     let contenders = [
-        plat(args, "plat", "p2", &["10.12.0.0/16", "fd00:12::/64"], 0, Value::Null)?,
+        plat(args, "plat", "p2", &["10.12.0.0/16", "fd00:12::/64"], 0, json!({}))?,
         reference_bridge(args, "bridge+host-local", "b2", &["10.22.0.0/16", "fd00:22::/64"]),
     ];
     let took = take_turns(&contenders, args.pods / 3, Pods::Pile)?;
     Ok(against_each("dual-stack ADD", &contenders, &took, Unit::Milliseconds, |t| median(t.adds)))
 }
 
+/// Two host ports for each pod.
+fn host_ports(args: &Args) -> Result<Vec<Figure>> {
+    let port =
+        |host: &str, container: u16| json!({"hostPort": host, "containerPort": container, "protocol": "tcp"});
+    let ports = json!({"runtimeConfig": {"portMappings": [port("PORT0", 80), port("PORT1", 443)]}});
+    let plat = plat(args, "plat", "p3", &["10.16.0.0/16"], 0, ports.clone())?;
+    let figures = against_chain(args, plat, "bridge+portmap", "b3", "10.23.0.0/16", "portmap", ports)?;
+    let name = "ADD with two host ports";
+    Ok(figures
+        .into_iter()
+        .map(|f| Figure { name: name.to_owned(), ..f }.reaching(Goal::RatioAtMost(0.1)))
+        .collect())
+}
+
+/// A limit in each direction.
+fn bandwidth(args: &Args) -> Result<Vec<Figure>> {
+    let limits = json!({"runtimeConfig": {"bandwidth": {"ingressRate": 10_000_000, "ingressBurst": 800_000,
+        "egressRate": 10_000_000, "egressBurst": 800_000}}});
+    let plat = plat(args, "plat", "p4", &["10.17.0.0/16"], 0, limits.clone())?;
+    let figures = against_chain(args, plat, "bridge+bandwidth", "b4", "10.24.0.0/16", "bandwidth", limits)?;
+    Ok(figures.into_iter().map(|f| Figure { name: "ADD with limits both ways".to_owned(), ..f }).collect())
+}
+
+/// Ours against the reference bridge with another reference plugin behind it.
+fn against_chain(
+    args: &Args,
+    plat: Contender,
+    name: &'static str,
+    prefix: &'static str,
+    subnet: &str,
+    second: &str,
+    runtime: Value,
+) -> Result<Vec<Figure>> {
+    if !args.reference.join(second).exists() {
+        eprintln!("bench: there is no reference plugin {second}: left out");
+        return Ok(Vec::new());
+    }
+    let mut chain = reference_bridge(args, name, prefix, &[subnet]);
+    let mut conf = json!({"cniVersion": "1.0.0", "name": prefix, "type": second});
+    if let (Value::Object(conf), Value::Object(runtime)) = (&mut conf, runtime) {
+        conf.extend(runtime);
+    }
+    if let Kind::Plugins(plugins) = &mut chain.kind {
+        plugins.push((args.reference.join(second), conf));
+    }
+    let contenders = [plat, chain];
+    let took = take_turns(&contenders, args.pods / 3, Pods::Pile)?;
+    Ok(against_each("", &contenders, &took, Unit::Milliseconds, |t| median(t.adds)))
+}
+
+/// The datapath without bridge, against the plugin that does the same.
+fn routed(args: &Args) -> Result<Vec<Figure>> {
+    // What is about a bridge is not for it.
+    let conf = json!({"datapath": "routed", "hairpinMode": null, "bridge": null});
+    let routed = plat(args, "plat, routed", "rt", &["10.18.0.0/16"], 0, conf)?;
+    let mut ptp = ptp(args);
+    ptp.prefix = "pr";
+    node::make_namespaces(&routed, 1)?;
+    let tried = routed.call(Verb::Add, 0).and_then(|_| routed.call(Verb::Del, 0));
+    node::remove_namespaces(&routed, 1)?;
+    if tried.is_err_and(|error| error.to_string().contains("unsupported key datapath")) {
+        eprintln!("bench: this build has no routed datapath: left out");
+        return Ok(Vec::new());
+    }
+    let contenders = [routed, ptp];
+    let took = take_turns(&contenders, args.pods / 3, Pods::Pile)?;
+    Ok(against_each("ADD, routed", &contenders, &took, Unit::Milliseconds, |t| median(t.adds)))
+}
+
 /// The same ADD on nodes that hold few and many leases.
 fn leases_held(args: &Args) -> Result<Vec<Figure>> {
     let contenders = [
-        plat(args, "1 lease held", "h1", &["10.13.0.0/16"], 1, Value::Null)?,
-        plat(args, "250 leases held", "h2", &["10.14.0.0/16"], 250, Value::Null)?,
-        plat(args, "10,000 leases held", "h3", &["10.15.0.0/16"], 10_000, Value::Null)?,
+        plat(args, "1 lease held", "h1", &["10.13.0.0/16"], 1, json!({}))?,
+        plat(args, "250 leases held", "h2", &["10.14.0.0/16"], 250, json!({}))?,
+        plat(args, "10,000 leases held", "h3", &["10.15.0.0/16"], 10_000, json!({}))?,
     ];
     let took = take_turns(&contenders, args.pods, Pods::ComeAndGo)?;
     let figure = |at: usize| {
