@@ -131,18 +131,20 @@ fn an_interface_that_is_to_stay_down_does_and_passes_its_check() {
 
 #[test]
 fn with_enabledad_an_address_that_somebody_has_is_not_given() {
-    lab::enter();
-    for guard in [json!({}), json!({"antiSpoofing": true})] {
+    let meets_another = |guard: Value| {
+        lab::enter();
         let conf = with(with(dual_stack(), json!({"enabledad": true})), guard);
         netns("other");
-        sh("ip link add name cni0 type bridge 2>/dev/null || true; ip link set cni0 up; \
+        sh("ip link add name cni0 type bridge; ip link set cni0 up; \
             ip link add o type veth peer name eth0 netns other; ip link set o master cni0 up; \
             ip -n other link set eth0 up; ip -n other addr add fd00:22::2/64 dev eth0 nodad");
         netns("c");
         let error = Plat::call("ADD", "c", &conf).run().error(102);
         assert!(error.contains("fd00:22::2") && error.contains("enabledad"), "{error}");
         assert_eq!(lab::leases(), Vec::<Value>::new());
-        sh("ip netns del other; ip netns del c; ip link del cni0; rm -rf /run/plat");
+    };
+    for guard in [json!({}), json!({"antiSpoofing": true})] {
+        std::thread::spawn(move || meets_another(guard)).join().unwrap();
     }
 }
 
