@@ -34,7 +34,8 @@ struct Party {
 
 fn party(result: &Value) -> Party {
     let address = |n: usize| result["ips"][n]["address"].as_str().unwrap().split('/').next().unwrap();
-    let mac: Mac = result["interfaces"][2]["mac"].as_str().unwrap().parse().unwrap();
+    let interfaces = result["interfaces"].as_array().unwrap();
+    let mac: Mac = interfaces.last().unwrap()["mac"].as_str().unwrap().parse().unwrap();
     Party { mac, v4: address(0).parse().unwrap(), v6: address(1).parse().unwrap(), local: mac.link_local() }
 }
 
@@ -47,28 +48,34 @@ struct Node {
     /// The node, as pods see it: the bridge with the gateway addresses.
     host: Party,
     attacker: Wire,
-    victims: [(&'static str, Wire); 3],
+    victims: Vec<(&'static str, Wire)>,
     sockets: [(&'static str, UdpSocket); 2],
 }
 
 const BEYOND4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 
 impl Node {
-    /// Enters a laboratory and makes it.
+    /// Enters a laboratory and makes it, with a bridge.
     fn new(protected: bool) -> Node {
+        Node::with_datapath(protected, "bridge")
+    }
+
+    fn with_datapath(protected: bool, datapath: &str) -> Node {
         lab::enter();
         lab::blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
-        let conf = with(cluster_conf(), json!({"antiSpoofing": protected}));
+        let conf = with(cluster_conf(), json!({"antiSpoofing": protected, "datapath": datapath}));
         netns("beyond");
         // With br_netfilter the kernel cuts off what is behind a packet's end, and with it our marks.
         sh("for f in /proc/sys/net/bridge/bridge-nf-call-*; do echo 0 >$f; done; \
             sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; \
             ip link add up0 type veth peer name eth0 netns beyond; ip addr add 192.0.2.1/24 dev up0; \
             ip link set up0 up; ip -n beyond addr add 192.0.2.2/24 dev eth0; ip -n beyond link set eth0 up");
-        let (a, b) = (party(&add("a", &conf)), party(&add("b", &conf)));
+        let (result, b) = (add("a", &conf), party(&add("b", &conf)));
+        let a = party(&result);
         // A forged packet is answered to somebody: the neighbour must be known.
         sh("ip -n beyond route add default via 192.0.2.1; ip netns exec beyond busybox ping -c1 192.0.2.1");
-        let mac: Mac = lab::json_of("ip -j link show cni0")[0]["address"].as_str().unwrap().parse().unwrap();
+        // What pods know as their gateway is the bridge, or the other end of their own link: the first listed.
+        let mac: Mac = result["interfaces"][0]["mac"].as_str().unwrap().parse().unwrap();
         let host = Party {
             mac,
             v4: [10, 244, 3, 1].into(),
@@ -80,16 +87,16 @@ impl Node {
             socket.set_nonblocking(true).unwrap();
             socket
         };
+        let mut victims = vec![("a pod", Wire::of_pod("b")), ("another node", Wire::of_pod("beyond"))];
+        if datapath == "bridge" {
+            victims.push(("the host", Wire::of_host("cni0")));
+        }
         Node {
             a,
             b,
             host,
             attacker: Wire::of_pod("a"),
-            victims: [
-                ("the host", Wire::of_host("cni0")),
-                ("a pod", Wire::of_pod("b")),
-                ("another node", Wire::of_pod("beyond")),
-            ],
+            victims,
             sockets: [
                 ("the host's IPv4", listen("0.0.0.0")),
                 ("the host's IPv6", listen("fd00:10:244:3::1")),
@@ -107,13 +114,12 @@ impl Node {
         let last = tag(usize::MAX >> 16);
         let everywhere = udp4(self.a.v4, Ipv4Addr::BROADCAST, PORT, &last);
         self.attacker.send(&ethernet(BROADCAST, self.a.mac, IPV4, &everywhere));
-        self.attacker.send(&ethernet(
-            self.host.mac,
-            self.a.mac,
-            IPV4,
-            &udp4(self.a.v4, BEYOND4, PORT, &last),
-        ));
+        for to in [self.host.v4, self.b.v4, BEYOND4] {
+            let packet = udp4(self.a.v4, to, PORT, &last);
+            self.attacker.send(&ethernet(self.host.mac, self.a.mac, IPV4, &packet));
+        }
         let mut waiting: BTreeSet<&str> = self.victims.iter().map(|(who, _)| *who).collect();
+        waiting.insert(self.sockets[0].0);
         let mut note = |who: &'static str, bytes: &[u8]| {
             if bytes.ends_with(&last) {
                 waiting.remove(who);
@@ -133,7 +139,7 @@ impl Node {
             }
             for (who, socket) in &self.sockets {
                 while let Some(data) = next_datagram(socket) {
-                    note(who, &data);
+                    done = note(who, &data);
                 }
             }
             done
@@ -425,6 +431,68 @@ fn without_protection_each_forgery_arrives() {
     let reached = node.send(&forged);
     assert_eq!(told(&forged, &reached, false), Vec::<String>::new(), "forged, and lost");
     assert!(lab::pod_elements().is_empty());
+}
+
+/// Forgeries of IP, from the pod's link to the host's IP layer: all that matters where there is no bridge.
+fn forged_to_the_host() -> Vec<Frame> {
+    let nowhere = Ipv6Addr::UNSPECIFIED;
+    vec![
+        frame("IPv4 from another pod's address", |n, t| packet4(n, n.a.mac, n.b.v4, t)),
+        frame("IPv4 from a stranger's address", |n, t| packet4(n, n.a.mac, STRANGER4, t)),
+        frame("IPv4 from a stranger's hardware and IP address", |n, t| packet4(n, STRANGER, STRANGER4, t)),
+        frame("IPv4 from a stranger's address to another node", |n, t| {
+            ethernet(n.host.mac, n.a.mac, IPV4, &udp4(STRANGER4, BEYOND4, PORT, t))
+        }),
+        frame("IPv4 from a stranger's address to a pod", |n, t| {
+            ethernet(n.host.mac, n.a.mac, IPV4, &udp4(STRANGER4, n.b.v4, PORT, t))
+        }),
+        frame("IPv4 from a stranger's address, broadcast", |n, t| {
+            ethernet(BROADCAST, n.a.mac, IPV4, &udp4(STRANGER4, n.host.v4, PORT, t))
+        }),
+        frame("IPv4 from a stranger's address, priority-tagged", |n, t| {
+            let packet = udp4(STRANGER4, n.host.v4, PORT, t);
+            ethernet(n.host.mac, n.a.mac, 0x8100, &tagged(0, IPV4, &packet))
+        }),
+        frame("IPv6 from another pod's address", |n, t| packet6(n, n.a.mac, n.b.v6, t)),
+        frame("IPv6 from another pod's link-local address", |n, t| packet6(n, n.a.mac, n.b.local, t)),
+        frame("IPv6 from nowhere", move |n, t| packet6(n, n.a.mac, nowhere, t)),
+        frame("IPv6 from a stranger's address to a pod", |n, t| {
+            let stranger = "2001:db8::9".parse().unwrap();
+            ethernet(n.host.mac, n.a.mac, IPV6, &udp6(stranger, n.b.v6, PORT, t))
+        }),
+    ]
+}
+
+#[test]
+fn without_a_bridge_the_host_takes_only_a_pods_own_packets_from_its_link() {
+    for protected in [true, false] {
+        std::thread::spawn(move || {
+            let node = Node::with_datapath(protected, "routed");
+            let own = vec![
+                frame("IPv4 to the host", |n, t| packet4(n, n.a.mac, n.a.v4, t)),
+                frame("IPv4 to a pod", |n, t| {
+                    ethernet(n.host.mac, n.a.mac, IPV4, &udp4(n.a.v4, n.b.v4, PORT, t))
+                }),
+                frame("IPv4 to another node", |n, t| {
+                    ethernet(n.host.mac, n.a.mac, IPV4, &udp4(n.a.v4, BEYOND4, PORT, t))
+                }),
+                frame("IPv6 to the host", |n, t| packet6(n, n.a.mac, n.a.v6, t)),
+                frame("IPv6 from the link-local address", |n, t| packet6(n, n.a.mac, n.a.local, t)),
+            ];
+            let reached = node.send(&own);
+            assert_eq!(told(&own, &reached, false), Vec::<String>::new(), "its own, and lost");
+            let forged = forged_to_the_host();
+            let reached = node.send(&forged);
+            assert_eq!(told(&forged, &reached, protected), Vec::<String>::new(), "protected: {protected}");
+            for id in ["a", "b"] {
+                assert!(lab::ping(id, "10.244.3.1") && lab::ping(id, "fd00:10:244:3::1"));
+                Plat::call("DEL", id, &cluster_conf()).run().silent();
+            }
+            lab::assert_nothing_left();
+        })
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    }
 }
 
 #[test]
