@@ -138,14 +138,24 @@ impl Scaffold {
         }
     }
 
-    /// The first thing that does not stand, in words.
+    /// The first thing that does not stand, or that somebody added to, in words.
     fn lost(&self, socket: &mut Socket) -> Result<Option<String>, netlink::Error> {
         let tables: BTreeSet<Table> = nft::tables(socket)?.into_iter().map(|t| t.table).collect();
         if let Some(table) = self.tables().into_iter().find(|table| !tables.contains(table)) {
             return Ok(Some(format!("table {table}")));
         }
-        let rule = self.missing_rule(socket)?;
-        Ok(rule.map(|rule| format!("the rules of chain {} {}", rule.table(), rule.chain())))
+        for table in self.tables() {
+            let found = nft::table_rules(socket, table)?;
+            let stands = |chain: &&Chain| {
+                let there = found.iter().filter(|rule| rule.chain == chain.name);
+                there.map(|rule| rule.expressions.as_slice()).eq(chain.rules.iter().map(Rule::expressions))
+            };
+            let mut of_table = self.chains.iter().filter(|chain| chain.table == *table);
+            if let Some(chain) = of_table.find(|chain| !stands(chain)) {
+                return Ok(Some(format!("the rules of chain {} {}", chain.table, chain.name)));
+            }
+        }
+        Ok(None)
     }
 
     /// The first rule that does not stand.

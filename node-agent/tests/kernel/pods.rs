@@ -8,7 +8,7 @@ use plat_cni::netlink::{Protocol, Socket};
 use plat_cni::pods::{self, Added};
 use plat_cni::store::{Missing, Store};
 use plat_crds::host_port::{HostIp, HostPort, Transport};
-use plat_crds::lease::{HostVeth, Lease, LeasedAddress, Pool};
+use plat_crds::lease::{Guard, GuardScope, HostVeth, Lease, LeasedAddress, Pool};
 
 use crate::harness::*;
 
@@ -24,6 +24,10 @@ fn node() -> TestNode {
 
 /// A pod with two host ports, as an ADD leaves it.
 fn pod(node: &TestNode) {
+    pod_with(node, None);
+}
+
+fn pod_with(node: &TestNode, guard: Option<Guard>) {
     run("ip netns add pod");
     run("ip link add platpod type veth peer name eth0 netns pod");
     run("ip link set platpod master cni0 up");
@@ -37,6 +41,7 @@ fn pod(node: &TestNode) {
         host_ports: [Transport::Tcp, Transport::Udp]
             .map(|protocol| HostPort { host_ip: HostIp::Any, protocol, host_port: 8080, container_port: 80 })
             .into(),
+        guard,
         ..Lease::default()
     };
     shell(&format!("ip link set platpod alias '{}'", plat_crds::alias::of(&lease)));
@@ -118,5 +123,33 @@ fn an_agent_that_starts_finds_what_was_lost_while_it_was_away() {
         run("nft flush ruleset");
         node.start();
         expect_table(&before);
+    });
+}
+
+#[test]
+fn a_pod_that_is_held_to_its_addresses_is_so_again_after_a_flush() {
+    isolated("pods::a_pod_that_is_held_to_its_addresses_is_so_again_after_a_flush", || {
+        let node = node();
+        pod_with(&node, Some(Guard { mac: [2, 0, 0, 0, 0, 7], scope: GuardScope::Addresses }));
+        node.settled();
+        let tables = || run("nft list table inet plat-pods") + &run("nft list table bridge plat-pods");
+        let before = tables();
+        assert!(before.contains(r#""platpod" . 02:00:00:00:00:07 . 10.244.1.7"#), "{before}");
+        for damage in [
+            "delete table bridge plat-pods",
+            "flush set bridge plat-pods own4",
+            "flush map bridge plat-pods ports",
+            "flush chain bridge plat-pods addresses",
+            "insert rule bridge plat-pods advertisement accept",
+            "flush set inet plat-pods links",
+            "flush ruleset",
+        ] {
+            run(&format!("nft {damage}"));
+            eventually(damage, || {
+                let now = String::from_utf8(try_run("nft list ruleset").stdout).unwrap();
+                let whole = now.contains("table bridge plat-pods") && now.contains("table inet plat-pods");
+                if whole && tables() == before { Ok(()) } else { Err(now) }
+            });
+        }
     });
 }
