@@ -11,6 +11,7 @@ use crate::call::Call;
 use crate::config::{Attachment, RouteConf};
 use crate::error::{Code, Error};
 use crate::link::{self, Link, Route, TABLE_MAIN};
+use crate::mac::Mac;
 use crate::netlink::{Protocol, Socket};
 use crate::netns::Netns;
 use crate::reply::{Interface, Ip, Reply};
@@ -43,6 +44,9 @@ pub fn check(call: &mut Call) -> Result<(), Error> {
     }
     if let Some(problem) = pods::missing(&lease)? {
         return Err(failed(&problem));
+    }
+    if let Some(problem) = guard_problem(&lease, pod.link.mac) {
+        return Err(failed(&format!("interface {} {problem}", lease.ifname)));
     }
     match delegate_of(call) {
         Some(plugin) => delegate::run(&plugin, &call.plugin_path, "CHECK", &call.input).map(|_| ()),
@@ -183,6 +187,19 @@ fn check_pod(
         }
     }
     Ok(Pod { socket: pod, link })
+}
+
+/// Whether a pod that is held to its hardware address has another now, and so is cut off. Pure.
+fn guard_problem(lease: &Lease, mac: Option<Mac>) -> Option<String> {
+    let own = lease
+        .guard
+        .map(|guard| Mac(guard.mac))
+        .filter(|own| lease.datapath == Datapath::Bridge && mac != Some(*own))?;
+    let mac = mac.map(|mac| mac.to_string()).unwrap_or_default();
+    Some(format!(
+        "has hardware address {mac} but may send from {own} alone: ask for it by runtimeConfig.mac, or turn \
+        antiSpoofing (macspoofchk) off"
+    ))
 }
 
 /// How the pod's interface differs from what the result says of it. Pure.

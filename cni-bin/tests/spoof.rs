@@ -640,6 +640,19 @@ fn a_check_finds_what_is_missing() {
 }
 
 #[test]
+fn a_check_says_that_a_changed_hardware_address_cuts_the_pod_off() {
+    lab::enter();
+    lab::blocks(&["10.244.3.0/24"]);
+    let mut result = add("a", &cluster_conf());
+    // As a chained tuning does it, and tells it.
+    sh("ip -n a link set eth0 address 02:00:00:00:00:77");
+    result["interfaces"][2]["mac"] = json!("02:00:00:00:00:77");
+    let error =
+        Plat::call("CHECK", "a", &with(cluster_conf(), json!({"prevResult": result}))).run().error(105);
+    assert!(error.contains("02:00:00:00:00:77") && error.contains("antiSpoofing"), "{error}");
+}
+
+#[test]
 fn who_is_looked_at_is_known_again_after_the_lease_store_is_lost() {
     lab::enter();
     lab::blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
