@@ -552,11 +552,7 @@ fn c60_a_namespace_of_a_user_namespace_works(at: Datapath) {
 
 fn by_hand_masquerade_is_for_what_leaves_the_subnet_only(at: Datapath) {
     lab::enter();
-    // An outside world that knows nothing of the pods' subnet.
-    sh(
-        "ip netns add world; ip link add w0 type veth peer name w0 netns world; ip addr add 192.0.2.1/24 dev w0; ip link set w0 up; \
-        ip -n world addr add 192.0.2.2/24 dev w0; ip -n world link set w0 up",
-    );
+    lab::traffic::world();
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
     add("a", &conf);
     add("b", &conf);

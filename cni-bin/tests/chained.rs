@@ -7,7 +7,7 @@
 mod lab;
 
 use lab::network::{cnitool, conflist, failed, install, install_script, ok, result};
-use lab::traffic::{Server, ask_tcp, ask_udp};
+use lab::traffic::{Server, ask_tcp, ask_udp, world};
 use lab::{blocks, json_of, netns, sh};
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
@@ -19,10 +19,9 @@ use serde_json::{Value, json};
 /// A node: two blocks, forwarding, and a world outside at 192.0.2.2 that knows where the pods are.
 fn node(chained: Vec<Value>) {
     lab::enter();
-    sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; ip netns add world; \
-        ip link add w0 type veth peer name w0 netns world; \
-        ip addr add 192.0.2.1/24 dev w0; ip addr add 192.0.2.3/24 dev w0; ip link set w0 up; \
-        ip -n world addr add 192.0.2.2/24 dev w0; ip -n world link set w0 up; ip -n world route add 10.244.0.0/16 via 192.0.2.1");
+    sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+    world();
+    sh("ip addr add 192.0.2.3/24 dev w0; ip -n world route add 10.244.0.0/16 via 192.0.2.1");
     blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
     install("05-plat.conflist", &conflist("1.0.0", chained));
 }

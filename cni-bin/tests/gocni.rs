@@ -8,6 +8,7 @@ mod lab;
 use std::collections::BTreeSet;
 
 use lab::network::{conflist, failed, gocni, gocni_1_7, install, install_script, ok, result};
+use lab::traffic::{Server, ask_tcp, world};
 use lab::{blocks, netns, sh, with};
 use serde_json::{Value, json};
 
@@ -51,6 +52,27 @@ fn c89_containerd_takes_the_pods_addresses_from_our_result_and_its_remove_leaves
     lab::assert_nothing_left();
     // kubelet asks again and again until it is told that all is well.
     ok(gocni(&["remove", "c", &path("c")], &pod()));
+}
+
+#[test]
+fn c25_host_ports_and_bandwidth_in_containerds_spelling_are_opened_and_limited_by_ours_alone() {
+    lab::enter();
+    blocks(&["10.244.3.0/24"]);
+    sh("sysctl -qw net.ipv4.ip_forward=1");
+    world();
+    let mut list = network("1.0.0", json!(["1.0.0", "1.1.0"]), vec![]);
+    list["plugins"][0]["capabilities"] = json!({"portMappings": true, "bandwidth": true});
+    install("05-plat.conflist", &list);
+    netns("c");
+    result(gocni(&["setup", "c", &path("c")], &pod()));
+    let _server = Server::tcp("c", 80);
+    assert_eq!(ask_tcp("world", "192.0.2.1:8080"), Some("192.0.2.2".to_owned()));
+    let queues = lab::json_of("tc -j qdisc show");
+    let limited = |q: &Value| q["kind"] == "tbf" && q["options"]["rate"] == 1_250_000;
+    assert!(queues.as_array().unwrap().iter().any(limited), "10 Mbit/s: {queues}");
+    ok(gocni(&["remove", "c", ""], &pod()));
+    assert_eq!(ask_tcp("world", "192.0.2.1:8080"), None);
+    assert_eq!(lab::leases(), Vec::<Value>::new());
 }
 
 /// The version in which libcni asked us: it caches the result as it came.

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use lab::traffic::{Server, ask_tcp, inside};
+use lab::traffic::{Server, ask_tcp, inside, world};
 use lab::{Answer, json_of, netns, sh, with};
 use plat_cni::mac::{End, Mac};
 use serde_json::{Value, json};
@@ -320,9 +320,8 @@ fn run(who: Who, case: &Case) -> BTreeSet<String> {
     lab::enter();
     // Without duplicate address detection on the host all is settled at once, for both.
     sh("sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.all.accept_dad=0");
-    sh("printf 'nameserver 10.0.0.1\nsearch a b\noptions ndots:2\n' >/run/resolv.conf; ip netns add world; \
-        ip link add w0 type veth peer name w0 netns world; ip addr add 192.0.2.1/24 dev w0; ip link set w0 up; \
-        ip -n world addr add 192.0.2.2/24 dev w0; ip -n world link set w0 up");
+    sh("printf 'nameserver 10.0.0.1\nsearch a b\noptions ndots:2\n' >/run/resolv.conf");
+    world();
     sh(case.before);
     let mut lines = BTreeSet::new();
     let mut results = BTreeMap::new();

@@ -14,6 +14,16 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Makes a world outside the host, which knows nothing of pods: container `world`, 192.0.2.2 behind the host's
+/// link `w0` with 192.0.2.1.
+pub fn world() {
+    super::sh(
+        "ip netns add world; ip link add w0 type veth peer name w0 netns world; \
+        ip addr add 192.0.2.1/24 dev w0; ip link set w0 up; \
+        ip -n world addr add 192.0.2.2/24 dev w0; ip -n world link set w0 up",
+    );
+}
+
 /// Runs `work` in a container's network.
 pub fn inside<T: Send>(id: &str, work: impl FnOnce() -> T + Send) -> T {
     let namespace = File::open(format!("/run/netns/{id}")).unwrap();
