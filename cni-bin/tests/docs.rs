@@ -61,8 +61,8 @@ fn checks_tested(folder: &Path, found: &mut BTreeSet<u32>) {
             checks_tested(&path, found);
         } else if path.extension().is_some_and(|e| e == "rs") {
             let text = fs::read_to_string(path).unwrap();
-            let names = text.split("#[test]").skip(1).filter_map(|rest| rest.split("fn c").nth(1));
-            found.extend(names.filter_map(|name| name.split('_').next()?.parse::<u32>().ok()));
+            // A function that is no test would be unused, which the lints deny.
+            found.extend(text.split("fn c").filter_map(|name| name.split('_').next()?.parse::<u32>().ok()));
         }
     }
 }

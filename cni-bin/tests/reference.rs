@@ -2,8 +2,9 @@
 //! laboratory of its own. What is compared: answers, links, addresses, routes, permanent neighbours, bridge
 //! ports, sysctls, what pods reach and as whom, and all of that again after DEL.
 //!
-//! Each line of [`observe`] that only one of the two has must be one of [`DIFFERENCES`]; each of these must occur
-//! in some case, and stand by its name in `docs/cni.md`, "Different from the reference".
+//! Each line of [`observe`] that only one of the two has must be one of the named differences ([`COMMON`],
+//! [`BRIDGE`], [`ROUTED`]); each of these must occur in some case, and stand by its name in `docs/cni.md`,
+//! "Different from the reference".
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
@@ -73,8 +74,8 @@ const FAILING: &[&str] = &[
     "an invalid subnet",
 ];
 
-/// Against bridge and host-local.
-const BRIDGE: &[Difference] = &[
+/// Against both of the reference's plugins.
+const COMMON: &[Difference] = &[
     Difference {
         name: "hardware addresses",
         lines: &[
@@ -82,12 +83,6 @@ const BRIDGE: &[Difference] = &[
             ours(&["mac=from an address"]),
             reference(&["link", " address=any"]),
             ours(&["link", " address=from an address"]),
-            // Without an address of its own the reference's bridge takes one of its ports' addresses, and its CHECK
-            // does not find the one that was reported.
-            reference(&["link cni0 address=00:00:00:00:00:00"]),
-            ours(&["link cni0 address=any"]),
-            only_in(NO_GATEWAY, reference(&["CHECK", "error"])),
-            only_in(NO_GATEWAY, ours(&["CHECK", "ok"])),
         ],
     },
     Difference {
@@ -112,58 +107,33 @@ const BRIDGE: &[Difference] = &[
         ],
     },
     Difference {
-        name: "learning from reserved addresses (`no_linklocal_learn`)",
+        name: "`keep_addr_on_down` in the pod",
         lines: &[
-            reference(&["host link cni0", "no_linklocal_learn=0"]),
-            ours(&["host link cni0", "no_linklocal_learn=1"]),
-        ],
-    },
-    Difference {
-        name: "`keep_addr_on_down`",
-        lines: &[
-            reference(&["host sysctl ipv6/conf cni0 keep_addr_on_down=0"]),
-            ours(&["host sysctl ipv6/conf cni0 keep_addr_on_down=1"]),
-            reference(&["pod", "sysctl ipv6/conf eth0 keep_addr_on_down=1"]),
-            ours(&["pod", "sysctl ipv6/conf eth0 keep_addr_on_down=0"]),
-        ],
-    },
-    Difference {
-        name: "gratuitous ARP (`arp_notify`)",
-        lines: &[
-            reference(&["pod", "sysctl ipv4/conf eth0 arp_notify=1"]),
-            ours(&["pod", "sysctl ipv4/conf eth0 arp_notify=0"]),
+            reference(&["sysctl ipv6/conf eth0 keep_addr_on_down=1"]),
+            ours(&["sysctl ipv6/conf eth0 keep_addr_on_down=0"]),
         ],
     },
     Difference {
         name: "IPv6 duplicate address detection",
         lines: &[
-            reference(&["pod", "sysctl ipv6/conf eth0 accept_dad=0"]),
-            ours(&["pod", "sysctl ipv6/conf eth0 accept_dad=1"]),
+            reference(&["sysctl ipv6/conf eth0 accept_dad="]),
+            ours(&["sysctl ipv6/conf eth0 accept_dad="]),
             ours(&["addr", "nodad=true"]),
         ],
     },
     Difference {
-        name: "router advertisements (`accept_ra`)",
+        name: "router advertisements (`accept_ra`) in the pod",
         lines: &[
-            reference(&["pod", "sysctl ipv6/conf eth0 accept_ra=1"]),
-            ours(&["pod", "sysctl ipv6/conf eth0 accept_ra=0"]),
-            reference(&["host sysctl ipv6/conf cni0 accept_ra=0"]),
-            ours(&["host sysctl ipv6/conf cni0 accept_ra=1"]),
+            reference(&["sysctl ipv6/conf eth0 accept_ra=1"]),
+            ours(&["sysctl ipv6/conf eth0 accept_ra=0"]),
         ],
     },
     Difference { name: "error codes", lines: &[reference(&["error code 999"]), ours(&["error code "])] },
     Difference {
-        name: "a failed ADD",
-        lines: &[
-            only_in(FAILING, reference(&[" | host link "])),
-            only_in(FAILING, reference(&[" | host sysctl "])),
-            only_in(FAILING, reference(&[" | pod ", "eth0"])),
-        ],
-    },
-    Difference {
         name: "DEL without namespace",
         lines: &[
             only_in(&["DEL without namespace"], reference(&["after DEL", " HOST1 "])),
+            only_in(&["DEL without namespace"], reference(&["after DEL", "dev HOST1"])),
             only_in(&["DEL without namespace"], reference(&["after DEL", "rules name 10.22.0.2"])),
         ],
     },
@@ -172,6 +142,68 @@ const BRIDGE: &[Difference] = &[
         lines: &[
             only_in(&["an invalid subnet"], reference(&["DEL", "error"])),
             only_in(&["an invalid subnet"], ours(&["DEL", "ok"])),
+        ],
+    },
+    Difference {
+        name: "`mtu` of interfaces in results of 1.1.0",
+        lines: &[ours(&["result interfaces", "].mtu="])],
+    },
+    Difference {
+        name: "`ipMasq`",
+        lines: &[
+            reference(&["table ip nat"]),
+            reference(&["table ip6 nat"]),
+            ours(&["table inet plat-pods"]),
+        ],
+    },
+];
+
+/// Against bridge and host-local.
+const BRIDGE: &[Difference] = &[
+    Difference {
+        // It takes one of its ports' addresses, and the reference's CHECK does not find the one that was reported.
+        name: "hardware address of a bridge without gateway",
+        lines: &[
+            reference(&["link cni0 address=00:00:00:00:00:00"]),
+            ours(&["link cni0 address=any"]),
+            only_in(NO_GATEWAY, reference(&["CHECK", "error"])),
+            only_in(NO_GATEWAY, ours(&["CHECK", "ok"])),
+        ],
+    },
+    Difference {
+        name: "learning from reserved addresses (`no_linklocal_learn`)",
+        lines: &[
+            reference(&["host link cni0", "no_linklocal_learn=0"]),
+            ours(&["host link cni0", "no_linklocal_learn=1"]),
+        ],
+    },
+    Difference {
+        name: "`keep_addr_on_down` of the bridge",
+        lines: &[
+            reference(&["host sysctl ipv6/conf cni0 keep_addr_on_down=0"]),
+            ours(&["host sysctl ipv6/conf cni0 keep_addr_on_down=1"]),
+        ],
+    },
+    Difference {
+        name: "gratuitous ARP (`arp_notify`)",
+        lines: &[
+            reference(&["sysctl ipv4/conf eth0 arp_notify=1"]),
+            ours(&["sysctl ipv4/conf eth0 arp_notify=0"]),
+        ],
+    },
+    Difference {
+        name: "router advertisements on a bridge that was there",
+        lines: &[
+            reference(&["host sysctl ipv6/conf cni0 accept_ra=0"]),
+            ours(&["host sysctl ipv6/conf cni0 accept_ra=1"]),
+        ],
+    },
+    Difference {
+        name: "a failed ADD",
+        lines: &[
+            only_in(FAILING, reference(&[" | host link "])),
+            only_in(FAILING, reference(&[" | host sysctl "])),
+            only_in(FAILING, reference(&[" | pod ", "eth0"])),
         ],
     },
     Difference {
@@ -184,10 +216,6 @@ const BRIDGE: &[Difference] = &[
             only_in(&["routes with attributes"], reference(&["CHECK", "error"])),
             only_in(&["routes with attributes"], ours(&["CHECK", "ok"])),
         ],
-    },
-    Difference {
-        name: "`mtu` of interfaces in results of 1.1.0",
-        lines: &[ours(&["result interfaces", "].mtu="])],
     },
     Difference {
         name: "route `mtu`, `advmss`",
@@ -204,15 +232,75 @@ const BRIDGE: &[Difference] = &[
         name: "`macspoofchk`",
         lines: &[reference(&["table bridge nat"]), ours(&["table bridge plat-pods"])],
     },
+];
+
+/// The routed datapath against ptp and host-local.
+const ROUTED: &[Difference] = &[
     Difference {
-        name: "`ipMasq`",
+        name: "ptp: the pod's address",
         lines: &[
-            reference(&["table ip nat"]),
-            reference(&["table ip6 nat"]),
-            ours(&["table inet plat-pods"]),
+            reference(&["ADD", "result ip"]),
+            ours(&["ADD", "result ip"]),
+            reference(&["addr eth0 "]),
+            ours(&["addr eth0 "]),
+            // What the kernel derives from the prefix, and what replaces it.
+            reference(&["route local", "dev eth0"]),
+            reference(&["route main 10.22.0.0/", "dev eth0"]),
+            reference(&["route main 10.23.0.0/", "dev eth0"]),
+            reference(&["route main fd22::/64", "dev eth0"]),
+            ours(&["route main fd22::2 dev eth0"]),
+            ours(&["route main fd22::3 dev eth0"]),
         ],
     },
+    Difference {
+        name: "ptp: the pod's route to its gateway",
+        lines: &[
+            reference(&["route main 10.22.0.1 dev eth0"]),
+            reference(&["route main 10.23.0.1 dev eth0"]),
+            reference(&["route main fd22::1 dev eth0"]),
+        ],
+    },
+    Difference {
+        name: "ptp: routes in the result",
+        lines: &[reference(&["ADD", "result routes["]), ours(&["ADD", "result routes["])],
+    },
+    Difference {
+        name: "ptp: a pod without default route",
+        lines: &[only_in(&["an address alone"], ours(&["route main default dev eth0"]))],
+    },
+    Difference {
+        name: "ptp: the gateway's address",
+        lines: &[
+            reference(&["host addr HOST"]),
+            reference(&["host route local", "dev HOST"]),
+            reference(&["host route main fd22::1 dev HOST"]),
+            ours(&["host addr lo "]),
+            ours(&["host route local", "dev lo"]),
+            ours(&["host route main fd22::1 dev lo"]),
+        ],
+    },
+    Difference {
+        name: "ptp: the host's routes",
+        lines: &[
+            reference(&["host route main 10.2", "dev HOST"]),
+            reference(&["host route main fd22::", "dev HOST"]),
+            ours(&["host route main 10.2", "dev HOST"]),
+            ours(&["host route main fd22::", "dev HOST"]),
+        ],
+    },
+    Difference { name: "ptp: permanent neighbours", lines: &[ours(&["neigh "])] },
 ];
+
+/// Two plugins that do the same.
+struct Pair {
+    /// The reference's; its IPAM is host-local.
+    reference: &'static str,
+    /// What ours is told besides.
+    ours: Value,
+    /// Besides those that are common.
+    differences: &'static [Difference],
+    cases: Vec<Case>,
+}
 
 /// What is given to both.
 struct Case {
@@ -232,7 +320,7 @@ fn case(name: &'static str, conf: Value) -> Case {
     Case { name, conf: with(base, conf), before: "true", damage: "true" }
 }
 
-fn cases() -> Vec<Case> {
+fn bridge_cases() -> Vec<Case> {
     let (v4, v6) = (json!({"subnet": "10.22.0.0/24"}), json!({"subnet": "fd22::/64"}));
     let routes =
         |routes: Value| json!({"cniVersion": "1.1.0", "ipam": {"subnet": "10.22.0.0/24", "routes": routes}});
@@ -315,8 +403,46 @@ fn cases() -> Vec<Case> {
 /// The hardware address that a case asks for.
 const ASKED_MAC: &str = "0a:00:00:00:00:50";
 
+fn routed_cases() -> Vec<Case> {
+    let case = |name, conf: Value| {
+        let base = json!({"cniVersion": "1.0.0", "name": "net", "ipam": {"subnet": "10.22.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}});
+        Case { name, conf: with(base, conf), before: "true", damage: "true" }
+    };
+    let v6 = json!({"subnet": "fd22::/64"});
+    let defaults = json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]);
+    vec![
+        case("a default route", json!({})),
+        case("an address alone", json!({"ipam": {"subnet": "10.22.0.0/24"}})),
+        case("ipMasq", json!({"ipMasq": true})),
+        Case {
+            damage: "touch /run/elsewhere; mount --bind /run/netns/a /run/elsewhere; umount /run/netns/a; rm /run/netns/a",
+            ..case("DEL without namespace", json!({"ipMasq": true}))
+        },
+        case("mtu", json!({"mtu": 1400})),
+        case("IPv6", json!({"ipam": {"subnet": "fd22::/64", "routes": [{"dst": "::/0"}]}})),
+        case(
+            "both families",
+            json!({"ipam": {"ranges": [[{"subnet": "10.22.0.0/24"}], [v6]], "routes": defaults}}),
+        ),
+        case(
+            "several ranges of a set",
+            json!({"ipam": {"ranges": [[
+            {"subnet": "10.22.0.0/24", "rangeStart": "10.22.0.9", "rangeEnd": "10.22.0.9"}, {"subnet": "10.23.0.0/24"}]],
+            "routes": [{"dst": "0.0.0.0/0"}]}}),
+        ),
+        case("a full range", json!({"ipam": {"subnet": "10.22.0.0/30", "routes": [{"dst": "0.0.0.0/0"}]}})),
+        case(
+            "dns",
+            json!({"dns": {"nameservers": ["10.0.0.9"], "domain": "d", "search": ["s"], "options": ["o"]}}),
+        ),
+        case("version 0.2.0", json!({"cniVersion": "0.2.0"})),
+        case("version 1.1.0", json!({"cniVersion": "1.1.0", "mtu": 1400})),
+        case("an invalid subnet", json!({"ipam": {"subnet": "10.22.0.5/24"}})),
+    ]
+}
+
 /// Runs the case's calls and returns what was seen, line by line.
-fn run(who: Who, case: &Case) -> BTreeSet<String> {
+fn run(pair: &Pair, who: Who, case: &Case) -> BTreeSet<String> {
     lab::enter();
     // Without duplicate address detection on the host all is settled at once, for both.
     sh("sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.all.accept_dad=0");
@@ -327,7 +453,7 @@ fn run(who: Who, case: &Case) -> BTreeSet<String> {
     let mut results = BTreeMap::new();
     for id in ["a", "b"] {
         netns(id);
-        let answer = call(who, "ADD", id, &case.conf);
+        let answer = call(pair, who, "ADD", id, &case.conf);
         note(&mut lines, &format!("ADD {id}"), &answer);
         if answer.success {
             results.insert(id, answer.json());
@@ -337,14 +463,14 @@ fn run(who: Who, case: &Case) -> BTreeSet<String> {
     observe(&mut lines, "with pods");
     reach(&mut lines, &results);
     for (id, result) in &results {
-        let answer = call(who, "CHECK", id, &with(case.conf.clone(), json!({"prevResult": result})));
+        let answer = call(pair, who, "CHECK", id, &with(case.conf.clone(), json!({"prevResult": result})));
         note(&mut lines, &format!("CHECK {id}"), &answer);
     }
-    note(&mut lines, "second ADD a", &call(who, "ADD", "a", &case.conf));
+    note(&mut lines, "second ADD a", &call(pair, who, "ADD", "a", &case.conf));
     sh(case.damage);
     for (id, moment) in [("a", "after DEL a"), ("b", "after DEL b")] {
         for time in ["first", "second"] {
-            let answer = call(who, "DEL", id, &case.conf);
+            let answer = call(pair, who, "DEL", id, &case.conf);
             note(&mut lines, &format!("{time} DEL {id}"), &answer);
         }
         observe(&mut lines, moment);
@@ -353,21 +479,22 @@ fn run(who: Who, case: &Case) -> BTreeSet<String> {
 }
 
 /// One call of either.
-fn call(who: Who, verb: &str, id: &str, conf: &Value) -> Answer {
+fn call(pair: &Pair, who: Who, verb: &str, id: &str, conf: &Value) -> Answer {
     let mut conf = conf.clone();
     let bin = lab::tools().join("cni");
     let program = match who {
         Ours => {
+            conf = with(conf, pair.ours.clone());
             conf["type"] = json!("plat");
             env!("CARGO_BIN_EXE_plat").into()
         }
         Reference => {
-            conf["type"] = json!("bridge");
+            conf["type"] = json!(pair.reference);
             if conf["ipam"]["subnet"].is_string() || conf["ipam"]["ranges"].is_array() {
                 conf["ipam"]["type"] = json!("host-local");
                 conf["ipam"]["dataDir"] = json!("/run/host-local");
             }
-            bin.join("bridge")
+            bin.join(pair.reference)
         }
     };
     // As libcni does: a namespace that is gone has no path.
@@ -599,14 +726,15 @@ fn normalise(lines: BTreeSet<String>, host_ends: &[(String, String)]) -> BTreeSe
 }
 
 /// Runs all cases, several at a time, and returns what was not meant.
-fn compare(differences: &[Difference]) -> Vec<String> {
-    let cases = cases();
+fn compare(pair: &Pair) -> Vec<String> {
+    let cases = &pair.cases;
+    let differences: Vec<&Difference> = COMMON.iter().chain(pair.differences).collect();
     let (next, seen) =
         (AtomicUsize::new(0), Mutex::new((BTreeSet::new(), BTreeMap::<String, Vec<&str>>::new())));
     let worker = || {
         while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
             // A thread each, as a thread has one laboratory.
-            let of = |who| std::thread::scope(|scope| scope.spawn(|| run(who, case)).join());
+            let of = |who| std::thread::scope(|scope| scope.spawn(|| run(pair, who, case)).join());
             let (Ok(reference), Ok(ours)) = (of(Reference), of(Ours)) else { panic!("case {}", case.name) };
             let alone = reference.difference(&ours).map(|line| (Reference, line));
             for (who, line) in alone.chain(ours.difference(&reference).map(|line| (Ours, line))) {
@@ -640,7 +768,15 @@ impl Only {
 
 #[test]
 fn ours_does_what_bridge_and_host_local_do_but_for_what_is_listed() {
-    let unmeant = compare(BRIDGE);
+    let cases = bridge_cases();
+    let unmeant = compare(&Pair { reference: "bridge", ours: json!({}), differences: BRIDGE, cases });
+    assert!(unmeant.is_empty(), "{} lines:\n{}", unmeant.len(), unmeant.join("\n"));
+}
+
+#[test]
+fn ours_routed_does_what_ptp_and_host_local_do_but_for_what_is_listed() {
+    let (ours, cases) = (json!({"datapath": "routed"}), routed_cases());
+    let unmeant = compare(&Pair { reference: "ptp", ours, differences: ROUTED, cases });
     assert!(unmeant.is_empty(), "{} lines:\n{}", unmeant.len(), unmeant.join("\n"));
 }
 
@@ -649,7 +785,7 @@ fn each_difference_is_explained_in_the_documentation() {
     let document = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cni.md")).unwrap();
     let section = document.split("## Different from the reference").nth(1).unwrap();
     let section = section.split("\n## ").next().unwrap();
-    for difference in BRIDGE {
+    for difference in COMMON.iter().chain(BRIDGE).chain(ROUTED) {
         assert!(section.contains(&format!("| {} |", difference.name)), "no row for {:?}", difference.name);
     }
 }
