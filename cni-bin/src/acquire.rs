@@ -249,6 +249,7 @@ pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Erro
         let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
         pods::settle(&held.lease, &leases, &mut || store.proven())?;
     }
+    hostports::forget_strays([&held.lease]);
     // Only now, behind the rule that guards the loopback.
     if let Some(switch) = hostports::loopback_switch(&held.lease, device) {
         Sysctls::default().ensure(&switch, "1")?;

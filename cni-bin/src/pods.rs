@@ -193,12 +193,8 @@ pub fn add(lease: &Lease) -> Result<Added, Error> {
     }
     let mut batch = Batch::new();
     add_pieces(&mut batch, &pieces);
-    let mut socket = Socket::open(Protocol::Netfilter)?;
-    match batch.send(&mut socket) {
-        Ok(()) => {
-            hostports::forget_strays(&mut socket, &[lease]);
-            Ok(Added::Done)
-        }
+    match batch.send(&mut Socket::open(Protocol::Netfilter)?) {
+        Ok(()) => Ok(Added::Done),
         Err(error) => match error.errno() {
             Some(Errno::NOENT | Errno::EXIST | Errno::BUSY) => Ok(Added::Unsettled),
             _ => Err(error.into()),
@@ -238,36 +234,47 @@ fn is_same(a: &Lease, b: &Lease) -> bool {
     key(a) == key(b)
 }
 
-/// An element that is there belongs to the lease that it is made of, also to one of another store, of which
-/// the kernel tells. Where nothing is there (after a flush), the elder lease goes first. What is there and of
-/// no lease was left behind by someone who was killed.
 fn refuse_taken(lease: &Lease, others: &[&Lease], proof: &mut Proof<'_>) -> Result<(), Error> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
     for part in &PARTS {
-        for piece in part.of(lease) {
-            let there = nft::find(&mut socket, &piece.set, &piece.elements)?;
-            for element in &piece.elements {
-                let found = there.iter().find(|other| other.key_bytes() == element.key_bytes());
+        for Piece { set, elements } in part.of(lease) {
+            let there = nft::find(&mut socket, &set, &elements)?;
+            for element in &elements {
+                let found = there.iter().find(|found| found.key_bytes() == element.key_bytes());
                 let holder = match found {
                     Some(found) if found == element => None,
-                    Some(found) => match others.iter().find(|other| has(part, other, &piece.set, found)) {
-                        Some(holder) => Some((*holder).clone()),
-                        None => proof()?.into_iter().find(|other| has(part, other, &piece.set, found)),
-                    },
-                    None => others
-                        .iter()
-                        .find(|other| rank(other) < rank(lease) && wants(part, other, &piece.set, element))
-                        .map(|holder| (*holder).clone()),
+                    Some(found) => holder(part, &set, found, others, proof)?,
+                    None => elder(part, &set, element, lease, others),
                 };
-                if let Some(holder) = holder {
-                    let key = piece.set.key_text(element).replace(" . ", " ");
-                    let Lease { container_id, ifname, .. } = holder;
+                if let Some(Lease { container_id, ifname, .. }) = holder {
+                    let key = set.key_text(element).replace(" . ", " ");
                     return Err(Error::Taken { what: format!("{} {key}", part.noun), container_id, ifname });
                 }
             }
         }
     }
     Ok(())
+}
+
+/// Whose element that is: of the lease that it is made of, also of one in another store, of which the kernel
+/// tells. One that is of no lease was left behind by someone who was killed.
+fn holder(
+    part: &Part,
+    set: &Set,
+    found: &Element,
+    others: &[&Lease],
+    proof: &mut Proof<'_>,
+) -> Result<Option<Lease>, Error> {
+    if let Some(holder) = others.iter().find(|other| has(part, other, set, found)) {
+        return Ok(Some((*holder).clone()));
+    }
+    Ok(proof()?.into_iter().find(|other| has(part, other, set, found)))
+}
+
+/// Where nothing is there (after a flush), the lease that goes first, if another one wants the same.
+fn elder(part: &Part, set: &Set, element: &Element, lease: &Lease, others: &[&Lease]) -> Option<Lease> {
+    let before = |other: &&&Lease| rank(other) < rank(lease) && wants(part, other, set, element);
+    others.iter().find(before).map(|elder| (*elder).clone())
 }
 
 fn has(part: &Part, lease: &Lease, set: &Set, element: &Element) -> bool {
@@ -293,6 +300,14 @@ fn rank(lease: &Lease) -> (bool, Since) {
 #[derive(Default)]
 pub struct Remover {
     socket: Option<Socket>,
+    removed: Vec<Lease>,
+}
+
+/// Only now, as it takes its time: UDP clients of pods that are gone are to find the next one.
+impl Drop for Remover {
+    fn drop(&mut self) {
+        self.removed.iter().for_each(hostports::forget_flows_of);
+    }
 }
 
 impl Remover {
@@ -326,7 +341,7 @@ impl Remover {
             Err(error) if error.errno() == Some(Errno::NOENT) => remove_each(socket, &pieces)?,
             result => result?,
         }
-        hostports::forget_flows_of(socket, lease);
+        self.removed.push(lease.clone());
         Ok(())
     }
 }
@@ -387,6 +402,32 @@ pub struct Restored {
 /// What leases want to be in one set: for each key the elements with it, those of the first rank first.
 type Wanted = BTreeMap<Vec<u8>, Vec<Element>>;
 
+/// What is to change in one set.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Difference {
+    /// Has a value that no lease wants.
+    wrong: Vec<Element>,
+    /// Is wanted and not there.
+    missing: Vec<Element>,
+    /// Has a key that no lease wants.
+    orphans: Vec<Element>,
+}
+
+/// Compares a set with what leases want in it. Of two that want the same key the one that has it keeps it. Pure.
+fn compare(there: Vec<Element>, wanted: &Wanted) -> Difference {
+    let (mut kept, mut difference) = (HashSet::new(), Difference::default());
+    for element in there {
+        match wanted.get(element.key_bytes()) {
+            Some(wanted) if wanted.contains(&element) => _ = kept.insert(element.key_bytes().to_vec()),
+            Some(_) => difference.wrong.push(element),
+            None => difference.orphans.push(element),
+        }
+    }
+    let missing = wanted.iter().filter(|(key, _)| !kept.contains(*key));
+    difference.missing = missing.filter_map(|(_, elements)| elements.first().cloned()).collect();
+    difference
+}
+
 /// Brings the pods' tables to what the leases say: what is missing is written, what is right is left alone.
 /// To be called with the lease store locked, and with all of its leases.
 pub fn restore<'a>(
@@ -402,46 +443,17 @@ pub fn restore<'a>(
         restored.put_back.push(lost);
         scaffold.write(&mut batch);
     }
-    let wanted = wanted(&leases);
-    let nothing = Wanted::new();
-    let mut proven = None;
+    let (wanted, nothing) = (wanted(&leases), Wanted::new());
     // Also the sets in which no lease has anything: what is there belongs to nobody.
     for set in PARTS.iter().flat_map(|part| (part.scaffold)(&[]).sets) {
         let wanted = wanted.get(&set.to_string()).unwrap_or(&nothing);
-        let there = nft::contents(&mut socket, &set)?;
-        let (mut kept, mut wrong) = (HashSet::new(), Vec::new());
-        for element in there {
-            match wanted.get(element.key_bytes()) {
-                Some(candidates) if candidates.contains(&element) => {
-                    _ = kept.insert(element.key_bytes().to_vec())
-                }
-                Some(_) => wrong.push(element),
-                None => {
-                    if let Orphans::Sweep(proof) = &mut orphans {
-                        if proven.is_none() {
-                            proven =
-                                Some(self::wanted(&elsewhere(proof()?, &leases).iter().collect::<Vec<_>>()));
-                        }
-                        let of_other_store = |keys: &Wanted| keys.contains_key(element.key_bytes());
-                        if !proven
-                            .as_ref()
-                            .and_then(|all| all.get(&set.to_string()))
-                            .is_some_and(of_other_store)
-                        {
-                            restored.orphans += 1;
-                            wrong.push(element);
-                        }
-                    }
-                }
-            }
-        }
-        let missing: Vec<Element> = wanted
-            .iter()
-            .filter(|(key, _)| !kept.contains(*key))
-            .filter_map(|(_, c)| c.first().cloned())
-            .collect();
+        let Difference { wrong, missing, orphans: strays } =
+            compare(nft::contents(&mut socket, &set)?, wanted);
+        let swept = orphans.without_owner(strays, &set, &leases)?;
         batch.delete_elements(&set, &wrong);
+        batch.delete_elements(&set, &swept);
         batch.add_elements(&set, &missing);
+        restored.orphans += swept.len();
         if !missing.is_empty() {
             restored.put_back.push(format!("{} of {set}", elements(missing.len())));
         }
@@ -450,10 +462,26 @@ pub fn restore<'a>(
         // Something of another shape stands under one of our names: all is written anew.
         rewrite(&mut socket, &scaffold, &wanted)?;
     }
-    if !restored.put_back.is_empty() {
-        hostports::forget_strays(&mut socket, &leases);
-    }
     Ok(restored)
+}
+
+impl Orphans<'_> {
+    /// Which of these are to go.
+    fn without_owner(
+        &mut self,
+        strays: Vec<Element>,
+        set: &Set,
+        leases: &[&Lease],
+    ) -> Result<Vec<Element>, netlink::Error> {
+        let Orphans::Sweep(proof) = self else { return Ok(Vec::new()) };
+        if strays.is_empty() {
+            return Ok(strays);
+        }
+        let elsewhere = elsewhere(proof()?, leases);
+        let living =
+            wanted(&elsewhere.iter().collect::<Vec<_>>()).remove(&set.to_string()).unwrap_or_default();
+        Ok(strays.into_iter().filter(|element| !living.contains_key(element.key_bytes())).collect())
+    }
 }
 
 fn elements(count: usize) -> String {
@@ -518,5 +546,46 @@ impl Known {
             leased.masquerade = self.masqueraded.contains(&leased.address);
         }
         lease.host_ports = hostports::of_pod(&lease.addresses, &self.host_ports);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn element(key: u8, value: u8) -> Element {
+        Element::key(&[&[key]]).value(&[&[value]])
+    }
+
+    #[test]
+    fn what_is_right_stays_and_all_else_is_told_apart() {
+        let wanted = |pairs: &[(u8, &[u8])]| -> Wanted {
+            pairs
+                .iter()
+                .map(|(key, values)| (vec![*key], values.iter().map(|v| element(*key, *v)).collect()))
+                .collect()
+        };
+        let there = vec![element(1, 1), element(2, 9), element(4, 1), element(5, 2)];
+        let difference = compare(there, &wanted(&[(1, &[1]), (2, &[1]), (3, &[1]), (5, &[1, 2])]));
+        assert_eq!(
+            difference,
+            Difference {
+                wrong: vec![element(2, 9)],
+                missing: vec![element(2, 1), element(3, 1)],
+                orphans: vec![element(4, 1)],
+            }
+        );
+        assert_eq!(compare(vec![], &wanted(&[(5, &[1, 2])])).missing, [element(5, 1)], "the first in rank");
+    }
+
+    #[test]
+    fn a_connected_pod_goes_before_one_that_is_not_and_then_the_elder() {
+        let lease = |index: u32, boot_ms: u64| {
+            let mut lease = Lease { since: Since { boot_ms, unix_seconds: 0 }, ..Lease::default() };
+            lease.veth.index = index;
+            lease
+        };
+        assert!(rank(&lease(7, 200)) < rank(&lease(0, 100)));
+        assert!(rank(&lease(7, 100)) < rank(&lease(8, 200)));
     }
 }

@@ -125,6 +125,9 @@ impl Leases {
         let leases: Vec<Lease> = locked.leases()?.into_iter().map(|held| held.lease).collect();
         let restored = pods::restore(&leases, Orphans::Sweep(&mut || locked.proven()))?;
         drop(locked);
+        if !restored.put_back.is_empty() {
+            hostports::forget_strays(&leases);
+        }
         let loopback = hostports::loopback_switches(self.kernel.route(), &leases)?;
         Ok(PodRules { restored, loopback })
     }

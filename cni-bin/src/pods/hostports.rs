@@ -264,9 +264,10 @@ pub fn loopback_switches(route: &mut Socket, leases: &[Lease]) -> Result<BTreeSe
 
 /// Makes the kernel forget UDP flows to host ports of these leases that do not lead to their pods: the
 /// client sent before the port was open, or to a pod that is gone. Without this it would go on so until it
-/// pauses for half a minute or more.
-pub(super) fn forget_strays(socket: &mut Socket, leases: &[&Lease]) {
-    forget(socket, leases, |flows, ports| {
+/// pauses for half a minute or more. Costs nothing without a UDP port, and milliseconds with one: the kernel
+/// walks through its whole table of flows. So it is not for the time that the lease store is locked.
+pub fn forget_strays<'a>(leases: impl IntoIterator<Item = &'a Lease>) {
+    forget(leases, |flows, ports| {
         let astray: Vec<Flow> = flows.into_iter().filter(|flow| is_astray(flow, ports)).collect();
         if astray.is_empty() {
             return Ok(astray);
@@ -279,8 +280,9 @@ pub(super) fn forget_strays(socket: &mut Socket, leases: &[&Lease]) {
 }
 
 /// Makes the kernel forget the UDP flows that lead to a pod by its host ports.
-pub(super) fn forget_flows_of(socket: &mut Socket, lease: &Lease) {
-    forget(socket, &[lease], |flows, ports| {
+/// Costs as much as [`forget_strays`].
+pub fn forget_flows_of(lease: &Lease) {
+    forget([lease], |flows, ports| {
         Ok(flows.into_iter().filter(|flow| leads(flow, ports) == Some(flow.answers)).collect())
     });
 }
@@ -288,13 +290,13 @@ pub(super) fn forget_flows_of(socket: &mut Socket, lease: &Lease) {
 /// The pods' ends of UDP host ports.
 type UdpPorts = HashMap<(HostIp, u16), (IpAddr, u16)>;
 
-fn forget(
-    socket: &mut Socket,
-    leases: &[&Lease],
+fn forget<'a>(
+    leases: impl IntoIterator<Item = &'a Lease>,
     mut choose: impl FnMut(Vec<Flow>, &UdpPorts) -> Result<Vec<Flow>, Error>,
 ) {
+    let leases: Vec<&Lease> = leases.into_iter().filter(|lease| !lease.host_ports.is_empty()).collect();
     for family in Family::ALL {
-        let ports = udp_ports(leases, family);
+        let ports = udp_ports(&leases, family);
         let numbers: BTreeSet<u16> = ports.keys().map(|(_, number)| *number).collect();
         let filter = match numbers.first() {
             Some(only) if numbers.len() == 1 => Some(*only),
@@ -302,8 +304,9 @@ fn forget(
             None => continue,
         };
         let mut work = || {
-            let chosen = choose(conntrack::udp_flows(socket, family, filter)?, &ports)?;
-            conntrack::forget(socket, &chosen)
+            let mut socket = Socket::open(Protocol::Netfilter)?;
+            let chosen = choose(conntrack::udp_flows(&mut socket, family, filter)?, &ports)?;
+            conntrack::forget(&mut socket, &chosen)
         };
         // No reason to fail: they are forgotten when their clients pause. A kernel without ctnetlink has
         // no other way.

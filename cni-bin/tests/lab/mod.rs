@@ -369,7 +369,10 @@ pub fn restore() -> Restored {
     let mut locked = locked.unwrap();
     let leases = locked.leases().unwrap();
     let mut proof = || locked.proven();
-    pods::restore(leases.iter().map(|held| &held.lease), Orphans::Sweep(&mut proof)).unwrap()
+    let restored = pods::restore(leases.iter().map(|held| &held.lease), Orphans::Sweep(&mut proof)).unwrap();
+    drop(locked);
+    pods::hostports::forget_strays(leases.iter().map(|held| &held.lease));
+    restored
 }
 
 /// Elements of all sets and maps of the pods' tables, as `set: [elements]`.
