@@ -243,6 +243,36 @@ fn from_everywhere_a_port_of_the_node_leads_to_the_pod_and_the_source_stays_wher
 }
 
 #[test]
+fn without_a_bridge_a_port_leads_to_the_pod_all_the_same() {
+    surroundings();
+    let routed = |ports: Value| with(cluster(ports), json!({"datapath": "routed", "hairpinMode": false}));
+    add("pod", &routed(json!([port("tcp", 8080, 80), port("udp", 8080, 80)])));
+    add("neighbour", &routed(Value::Null));
+    let _server = Server::in_pod("pod", 80);
+    for protocol in ["tcp", "udp"] {
+        for (from, to, source) in [
+            ("out", "192.0.2.1:8080", "192.0.2.2"),
+            ("out", "[2001:db8::1]:8080", "2001:db8::2"),
+            (NODE, "192.0.2.1:8080", "192.0.2.1"),
+            ("neighbour", "192.0.2.1:8080", "10.244.3.3"),
+            ("neighbour", "[2001:db8::1]:8080", "fd00:10:244:3::3"),
+        ] {
+            let answer = ask(protocol, from, to);
+            assert_eq!(answer, Some(format!("pod sees {source}")), "{protocol} from {from:?} to {to}");
+        }
+        // With one of the node's addresses, whichever it has.
+        for (from, to) in [(NODE, "127.0.0.1:8080"), ("pod", "192.0.2.1:8080"), ("pod", "[2001:db8::1]:8080")]
+        {
+            let answer = ask(protocol, from, to).unwrap_or_default();
+            assert!(answer.starts_with("pod sees "), "{protocol} from {from:?} to {to}: {answer}");
+            assert!(!answer.ends_with(" 10.244.3.2") && !answer.contains("127."), "{answer}");
+        }
+    }
+    assert_eq!(sh("sysctl -n net.ipv4.conf.all.route_localnet").trim(), "0", "on the pod's link alone");
+    assert_eq!(sh("ip -o link show type bridge"), "");
+}
+
+#[test]
 fn by_hand_pods_of_the_same_subnet_are_answered_and_others_seen_as_they_are() {
     surroundings();
     let conf = with(
