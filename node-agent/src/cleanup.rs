@@ -7,6 +7,8 @@
 use plat_cni::link;
 use plat_cni::netlink::{self, deleted};
 use plat_cni::nft::{self, Batch, Table, TableFamily};
+use plat_cni::sysctl as cni_sysctl;
+use plat_crds::alias;
 use plat_crds::names::{
     BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
 };
@@ -55,6 +57,7 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     let mut outcome = Outcome::default();
 
     outcome.note(CONFLIST_FILE, Folder::new(&place.cni_conf_dir).remove(CONFLIST_FILE));
+    outcome.each(close_loopback(&mut kernel, &place.bridge));
     outcome.each(remove_tables(&mut kernel));
     outcome.each(remove_admissions(&mut kernel, &place.bridge));
     outcome.each(remove_routes(&mut kernel));
@@ -75,6 +78,24 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     // Only an empty folder goes; a mount point stays, as it must.
     let _ = std::fs::remove_dir(&place.run_dir);
     Ok(outcome)
+}
+
+/// Host ports let 127.0.0.1 lead to pods; the rule that keeps pods out of the node's loopback goes with the
+/// tables, so this goes first.
+fn close_loopback(kernel: &mut Kernel, bridge: &str) -> Result<Vec<String>, String> {
+    let sysctls = cni_sysctl::Sysctls::at(kernel.sysctls.dir());
+    let links = link::links(&mut kernel.route, None).map_err(|error| error.to_string())?;
+    let ours = |link: &link::Link| {
+        link.name == bridge || link.alias.as_deref().is_some_and(|text| alias::parse(text).is_some())
+    };
+    let mut done = Vec::new();
+    for link in links.into_iter().filter(ours) {
+        let path = format!("ipv4/conf/{}/route_localnet", link.name);
+        if sysctls.ensure(&path, "0").map_err(|error| error.to_string())? {
+            done.push(format!("sysctl net/{path}"));
+        }
+    }
+    Ok(done)
 }
 
 fn remove_tables(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {

@@ -97,7 +97,9 @@ fn a_bridge_with_pods_stays_and_is_named_while_the_rest_goes() {
         let (node, _) = busy_node();
         run("ip link add veth1 type veth peer name pod1");
         run("ip link set veth1 master cni0");
+        set_sysctl("ipv4/conf/cni0/route_localnet", "1");
         let output = cleanup(&node);
+        assert_eq!(sysctl("ipv4/conf/cni0/route_localnet"), "0", "its guard went with the table");
         assert!(output.status.success());
         let log = String::from_utf8_lossy(&output.stderr);
         assert!(log.contains("bridge cni0 stays: 1 links hang on it"), "{log}");
