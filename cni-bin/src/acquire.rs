@@ -14,7 +14,7 @@ use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
 use crate::error::{Code, Error};
 use crate::mac::Mac;
 use crate::netns::Netns;
-use crate::pods::{self, Added, Remover, hostports};
+use crate::pods::{self, Added, Orphans, Remover, hostports};
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
 use crate::store::{Held, Locked, Survey};
@@ -126,29 +126,45 @@ fn reserve(
     netns: NetnsId,
     done: &mut Done,
 ) -> Result<(Held, Vec<Chosen>), Error> {
-    let mut lease = blank_lease(call, conf, netns, source.pool);
+    let lease = blank_lease(call, conf, netns, source.pool);
+    let complete = |lease: &mut Lease| {
+        lease.addresses.iter_mut().for_each(|leased| leased.masquerade = conf.bridge.ip_masq);
+        lease.guard = guard(conf, lease);
+        lease.host_ports = host_ports(conf, &lease.addresses)?;
+        Ok(())
+    };
+    let (held, chosen) = lease_from(&mut call.lock()?, lease, source, &conf.requested_ips, complete)?;
+    done.leased = Some(held.clone());
+    Ok((held, chosen))
+}
+
+/// Gives a lease addresses of that source, lets `complete` add what depends on them, and records it.
+pub fn lease_from(
+    store: &mut Locked<'_>,
+    mut lease: Lease,
+    source: &Source,
+    requested: &[IpAddr],
+    complete: impl FnOnce(&mut Lease) -> Result<(), Error>,
+) -> Result<(Held, Vec<Chosen>), Error> {
     let pool = lease.pool_id();
-    let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
     refuse_second(&survey, &lease)?;
     let sets = 0..u32::try_from(source.sets.len()).unwrap_or(u32::MAX);
     let cursors: Vec<Option<IpAddr>> = sets.map(|set| store.cursor(pool, set)).collect::<Result<_, _>>()?;
     let view = StoreView { survey: &survey, pool, cursors };
-    let chosen = pool::choose(source, &conf.requested_ips, &view)?;
+    let chosen = pool::choose(source, requested, &view)?;
     let leased = |c: &Chosen| LeasedAddress {
         address: c.address,
         subnet_length: c.range.subnet.prefix_len(),
-        masquerade: conf.bridge.ip_masq,
+        masquerade: false,
     };
     lease.addresses = chosen.iter().map(leased).collect();
-    lease.guard = guard(conf, &lease);
-    lease.host_ports = host_ports(conf, &lease.addresses)?;
+    complete(&mut lease)?;
     let slot = store.insert(&survey, &lease)?;
     for (set, picked) in (0..).zip(&chosen).filter(|(_, c)| !c.requested) {
         // A lost cursor costs only the order in which addresses come back; the lease stands.
         let _ = store.set_cursor(pool, set, picked.address);
     }
-    done.leased = Some(slot);
     Ok((Held { slot, lease }, chosen))
 }
 
@@ -159,8 +175,9 @@ fn record(call: &mut Call, conf: &Attachment, mut lease: Lease, done: &mut Done)
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
     refuse_second(&survey, &lease)?;
     let slot = store.insert(&survey, &lease)?;
-    done.leased = Some(slot);
-    Ok(Held { slot, lease })
+    let held = Held { slot, lease };
+    done.leased = Some(held.clone());
+    Ok(held)
 }
 
 /// The host ports asked for, if the pod has an address that each can lead to.
@@ -210,9 +227,8 @@ fn blank_lease(call: &Call, conf: &Attachment, netns: NetnsId, pool: Pool) -> Le
 /// Writes the pod's link into its lease, and makes sure that the lease still stands: someone may have
 /// removed the store while we worked, and the next one rebuilt it when our link was not there yet to prove
 /// our addresses. Whoever has them now keeps them.
-pub fn confirm(call: &mut Call, held: &Held) -> Result<(), Error> {
+pub fn confirm(store: &mut Locked<'_>, held: &Held) -> Result<(), Error> {
     let lease = held.lease.clone();
-    let mut store = call.lock()?;
     let found = store.find_at(held.slot, &lease.container_id, &lease.ifname)?;
     let as_written = |found: &Held| {
         let found = &found.lease;
@@ -238,8 +254,7 @@ pub fn confirm(call: &mut Call, held: &Held) -> Result<(), Error> {
 fn contradicts(ours: &Lease, other: &Lease) -> bool {
     let same_container = (&ours.container_id, &ours.ifname) == (&other.container_id, &other.ifname);
     let same_pool = ours.pool_id() == other.pool_id() || other.pool_id() == PoolId::UNKNOWN;
-    let shared = ours.addresses.iter().any(|a| other.addresses.iter().any(|b| a.address == b.address));
-    !same_container && same_pool && shared && ours.pool != Pool::Delegated
+    !same_container && same_pool && share_address(ours, other) && ours.pool != Pool::Delegated
 }
 
 /// Writes what the pod, which is behind that device of the host, has in nftables.
@@ -247,7 +262,7 @@ pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Erro
     if pods::add(&held.lease)? == Added::Unsettled {
         let mut store = call.lock()?;
         let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
-        pods::settle(&held.lease, &leases, &mut || store.proven())?;
+        pods::settle(&held.lease, &leases, &mut || store.kernel().held())?;
     }
     hostports::forget_strays([&held.lease]);
     // Only now, behind the rule that guards the loopback.
@@ -257,15 +272,38 @@ pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Erro
     Ok(())
 }
 
-/// Ends the container's lease, which was last seen in that slot, and what the pod has in nftables. One that
-/// does not exist, or a store that does not, is fine.
-pub fn release(call: &mut Call, slot: u32, rules: &mut Remover) -> Result<(), Error> {
-    let container = call.container.clone();
-    let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
-    match store.find_at(slot, &container.id, &container.ifname)? {
-        Some(held) => Ok(end(&mut store, &held, rules)?),
-        None => Ok(()),
+/// Ends a lease, which was last seen in that slot, and what the pod has in nftables. One that does not stand
+/// any more, or a store that does not exist, is fine.
+pub fn release(call: &mut Call, held: &Held, rules: &mut Remover) -> Result<(), Error> {
+    let Some(mut store) = call.lock_existing_store()? else { return Ok(rules.remove(&held.lease)?) };
+    let Held { slot, lease } = held;
+    match store.find_at(*slot, &lease.container_id, &lease.ifname)? {
+        Some(found) => Ok(end(&mut store, &Held { slot: found.slot, lease: lease.clone() }, rules)?),
+        None => forget(&mut store, lease, rules),
     }
+}
+
+/// Takes away what a pod has in nftables that has no lease. Someone else may have its address by now, and
+/// keeps what speaks of it.
+fn forget(store: &mut Locked<'_>, lease: &Lease, rules: &mut Remover) -> Result<(), Error> {
+    rules.remove(lease)?;
+    let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
+    if leases.iter().any(|other| share_address(lease, other)) {
+        pods::restore(leases.iter(), Orphans::Leave)?;
+    }
+    Ok(())
+}
+
+/// The same for what the kernel proved where no lease was found.
+pub fn forget_unrecorded(call: &mut Call, lease: &Lease, rules: &mut Remover) -> Result<(), Error> {
+    match call.lock_existing_store()? {
+        Some(mut store) => forget(&mut store, lease, rules),
+        None => Ok(rules.remove(lease)?),
+    }
+}
+
+fn share_address(a: &Lease, b: &Lease) -> bool {
+    a.addresses.iter().any(|a| b.addresses.iter().any(|b| a.address == b.address))
 }
 
 /// Why a lease could not be ended.

@@ -16,6 +16,7 @@ use crate::fail;
 use crate::netns::Netns;
 use crate::pods::Remover;
 use crate::reply::{self, Interface, Ip, Reply};
+use crate::store::Held;
 use crate::{delegate, link, netlink};
 
 /// What an ADD has done so far.
@@ -23,8 +24,8 @@ use crate::{delegate, link, netlink};
 pub struct Done {
     /// The delegated IPAM plugin was asked.
     pub delegated: Option<String>,
-    /// A lease stands in the store, in that slot.
-    pub leased: Option<u32>,
+    /// A lease stands in the store.
+    pub leased: Option<Held>,
     /// The pod's link exists: number and name on the host.
     pub link: Option<(u32, String)>,
 }
@@ -44,12 +45,13 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     let attached = attach::attach(call, &conf, &given, &netns, done)?;
     fail::point("attached")?;
     given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
+    done.leased = Some(given.held.clone());
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
     acquire::open_rules(call, &given.held, attached.towards_pod())?;
     fail::point("rules")?;
     let mut pod = attach::raise(call, &conf, &given, &netns, &attached)?;
     fail::point("raised")?;
-    acquire::confirm(call, &given.held)?;
+    acquire::confirm(&mut call.lock()?, &given.held)?;
     attach::await_use(call, &conf, &given, &attached, &mut pod)?;
     fail::point("confirm")?;
     describe(call, conf, given, &attached).render(call.network.version)
@@ -120,8 +122,8 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
         link_is_gone = false;
         left.push(error.to_string());
     }
-    if let Some(slot) = done.leased.filter(|_| link_is_gone)
-        && let Err(error) = acquire::release(call, slot, &mut Remover::default())
+    if let Some(held) = done.leased.filter(|_| link_is_gone)
+        && let Err(error) = acquire::release(call, &held, &mut Remover::default())
     {
         left.push(error.to_string());
     }

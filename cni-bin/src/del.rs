@@ -40,8 +40,8 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     fail::point("del-link")?;
     // Only now: an address must not be handed out while a link still has it.
     match looked_up? {
-        Some(held) => acquire::release(call, held.slot, &mut rules)?,
-        None => proven.map_or(Ok(()), |lease| rules.remove(&lease))?,
+        Some(held) => acquire::release(call, &held, &mut rules)?,
+        None => proven.map_or(Ok(()), |lease| acquire::forget_unrecorded(call, &lease, &mut rules))?,
     }
     fail::point("del-lease")?;
     if let Some(plugin) = delegate_of(call) {

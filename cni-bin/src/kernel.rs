@@ -53,6 +53,10 @@ impl Kernel for HostKernel {
             }
         }
     }
+
+    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
+        link::links(&mut self.route, Some("veth"))
+    }
 }
 
 fn held_now(socket: &mut Socket, known: &Known) -> Result<Vec<Lease>, netlink::Error> {

@@ -17,7 +17,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use plat_crds::lease::{
     CURSOR_SIZE, CURSORS, ENTRY_SIZE, EncodeError, Entry, HEADER_SIZE, Header, HeaderError, Lease, MAX_SLOTS,
@@ -28,18 +28,25 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::boot::BootId;
+use crate::link::Link;
 use crate::netlink;
 
 /// How many entries are read at once.
 const CHUNK: u32 = 1024;
 /// The store's file may be replaced while we wait for its lock; so often it is opened again.
 const OPEN_TRIES: u32 = 10;
+/// Who waits this long queues for the lock. Who waits shorter looks again and again: a queue is left by
+/// leaving a thread behind, and the agent, which lives long and waits shortly, would gather them.
+const QUEUED: Duration = Duration::from_secs(1);
+/// How often to look.
+const PAUSE: Duration = Duration::from_millis(2);
 
-/// What the kernel knows about leases.
+/// The kernel, as far as leases need it.
 pub trait Kernel {
-    /// The leases that the kernel proves: one for each host veth with our alias, with the addresses behind
-    /// it.
+    /// The leases that the kernel proves: one for each host veth with our alias.
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error>;
+    /// All host veths.
+    fn links(&mut self) -> Result<Vec<Link>, netlink::Error>;
 }
 
 /// Why the store cannot be used.
@@ -167,9 +174,11 @@ impl Store {
     }
 
     fn open_locked(&self, wait: Duration, missing: Missing) -> Result<Option<File>, Error> {
+        let deadline = Instant::now() + wait;
         for _ in 0..OPEN_TRIES {
             let Some(file) = self.open(missing)? else { return Ok(None) };
-            let file = lock_file(file, wait).map_err(|e| self.io("lock", e))?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let file = lock_file(file, left).map_err(|e| self.io("lock", e))?;
             let Some(file) = file else { return Err(Error::Busy { path: self.path.clone(), waited: wait }) };
             // While we waited, someone may have removed or replaced the file that we opened.
             let opened = file.metadata().map_err(|e| self.io("look at", e))?;
@@ -210,15 +219,28 @@ impl Store {
     }
 }
 
-/// Takes the lock; `None` if it cannot be had in time. The wait is the kernel's own queue, so it is fair,
-/// in a thread of its own, as a blocking `flock` knows no deadline. A thread that is left waiting gives
-/// the lock back as soon as it gets it.
+/// Takes the lock; `None` if it cannot be had in time.
 fn lock_file(file: File, wait: Duration) -> io::Result<Option<File>> {
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => return Ok(Some(file)),
-        Err(Errno::WOULDBLOCK) => {}
-        Err(error) => return Err(error.into()),
+    let deadline = Instant::now() + wait;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        if wait >= QUEUED {
+            return queue_for(file, wait);
+        }
+        std::thread::sleep(PAUSE);
     }
+}
+
+/// Waits in the kernel's own queue, which is fair, in a thread of its own, as a blocking `flock` knows no
+/// deadline. A thread that is left waiting gives the lock back as soon as it gets it.
+fn queue_for(file: File, wait: Duration) -> io::Result<Option<File>> {
     let (sender, receiver) = mpsc::sync_channel(0);
     std::thread::Builder::new().name("lease-lock".to_owned()).spawn(move || {
         let locked = loop {
@@ -371,9 +393,9 @@ impl Locked<'_> {
         self.repaired
     }
 
-    /// The leases that the kernel proves, of whichever store.
-    pub fn proven(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        self.kernel.held()
+    /// The kernel that the store was opened with.
+    pub fn kernel(&mut self) -> &mut dyn Kernel {
+        self.kernel
     }
 
     /// Reads the header; rebuilds the store if it does not fit.

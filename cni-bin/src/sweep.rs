@@ -13,10 +13,10 @@ use plat_crds::lease::{Lease, Since};
 
 use crate::acquire::{self, EndError};
 use crate::boot::{BootId, boot_ms};
-use crate::kernel::HostKernel;
-use crate::link::{self, Link};
+use crate::link::Link;
+use crate::netlink;
 use crate::pods::Remover;
-use crate::store::{self, Missing, Store};
+use crate::store::{self, Kernel, Missing, Store};
 
 /// How long a lease's link must have been gone.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -39,7 +39,7 @@ pub enum Error {
     Store(#[from] store::Error),
     /// The kernel would not say which links there are, or keeps the rules of a pod.
     #[error(transparent)]
-    Netlink(#[from] crate::netlink::Error),
+    Netlink(#[from] netlink::Error),
 }
 
 impl From<EndError> for Error {
@@ -48,6 +48,13 @@ impl From<EndError> for Error {
             EndError::Store(error) => Error::Store(error),
             EndError::Rules(error) => Error::Netlink(error),
         }
+    }
+}
+
+impl Error {
+    /// Whether another process has the store's lock, which passes.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Error::Store(store::Error::Busy { .. }))
     }
 }
 
@@ -91,18 +98,19 @@ pub fn dead(leases: &[Lease], links: &[Link], seen: &Sightings, now_ms: u64) -> 
 pub struct Sweeper {
     store: Store,
     boot: BootId,
-    kernel: HostKernel,
+    missing: Missing,
+    kernel: Box<dyn Kernel + Send>,
     seen: Sightings,
 }
 
 impl Sweeper {
-    /// A sweeper of that store.
-    pub fn new(store: Store, boot: BootId, kernel: HostKernel) -> Sweeper {
-        Sweeper { store, boot, kernel, seen: Sightings::new() }
+    /// A sweeper of that store, which leaves or makes it where it is missing.
+    pub fn new(store: Store, boot: BootId, missing: Missing, kernel: Box<dyn Kernel + Send>) -> Sweeper {
+        Sweeper { store, boot, missing, kernel, seen: Sightings::new() }
     }
 
-    /// Looks at all leases and links, and ends the leases that are dead. `wait` bounds the wait for the
-    /// store's lock. A missing store has no leases, and stays missing.
+    /// Looks at all leases and links, and ends the leases that are dead. `wait` bounds each wait for the
+    /// store's lock.
     pub fn sweep(&mut self, wait: Duration) -> Result<Report, Error> {
         self.sweep_at(boot_ms(), wait)
     }
@@ -111,37 +119,62 @@ impl Sweeper {
     pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, Error> {
         let (leases, rebuilt) = self.read(wait)?;
         // Links are listed after the leases: a lease that is seen has had its link made, or will have.
-        let links = link::links(self.kernel.route(), Some("veth"))?;
-        let (dead, seen) = dead(&leases, &links, &self.seen, now_ms);
-        self.seen = seen;
-        let ended = self.end(dead, wait)?;
+        let links = self.kernel.links()?;
+        let (dead, suspected) = dead(&leases, &links, &self.seen, now_ms);
+        // One that cannot be ended now has been seen as often as it must, and goes with the next sweep.
+        let before = std::mem::replace(&mut self.seen, suspected);
+        let (mut ended, mut failed, mut rules) = (Vec::new(), None, Remover::default());
+        for lease in dead {
+            match self.end(&lease, &mut rules, wait) {
+                Ok(Ended::Now) => ended.push(lease),
+                Ok(Ended::Before) => {}
+                Err(error) => {
+                    self.seen.extend(before.get_key_value(&key(&lease)).map(|(key, at)| (key.clone(), *at)));
+                    failed = Some(error);
+                }
+            }
+        }
+        match failed {
+            // What was ended must be told; the failure will be again.
+            Some(error) if ended.is_empty() => return Err(error),
+            _ => {}
+        }
         let standing = leases.into_iter().filter(|l| !ended.iter().any(|e| key(e) == key(l))).collect();
         Ok(Report { leases: standing, ended, suspected: self.seen.len(), rebuilt })
     }
 
+    /// The leases that the kernel proves, for a time when the store cannot be read.
+    pub fn proven(&mut self) -> Result<Vec<Lease>, netlink::Error> {
+        self.kernel.held()
+    }
+
     fn read(&mut self, wait: Duration) -> Result<(Vec<Lease>, Option<&'static str>), store::Error> {
-        let Some(mut locked) = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)? else {
-            return Ok((Vec::new(), None));
-        };
+        let locked = self.store.lock(&self.boot, wait, self.missing, self.kernel.as_mut())?;
+        let Some(mut locked) = locked else { return Ok((Vec::new(), None)) };
         let leases = locked.leases()?.into_iter().map(|held| held.lease).collect();
         Ok((leases, locked.repaired()))
     }
 
-    fn end(&mut self, dead: Vec<Lease>, wait: Duration) -> Result<Vec<Lease>, Error> {
-        let (mut ended, mut rules) = (Vec::new(), Remover::default());
-        for lease in dead {
-            let locked = self.store.lock(&self.boot, wait, Missing::Leave, &mut self.kernel)?;
-            let Some(mut locked) = locked else { break };
-            match locked.find(&lease.container_id, &lease.ifname)? {
-                Some(held) if held.lease.since == lease.since => {
-                    acquire::end(&mut locked, &held, &mut rules)?;
-                    ended.push(lease);
-                }
-                _ => {}
+    fn end(&mut self, lease: &Lease, rules: &mut Remover, wait: Duration) -> Result<Ended, Error> {
+        let locked = self.store.lock(&self.boot, wait, Missing::Leave, self.kernel.as_mut())?;
+        let Some(mut locked) = locked else { return Ok(Ended::Before) };
+        match locked.find(&lease.container_id, &lease.ifname)? {
+            // One that began since is another.
+            Some(held) if held.lease.since == lease.since => {
+                acquire::end(&mut locked, &held, rules)?;
+                Ok(Ended::Now)
             }
+            _ => Ok(Ended::Before),
         }
-        Ok(ended)
     }
+}
+
+/// When a lease came to its end.
+enum Ended {
+    /// By this sweep.
+    Now,
+    /// By a DEL meanwhile.
+    Before,
 }
 
 #[cfg(test)]

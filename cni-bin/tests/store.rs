@@ -14,7 +14,7 @@ use lab::{Plat, add, address, blocks, cluster_conf, hand_conf, netns, sh, with};
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{Protocol, Socket};
-use plat_cni::store::Store;
+use plat_cni::store::{Missing, Store};
 use plat_cni::sweep::Sweeper;
 use plat_crds::lease::{HEADER_SIZE, Header, entry_offset, record_offset};
 use serde_json::{Value, json};
@@ -216,7 +216,7 @@ fn plat_leases_prints_who_holds_what() {
 
 fn sweeper() -> Sweeper {
     let kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
-    Sweeper::new(Store::at(FILE.as_ref()), BootId::read().unwrap(), kernel)
+    Sweeper::new(Store::at(FILE.as_ref()), BootId::read().unwrap(), Missing::Leave, Box::new(kernel))
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use plat_cni::boot::BootId;
+use plat_cni::link::Link;
 use plat_cni::netlink;
 use plat_cni::store::{Error, Held, Kernel, Locked, Missing, Store};
 use plat_crds::lease::{
@@ -25,6 +26,10 @@ struct Fake(Vec<Lease>);
 impl Kernel for Fake {
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
         Ok(self.0.clone())
+    }
+
+    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
+        Ok(Vec::new())
     }
 }
 
@@ -240,6 +245,10 @@ fn a_kernel_that_does_not_answer_stops_everything_rather_than_losing_leases() {
     impl Kernel for Deaf {
         fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
             Err(netlink::Error::Interrupted { what: "list links".into() })
+        }
+
+        fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
+            Ok(Vec::new())
         }
     }
     let dir = tempfile::tempdir().unwrap();

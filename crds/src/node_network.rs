@@ -177,8 +177,10 @@ pub struct HeldBlockReport {
     /// The block.
     #[schemars(length(max = 43))]
     pub cidr: String,
-    /// Leased addresses.
-    pub used: i64,
+    /// Leased addresses. Absent if the agent cannot tell for now whether there are any: the block is then
+    /// not let go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<i64>,
     /// Addresses that pods can have.
     pub capacity: i64,
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
+use plat_cni::sweep;
 use plat_crds::node_network::{Incident, MAX_REPORTED};
 
 /// What was put back after somebody removed or changed it.
@@ -70,10 +71,15 @@ impl Repair {
     }
 }
 
-/// Incidents since the agent started, one entry per kind of repair: a flush of two thousand routes is one
-/// incident, not two thousand.
+/// Reason of the incident that leases were ended whose links are gone.
+pub const LEASES_ENDED: &str = "LeasesEnded";
+/// Reason of the incident that the lease store was rebuilt from the kernel.
+pub const LEASES_REBUILT: &str = "LeasesRebuilt";
+
+/// Incidents since the agent started, one entry per reason: a flush of two thousand routes is one incident,
+/// not two thousand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Incidents(BTreeMap<Repair, Incident>);
+pub struct Incidents(BTreeMap<&'static str, Incident>);
 
 /// Longest message that the API server takes.
 const MAX_MESSAGE: usize = 512;
@@ -82,29 +88,52 @@ impl Incidents {
     /// Adds that `what` was put back at `now`; `culprit` names who likely removed it.
     pub fn record(&mut self, repair: Repair, what: &[String], culprit: Option<&str>, now: Timestamp) {
         let Some(first) = what.first() else { return };
-        let more = what.len() - 1;
-        let mut message = first.clone();
-        if more > 0 {
-            message.push_str(&format!(" and {more} more"));
-        }
-        message.push_str(if more > 0 { " were put back" } else { " was put back" });
+        let (more, were) = and_more(what.len());
+        let mut message = format!("{first}{more} {were} put back");
         if let Some(culprit) = culprit {
             message.push_str(&format!("; likely changed by {culprit}"));
         }
-        let entry = self.0.entry(repair).or_insert_with(|| Incident {
+        self.note(repair.reason(), &message, what.len(), now);
+    }
+
+    /// Adds that leases, in words, were ended.
+    pub fn leases_ended(&mut self, leases: &[String], now: Timestamp) {
+        let Some(first) = leases.first() else { return };
+        let (more, were) = and_more(leases.len());
+        let message = format!(
+            "the lease of {first}{more} {were} ended: the link has been gone for {} s and the runtime's DEL never came",
+            sweep::PATIENCE.as_secs()
+        );
+        self.note(LEASES_ENDED, &message, leases.len(), now);
+    }
+
+    /// Adds that the lease store was rebuilt, and why each time.
+    pub fn leases_rebuilt(&mut self, reasons: &[String], now: Timestamp) {
+        let Some(last) = reasons.last() else { return };
+        let message = format!("the lease store was rebuilt from the kernel: {last}");
+        self.note(LEASES_REBUILT, &message, reasons.len(), now);
+    }
+
+    fn note(&mut self, reason: &'static str, message: &str, count: usize, now: Timestamp) {
+        let entry = self.0.entry(reason).or_insert_with(|| Incident {
             time: Time(now),
-            reason: repair.reason().to_owned(),
+            reason: reason.to_owned(),
             message: String::new(),
             count: 0,
         });
         entry.time = Time(now);
         entry.message = message.chars().take(MAX_MESSAGE).collect();
-        entry.count += i64::try_from(what.len()).unwrap_or(i64::MAX);
+        entry.count += i64::try_from(count).unwrap_or(i64::MAX);
     }
 
     /// How often something of that kind was put back.
     pub fn count(&self, repair: Repair) -> i64 {
-        self.0.get(&repair).map_or(0, |incident| incident.count)
+        self.count_of(repair.reason())
+    }
+
+    /// How often something happened for that reason.
+    pub fn count_of(&self, reason: &str) -> i64 {
+        self.0.get(reason).map_or(0, |incident| incident.count)
     }
 
     /// The list for the report, oldest first.
@@ -113,6 +142,14 @@ impl Incidents {
         list.sort_by_key(|incident| incident.time.0);
         list.truncate(MAX_REPORTED);
         list
+    }
+}
+
+/// How many more than the first there are, and the verb that fits.
+fn and_more(count: usize) -> (String, &'static str) {
+    match count.saturating_sub(1) {
+        0 => (String::new(), "was"),
+        more => (format!(" and {more} more"), "were"),
     }
 }
 
@@ -142,10 +179,31 @@ mod tests {
     }
 
     #[test]
+    fn ended_leases_are_named_and_counted() {
+        let mut incidents = Incidents::default();
+        let leases =
+            ["10.244.3.7 of container a (eth0)", "10.244.3.8 of container b (eth0)"].map(str::to_owned);
+        incidents.leases_ended(&leases, at(1));
+        incidents.leases_ended(&[], at(2));
+        incidents.leases_rebuilt(&["its header cannot be read; it has 3 leases".to_owned()], at(3));
+        let list = incidents.list();
+        assert_eq!((list[0].reason.as_str(), list[0].count, list[0].time.0), (LEASES_ENDED, 2, at(1)));
+        assert!(
+            list[0]
+                .message
+                .starts_with("the lease of 10.244.3.7 of container a (eth0) and 1 more were ended")
+        );
+        assert_eq!(
+            list[1].message,
+            "the lease store was rebuilt from the kernel: its header cannot be read; it has 3 leases"
+        );
+    }
+
+    #[test]
     fn reasons_and_labels_are_distinct_and_fit_the_report() {
         let reasons: std::collections::BTreeSet<_> = Repair::ALL.map(Repair::reason).into();
         let labels: std::collections::BTreeSet<_> = Repair::ALL.map(Repair::label).into();
         assert_eq!((reasons.len(), labels.len()), (Repair::ALL.len(), Repair::ALL.len()));
-        assert!(Repair::ALL.len() <= MAX_REPORTED);
+        assert!(Repair::ALL.len() + 2 <= MAX_REPORTED, "with those of leases");
     }
 }

@@ -13,7 +13,7 @@ use plat_cni::netlink::{self, Protocol, Socket};
 use plat_cni::pods::{self, Orphans, Restored, hostports};
 use plat_cni::store::{Missing, Store};
 use plat_cni::sweep::{self, Sweeper};
-use plat_crds::block::Block;
+use plat_crds::block::{Block, Family};
 use plat_crds::lease::{Lease, Pool};
 use plat_crds::names::LEASES_FILE;
 
@@ -25,37 +25,74 @@ const COUNT_EVERY: Duration = Duration::from_secs(2);
 /// Leased addresses, as last read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    leased: Vec<(IpAddr, Option<Block>)>,
+    leased: Vec<(IpAddr, Origin)>,
+    certainty: Certainty,
+}
+
+/// Which block an address is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// That one.
+    Block(Block),
+    /// Not known: the lease was rebuilt from a link without room for it.
+    Unknown,
+}
+
+/// Whether more leases may stand than were read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Certainty {
+    /// The store was not read yet, or could not be read since.
+    #[default]
+    Outdated,
+    /// The store was read.
+    Counted,
 }
 
 impl Usage {
-    /// Of the leases of the node's own blocks. One that was rebuilt from the kernel does not know where it
-    /// is from, and counts wherever its address lies.
+    /// Of the leases of the node's own blocks, as the store has them.
     pub fn of<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Usage {
         let mut leased = Vec::new();
         for lease in leases {
             for address in &lease.addresses {
-                match lease.pool {
-                    Pool::Blocks => {
-                        leased.push((address.address, Block::of(address.address, address.subnet_length)))
-                    }
-                    Pool::Unknown => leased.push((address.address, None)),
-                    Pool::Ranges | Pool::Delegated => {}
-                }
+                let origin = match lease.pool {
+                    Pool::Blocks => Block::of(address.address, address.subnet_length).map(Origin::Block),
+                    Pool::Unknown => Some(Origin::Unknown),
+                    Pool::Ranges | Pool::Delegated => None,
+                };
+                leased.extend(origin.map(|origin| (address.address, origin)));
             }
         }
-        Usage { leased }
+        Usage { leased, certainty: Certainty::Counted }
     }
 
-    /// Number of leased addresses in a block.
-    pub fn used(&self, block: &Block) -> i64 {
+    /// The same, no longer trusted to be all.
+    pub fn outdated(self) -> Usage {
+        Usage { certainty: Certainty::Outdated, ..self }
+    }
+
+    /// Number of leased addresses in a block. `None` if there is none that is known of, and there may be
+    /// all the same: blocks are let go by this number.
+    pub fn used(&self, block: &Block) -> Option<i64> {
         let count = self.leased.iter().filter(|(address, _)| block.contains(address)).count();
-        i64::try_from(count).unwrap_or(i64::MAX)
+        match self.certainty {
+            Certainty::Outdated if count == 0 => None,
+            _ => Some(i64::try_from(count).unwrap_or(i64::MAX)),
+        }
     }
 
-    /// Blocks that are known to have leases.
-    pub fn blocks(&self) -> BTreeSet<Block> {
-        self.leased.iter().filter_map(|(_, block)| *block).collect()
+    /// Blocks that have leases. An address of unknown origin that lies in one of `ranges` is taken to be
+    /// from a block of the usual size.
+    pub fn blocks(&self, ranges: impl IntoIterator<Item = Block>) -> BTreeSet<Block> {
+        let ranges: Vec<Block> = ranges.into_iter().collect();
+        let block = |(address, origin): &(IpAddr, Origin)| match origin {
+            Origin::Block(block) => Some(*block),
+            Origin::Unknown => ranges
+                .iter()
+                .any(|range| range.contains(address))
+                .then(|| Block::of(*address, Family::of(address).default_block_prefix()))
+                .flatten(),
+        };
+        self.leased.iter().filter_map(block).collect()
     }
 }
 
@@ -68,6 +105,17 @@ pub struct PodRules {
     pub loopback: BTreeSet<String>,
 }
 
+/// What a sweep found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Leased addresses.
+    pub usage: Usage,
+    /// Leases that were ended, in words.
+    pub ended: Vec<String>,
+    /// Why the store was rebuilt, each time that it was and there was something to rebuild, in words.
+    pub rebuilt: Vec<String>,
+}
+
 /// The agent's end of the lease store.
 pub struct Leases {
     store: Store,
@@ -75,13 +123,16 @@ pub struct Leases {
     kernel: HostKernel,
     sweeper: Sweeper,
     counted: Option<Counted>,
+    /// Why the store was rebuilt since the last count.
+    rebuilt: Option<&'static str>,
 }
 
 /// The last count: when it was, and of which state of the store.
 #[derive(Clone, Copy)]
 struct Counted {
     at: Duration,
-    written: Option<SystemTime>,
+    /// When the store had been written; `None` if it was not there, or could not be read.
+    of: Option<SystemTime>,
 }
 
 /// Whether the leases should be counted again.
@@ -100,14 +151,15 @@ impl Leases {
     pub fn open(run: &Path, boot: BootId) -> Result<Leases, netlink::Error> {
         let kernel = || Socket::open(Protocol::Route).map(HostKernel::new);
         let store = Store::at(&run.join(LEASES_FILE));
-        let sweeper = Sweeper::new(store.clone(), boot.clone(), kernel()?);
-        Ok(Leases { store, boot, kernel: kernel()?, sweeper, counted: None })
+        // One that is missing is made from what the kernel holds: somebody removed it, or no pod ever was.
+        let sweeper = Sweeper::new(store.clone(), boot.clone(), Missing::Create, Box::new(kernel()?));
+        Ok(Leases { store, boot, kernel: kernel()?, sweeper, counted: None, rebuilt: None })
     }
 
     /// Whether to [`Leases::sweep`] again at `now`, because pods came or went.
     pub fn count(&self, now: Duration) -> Count {
         match self.counted {
-            Some(counted) if counted.written == self.written() => Count::Right,
+            Some(counted) if counted.of.is_some() && counted.of == self.written() => Count::Right,
             Some(counted) if now < counted.at + COUNT_EVERY => Count::DueAt(counted.at + COUNT_EVERY),
             _ => Count::Due,
         }
@@ -123,7 +175,8 @@ impl Leases {
         let locked = self.store.lock(&self.boot, LOCK_WAIT, Missing::Create, &mut self.kernel)?;
         let Some(mut locked) = locked else { return Ok(PodRules::default()) };
         let leases: Vec<Lease> = locked.leases()?.into_iter().map(|held| held.lease).collect();
-        let restored = pods::restore(&leases, Orphans::Sweep(&mut || locked.proven()))?;
+        let restored = pods::restore(&leases, Orphans::Sweep(&mut || locked.kernel().held()))?;
+        self.rebuilt = locked.repaired().or(self.rebuilt);
         drop(locked);
         if !restored.put_back.is_empty() {
             hostports::forget_strays(&leases);
@@ -132,31 +185,37 @@ impl Leases {
         Ok(PodRules { restored, loopback })
     }
 
-    /// Ends dead leases and counts the others. A store that is missing is made from what the kernel holds:
-    /// somebody removed it, or no pod ever was.
-    pub fn sweep(&mut self, now: Duration) -> Result<Usage, sweep::Error> {
-        if !self.store.path().exists() {
-            self.store.lock(&self.boot, LOCK_WAIT, Missing::Create, &mut self.kernel)?;
-        }
-        // Taken before the count, so that a write during it is not missed; and also if the count fails, so
-        // that the next try waits.
-        self.counted = Some(Counted { at: now, written: self.written() });
+    /// Ends dead leases and counts the others.
+    pub fn sweep(&mut self, now: Duration) -> Result<Swept, sweep::Error> {
+        // Until it is done, it is to be done again.
+        self.counted = Some(Counted { at: now, of: None });
+        // Taken before the count, so that a write during it is not missed.
+        let mut written = self.written();
         let report = self.sweeper.sweep(LOCK_WAIT)?;
-        if let Some(why) = report.rebuilt {
-            tracing::warn!(why, leases = report.leases.len(), "the lease store was rebuilt from the kernel");
+        if report.rebuilt.is_some() {
+            written = self.written();
         }
-        for lease in &report.ended {
-            let addresses: Vec<String> = lease.addresses.iter().map(|a| a.address.to_string()).collect();
-            let (container, interface) = (&lease.container_id, &lease.ifname);
-            tracing::info!(
-                container,
-                interface,
-                addresses = addresses.join(","),
-                "ended a lease whose link is gone"
-            );
-        }
-        Ok(Usage::of(&report.leases))
+        self.counted = Some(Counted { at: now, of: written });
+        let count = report.leases.len();
+        let rebuilt = report.rebuilt.or(self.rebuilt.take()).filter(|_| count > 0);
+        Ok(Swept {
+            usage: Usage::of(&report.leases),
+            ended: report.ended.iter().map(words).collect(),
+            rebuilt: rebuilt.map(|why| format!("{why}; it has {count} leases")).into_iter().collect(),
+        })
     }
+
+    /// The leases that the kernel proves, for a time when the store cannot be read: nearly all. An ADD that
+    /// is under way has no link yet.
+    pub fn proven(&mut self) -> Result<Usage, netlink::Error> {
+        Ok(Usage::of(&self.sweeper.proven()?).outdated())
+    }
+}
+
+/// A lease in few words.
+fn words(lease: &Lease) -> String {
+    let addresses: Vec<String> = lease.addresses.iter().map(|a| a.address.to_string()).collect();
+    format!("{} of container {} ({})", addresses.join(" and "), lease.container_id, lease.ifname)
 }
 
 #[cfg(test)]
@@ -191,9 +250,28 @@ mod tests {
             lease(Pool::Ranges, "10.244.1.10", 24),
         ];
         let usage = Usage::of(&leases);
-        assert_eq!(usage.used(&"10.244.1.0/24".parse().unwrap()), 2);
-        let blocks = ["10.244.1.0/24", "10.244.9.0/24"].map(|b| b.parse().unwrap());
-        assert_eq!(usage.blocks(), blocks.into());
+        assert_eq!(usage.used(&block("10.244.1.0/24")), Some(2));
+        assert_eq!(usage.used(&block("10.244.2.0/24")), Some(0));
+        assert_eq!(usage.blocks([]), ["10.244.1.0/24", "10.244.9.0/24"].map(block).into());
+    }
+
+    #[test]
+    fn a_block_is_held_also_by_leases_that_do_not_know_it() {
+        let usage =
+            Usage::of(&[lease(Pool::Unknown, "10.244.7.9", 32), lease(Pool::Unknown, "10.22.0.9", 32)]);
+        assert_eq!(usage.blocks([block("10.244.0.0/16")]), ["10.244.7.0/24"].map(block).into());
+    }
+
+    #[test]
+    fn a_count_that_cannot_be_renewed_never_says_that_a_block_is_free() {
+        assert_eq!(Usage::default().used(&block("10.244.1.0/24")), None, "nothing was counted yet");
+        let usage = Usage::of(&[lease(Pool::Blocks, "10.244.1.7", 24)]).outdated();
+        assert_eq!(usage.used(&block("10.244.1.0/24")), Some(1));
+        assert_eq!(usage.used(&block("10.244.2.0/24")), None);
+    }
+
+    fn block(text: &str) -> Block {
+        text.parse().unwrap()
     }
 
     #[test]

@@ -25,9 +25,10 @@ use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
 use crate::kernel::{host, route, sysctl};
-use crate::leases::{Count, Leases, PodRules, Usage};
+use crate::leases::{Count, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::Outlet;
+use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
 
 /// How a node is set up.
@@ -162,6 +163,10 @@ impl Node {
         let cni = outlet.write(&own, &lease, host.mtu, &machine.done, &mut outcome)?;
         machine.keep_record()?;
         let count_at = machine.recount_leases(now);
+        let cni = match &machine.unusable {
+            Some(why) if cni.is_ready() => CniState::StoreUnusable(why.clone()),
+            _ => cni,
+        };
 
         let pass = Pass {
             desired: &desired,
@@ -169,6 +174,7 @@ impl Node {
             own: &own,
             host: &host,
             usage: &machine.usage,
+            swept: std::mem::take(&mut machine.swept),
             forwarding: machine.forwarding(),
             faults,
             outcome,
@@ -187,12 +193,23 @@ impl Node {
     }
 }
 
+impl Node {
+    /// What there is to report when passes fail again and again; `last` is the last report.
+    pub fn failing(&mut self, last: Report, error: &Error) -> Report {
+        self.reporter.failing(last, &error.to_string())
+    }
+}
+
 /// The kernel of the node, and what is remembered of it.
 struct Machine {
     me: Me,
     kernel: Kernel,
     leases: Leases,
     usage: Usage,
+    /// What sweeps did that is not reported yet.
+    swept: Swept,
+    /// Why the lease store cannot be used.
+    unusable: Option<String>,
     needed: BTreeSet<IpAddr>,
     trials: Trials,
     desired: Option<Desired>,
@@ -210,6 +227,8 @@ impl Machine {
             kernel: Kernel::open(sysctl::Sysctls::new(&settings.sysctl_dir, run, SYSCTLS_FILE))?,
             leases: Leases::open(run.path(), boot)?,
             usage: Usage::default(),
+            swept: Swept::default(),
+            unusable: None,
             needed: settings.needed.clone(),
             trials: Trials::default(),
             desired: None,
@@ -282,9 +301,20 @@ impl Machine {
 
     fn sweep_leases(&mut self, now: Duration) {
         match self.leases.sweep(now) {
-            Ok(usage) => self.usage = usage,
-            // The last counts go on; the next tick tries again.
-            Err(error) => tracing::warn!(%error, "leases were not swept"),
+            Ok(mut swept) => {
+                self.usage = std::mem::take(&mut swept.usage);
+                self.unusable = None;
+                self.swept.ended.append(&mut swept.ended);
+                self.swept.rebuilt.extend(swept.rebuilt);
+            }
+            // The next tick tries again.
+            Err(error) => {
+                tracing::warn!(%error, "leases were not swept");
+                // Another process that has the lock gives it back.
+                self.unusable = (!error.is_busy()).then(|| error.to_string());
+                let last = std::mem::take(&mut self.usage);
+                self.usage = self.leases.proven().unwrap_or(last).outdated();
+            }
         }
     }
 
@@ -299,7 +329,7 @@ impl Machine {
         let own = map.blocks.values().filter(|block| block.node == self.me.node);
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
         let mtu = host::path_mtu(&view, &node, devices);
-        let leased = self.usage.blocks();
+        let leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
         let own = desired::own_blocks(&self.me, map, &leased);
         let has_v6 = own.keys().any(|block| block.family() == Family::IPv6);
         let ra_links = if has_v6 { self.router_advertised()? } else { BTreeSet::new() };

@@ -24,6 +24,8 @@ pub const PACE: Duration = Duration::from_millis(50);
 pub const TICK: Duration = Duration::from_secs(30);
 /// How soon a failed pass is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// So many failures in a row are told.
+const TELL_AFTER: u32 = 3;
 /// Shortest time between two questions of one kind to the watch.
 const ASK_EVERY: Duration = Duration::from_secs(5);
 /// A loop that has not turned for so long hangs: three ticks and the longest pass.
@@ -96,6 +98,7 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
     let mut asked = Asked::default();
     let mut wake = Wake::default();
     let mut tick = Instant::now();
+    let mut failures = 0u32;
     // The first pass programs from the cache, if there is one, before any object came.
     loop {
         let started = Instant::now();
@@ -116,10 +119,18 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         events.rewatch();
         links.pulse.beat();
         let until = match result {
-            Ok(report) => conclude(&mut links, &mut asked, report, started.elapsed()).min(tick),
+            Ok(report) => {
+                failures = 0;
+                conclude(&mut links, &mut asked, report, started.elapsed()).min(tick)
+            }
             Err(error) if error.needs_restart() => return Err(error.into()),
             Err(error) => {
-                tracing::error!(%error, "the pass failed; trying again");
+                failures = failures.saturating_add(1);
+                tracing::error!(%error, failures, "the pass failed; trying again");
+                if failures >= TELL_AFTER {
+                    let last = links.reports.borrow().0.clone();
+                    links.reports.send_replace((node.failing(last, &error), started.elapsed()));
+                }
                 Instant::now() + RETRY
             }
         };

@@ -40,8 +40,17 @@ pub enum CniState {
     ConflistNotWritten(String),
     /// The runtime takes that file.
     Shadowed(String),
+    /// The lease store cannot be used, and new pods are refused.
+    StoreUnusable(String),
     /// The API server was last reached at that time, and new pods are refused.
     LeaseExpired(String),
+}
+
+impl CniState {
+    /// Whether new pods get our network.
+    pub fn is_ready(&self) -> bool {
+        matches!(self, CniState::Installed | CniState::WithoutPortmap)
+    }
 }
 
 /// What one pass found and did.
@@ -113,6 +122,17 @@ pub fn status(
     status.incidents = findings.incidents.clone();
     status.conditions = conditions;
     status
+}
+
+/// Changes the last status of a node whose passes fail again and again. What is in its kernel is not looked
+/// after, and whether a block without leases has some by now is not known.
+pub fn failing(status: &mut NodeNetworkStatus, error: &str, now: &Time) {
+    let message = format!("the node is not looked after: {error}; tried again every second");
+    let verdict = Verdict::new(ROUTES_READY, None, "PassFailed", message);
+    condition::set(&mut status.conditions, &verdict, None, now);
+    for held in &mut status.held_blocks {
+        held.used = held.used.filter(|used| *used > 0);
+    }
 }
 
 fn waiting() -> Verdict {
@@ -290,6 +310,9 @@ fn cni_ready(state: &CniState) -> Verdict {
             "Shadowed",
             format!("the container runtime takes {by}, which sorts before ours; remove that file if new pods are to get Plat's network"),
         ),
+        CniState::StoreUnusable(why) => {
+            (false, "StoreUnusable", format!("new pods are refused, and running pods go on: {why}"))
+        }
         CniState::LeaseExpired(since) => (
             false,
             "LeaseExpired",
@@ -367,6 +390,22 @@ mod tests {
     }
 
     #[test]
+    fn a_node_whose_passes_fail_says_so_and_lets_no_block_go() {
+        let held = |cidr: &str, used| HeldBlockReport { cidr: cidr.into(), used: Some(used), capacity: 253 };
+        let findings = Findings {
+            held_blocks: vec![held("10.244.1.0/24", 0), held("10.244.2.0/24", 4)],
+            ..Findings::default()
+        };
+        let mut status = report(&findings);
+        failing(&mut status, "list routes: no answer", &Time(Timestamp::from_second(9).unwrap()));
+        let routes = condition::find(&status.conditions, ROUTES_READY).unwrap();
+        assert_eq!((routes.status.as_str(), routes.reason.as_str()), ("Unknown", "PassFailed"));
+        assert!(routes.message.contains("list routes: no answer"));
+        assert_eq!(status.held_blocks.iter().map(|held| held.used).collect::<Vec<_>>(), [None, Some(4)]);
+        assert_eq!(condition::find(&status.conditions, MASQUERADE_READY).unwrap().status, "True");
+    }
+
+    #[test]
     fn every_state_has_its_condition() {
         for (state, status, reason) in [
             (CniState::Installed, "True", "Installed"),
@@ -374,6 +413,7 @@ mod tests {
             (CniState::WithoutBandwidth, "True", "WithoutBandwidth"),
             (CniState::NoBlock, "False", "NoBlock"),
             (CniState::Waiting, "False", "NotProgrammed"),
+            (CniState::StoreUnusable("x".into()), "False", "StoreUnusable"),
             (CniState::Unconfirmed, "False", "Unconfirmed"),
             (CniState::PluginNotInstalled("w".into()), "False", "PluginNotInstalled"),
             (CniState::BlocksNotWritten("w".into()), "False", "BlocksNotWritten"),

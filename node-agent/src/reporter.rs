@@ -17,10 +17,10 @@ use crate::desired::{self, Host, Map};
 use crate::fabric::Desired;
 use crate::facts::{Fault, Reason};
 use crate::failstatic::Held;
-use crate::incidents::{Incidents, Repair};
+use crate::incidents::{Incidents, LEASES_ENDED, LEASES_REBUILT, Repair};
 use crate::kernel::events::Wake;
 use crate::kernel::forward::{self, Forwarding};
-use crate::leases::Usage;
+use crate::leases::{Swept, Usage};
 use crate::node::{OwnBlocks, Settings};
 use crate::objects::Objects;
 use crate::report::{self, CniState, Findings};
@@ -38,6 +38,10 @@ pub struct Report {
     pub faults: BTreeMap<Reason, usize>,
     /// What was put back, since the agent started.
     pub repairs: BTreeMap<Repair, i64>,
+    /// Leases that were ended because their links are gone, since the agent started.
+    pub leases_ended: i64,
+    /// How often the lease store was rebuilt, since the agent started.
+    pub leases_rebuilt: i64,
     /// Withdrawals that wait.
     pub held: usize,
     /// Until when new addresses may be leased, in seconds since the epoch; `None` without a lease.
@@ -66,6 +70,8 @@ pub struct Pass<'a> {
     pub host: &'a Host,
     /// Leased addresses.
     pub usage: &'a Usage,
+    /// What sweeps did.
+    pub swept: Swept,
     /// The forward hook.
     pub forwarding: Option<&'a Forwarding>,
     /// Objects that cannot be followed.
@@ -113,6 +119,20 @@ impl Reporter {
         Report { status, contact_every: Duration::from_secs(60), ..Report::default() }
     }
 
+    /// The report of a node whose passes fail again and again: the `last` one, whose words about the routes do
+    /// not hold any more.
+    pub fn failing(&mut self, last: Report, error: &str) -> Report {
+        let mut report = last;
+        let status = &mut report.status;
+        status.agent_version = Some(env!("CARGO_PKG_VERSION").to_owned());
+        status.boot_id = Some(self.boot_id.clone());
+        report::failing(status, error, &Time(Timestamp::now()));
+        tell_flips(&self.conditions, &status.conditions);
+        self.conditions.clone_from(&status.conditions);
+        // Nothing is to be asked for by a pass that was not made.
+        Report { wants_list: false, wants_contact: false, next: None, ..report }
+    }
+
     fn status(&mut self, known: &Objects, findings: Option<&Findings>) -> NodeNetworkStatus {
         let now = Time(Timestamp::now());
         let status = report::status(known, findings, &self.conditions, &self.boot_id, &now);
@@ -132,6 +152,7 @@ impl Reporter {
         if !pass.outcome.repaired.is_empty() {
             self.record(&pass.outcome, &culprits());
         }
+        self.record_swept(&pass.swept);
         let mut faults = std::mem::take(&mut pass.faults);
         faults.append(&mut pass.outcome.faults);
         faults.append(&mut pass.closing.faults);
@@ -153,6 +174,8 @@ impl Reporter {
             programmed: true,
             faults: by_reason,
             repairs: Repair::ALL.map(|repair| (repair, self.incidents.count(repair))).into(),
+            leases_ended: self.incidents.count_of(LEASES_ENDED),
+            leases_rebuilt: self.incidents.count_of(LEASES_REBUILT),
             held: pass.held.names.len(),
             lease_until: lease_until(pass.lease),
             own: own.map(|block| (block.name.clone(), block.uid.clone())).collect(),
@@ -182,6 +205,17 @@ impl Reporter {
         }
     }
 
+    fn record_swept(&mut self, swept: &Swept) {
+        for lease in &swept.ended {
+            tracing::info!(lease, "ended a lease whose link is gone");
+        }
+        for why in &swept.rebuilt {
+            tracing::warn!(why, "the lease store was rebuilt from the kernel");
+        }
+        self.incidents.leases_ended(&swept.ended, Timestamp::now());
+        self.incidents.leases_rebuilt(&swept.rebuilt, Timestamp::now());
+    }
+
     /// What fails of the node as a whole fails its own blocks.
     fn own_troubles(&self, map: Map<'_>, outcome: &Outcome) -> Vec<Fault> {
         let fatal = [Part::Table, Part::Bridge, Part::Sysctl];
@@ -209,7 +243,7 @@ impl Reporter {
                 installed: count(pass.done.routes.len()),
                 repaired: self.incidents.count(Repair::Route),
             },
-            held_blocks: held_blocks(pass.own, pass.usage),
+            held_blocks: held_blocks(pass.own, &pass.host.leased, pass.usage),
             mtu: pass.host.mtu,
             cni: Some(pass.cni.clone()),
             active_conf: conf::active(&pass.confs).cloned(),
@@ -235,8 +269,8 @@ fn count(n: usize) -> i64 {
 }
 
 /// The node's blocks, and whatever else still has leases: the operator hands none of them to another node.
-fn held_blocks(own: &OwnBlocks, usage: &Usage) -> Vec<HeldBlockReport> {
-    let held: BTreeSet<Block> = own.keys().copied().chain(usage.blocks()).collect();
+fn held_blocks(own: &OwnBlocks, leased: &BTreeSet<Block>, usage: &Usage) -> Vec<HeldBlockReport> {
+    let held: BTreeSet<Block> = own.keys().chain(leased).copied().collect();
     let report = |block: Block| HeldBlockReport {
         cidr: block.to_string(),
         used: usage.used(&block),

@@ -76,6 +76,8 @@ pub struct Metrics {
     pass_duration: Histogram,
     lease_until: Gauge,
     held: Gauge,
+    leases_ended: Gauge,
+    leases_rebuilt: Gauge,
 }
 
 impl Default for Metrics {
@@ -88,6 +90,7 @@ impl Default for Metrics {
         // From 0.25 ms to about 4 s.
         let pass_duration = Histogram::new(exponential_buckets(0.00025, 2.0, 15));
         let (lease_until, held) = (Gauge::default(), Gauge::default());
+        let (leases_ended, leases_rebuilt) = (Gauge::default(), Gauge::default());
         registry.register(
             "plat_agent_routes",
             "Routes of ours: desired, and of those installed",
@@ -112,10 +115,31 @@ impl Default for Metrics {
             "Objects that are missing without having been released, whose routes stay for now",
             held.clone(),
         );
+        registry.register_collector(Box::new(Total {
+            name: "plat_agent_leases_ended",
+            help: "Leases that were ended because their links were gone and no DEL came",
+            value: leases_ended.clone(),
+        }));
+        registry.register_collector(Box::new(Total {
+            name: "plat_agent_lease_store_rebuilds",
+            help: "How often the agent had to rebuild the lease store from the kernel",
+            value: leases_rebuilt.clone(),
+        }));
         let version = vec![("version", env!("CARGO_PKG_VERSION")), ("component", "agent")];
         registry.register("plat_build", "Version of this program", Info::new(version));
         registry.register_collector(Box::new(Process));
-        Metrics { registry, routes, repairs, faults, addresses, pass_duration, lease_until, held }
+        Metrics {
+            registry,
+            routes,
+            repairs,
+            faults,
+            addresses,
+            pass_duration,
+            lease_until,
+            held,
+            leases_ended,
+            leases_rebuilt,
+        }
     }
 }
 
@@ -130,7 +154,7 @@ impl Metrics {
         };
         set(&self.routes, "desired", routes.desired);
         set(&self.routes, "installed", routes.installed);
-        let used: i64 = status.held_blocks.iter().map(|block| block.used).sum();
+        let used: i64 = status.held_blocks.iter().filter_map(|block| block.used).sum();
         let capacity: i64 = status.held_blocks.iter().map(|block| block.capacity).sum();
         set(&self.addresses, "used", used);
         set(&self.addresses, "free", capacity - used);
@@ -146,6 +170,8 @@ impl Metrics {
         }
         self.lease_until.set(report.lease_until.unwrap_or(0));
         self.held.set(i64::try_from(report.held).unwrap_or(i64::MAX));
+        self.leases_ended.set(report.leases_ended);
+        self.leases_rebuilt.set(report.leases_rebuilt);
     }
 
     /// All metrics as text (OpenMetrics).
@@ -173,6 +199,22 @@ impl Collector for Repairs {
             ConstCounter::new(count).encode(metric.encode_family(&label)?)?;
         }
         Ok(())
+    }
+}
+
+/// What the loop counts, shown as the counter that it is.
+#[derive(Debug)]
+struct Total {
+    name: &'static str,
+    help: &'static str,
+    value: Gauge,
+}
+
+impl Collector for Total {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        let counter = ConstCounter::new(u64::try_from(self.value.get()).unwrap_or(0));
+        let metric = encoder.encode_descriptor(self.name, self.help, None, counter.metric_type())?;
+        counter.encode(metric)
     }
 }
 
@@ -321,6 +363,8 @@ mod tests {
             faults: [(Reason::NotOnLink, 2)].into(),
             lease_until: Some(99),
             held: 3,
+            leases_ended: 4,
+            leases_rebuilt: 5,
             ..Report::default()
         };
         metrics.update(&report, Duration::from_millis(3));
@@ -334,6 +378,8 @@ mod tests {
             "plat_agent_pass_duration_seconds_count 1",
             "plat_agent_lease_until_seconds 99",
             "plat_agent_withdrawals_held 3",
+            "plat_agent_leases_ended_total 4",
+            "plat_agent_lease_store_rebuilds_total 5",
             "plat_build_info{version=\"0.1.0\",component=\"agent\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");

@@ -189,8 +189,8 @@ pub struct ReportFact {
 pub struct Held {
     /// The block.
     pub block: Block,
-    /// Leased addresses.
-    pub used: i64,
+    /// Leased addresses; `None` if the node cannot tell.
+    pub used: Option<i64>,
 }
 
 /// Lost PodCIDRs that a node tells of.

@@ -115,7 +115,7 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
         reported: true,
         applied: Some(Digest::default()),
         failed: [].into(),
-        held: held.iter().map(|(cidr, used)| Held { block: block(cidr), used: *used }).collect(),
+        held: held.iter().map(|(cidr, used)| Held { block: block(cidr), used: Some(*used) }).collect(),
         lost: Lost::default(),
         unready: None,
         problem: None,

@@ -206,7 +206,7 @@ fn block_status(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> 
     status.observed_generation = generation;
     status.capacity = Some(i64::from(block.block.capacity()));
     let held = report.and_then(|report| report.held.iter().find(|held| held.block == block.block));
-    status.used = held.map(|held| held.used).or(status.used);
+    status.used = held.and_then(|held| held.used).or(status.used);
     status.routing = effective_routing(block, snapshot.ranges.get(&block.range).map(|r| &**r));
     let mut set = |verdict: &Verdict| condition::set(&mut status.conditions, verdict, generation, &now);
     set(&ready(block, node.map(|n| &**n), report.map(|r| &**r)));

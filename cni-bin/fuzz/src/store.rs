@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use plat_cni::boot::BootId;
+use plat_cni::link::Link;
 use plat_cni::netlink;
 use plat_cni::store::{Error, Held, Kernel, Locked, Missing, Store};
 use plat_crds::lease::{
@@ -29,6 +30,10 @@ struct Fake(Vec<Lease>);
 impl Kernel for Fake {
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
         Ok(self.0.clone())
+    }
+
+    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
+        Ok(Vec::new())
     }
 }
 

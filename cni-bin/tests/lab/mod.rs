@@ -368,7 +368,7 @@ pub fn restore() -> Restored {
     let locked = store.lock(&boot, Duration::from_secs(5), Missing::Leave, &mut kernel).unwrap();
     let mut locked = locked.unwrap();
     let leases = locked.leases().unwrap();
-    let mut proof = || locked.proven();
+    let mut proof = || locked.kernel().held();
     let restored = pods::restore(leases.iter().map(|held| &held.lease), Orphans::Sweep(&mut proof)).unwrap();
     drop(locked);
     pods::hostports::forget_strays(leases.iter().map(|held| &held.lease));

@@ -11,6 +11,7 @@ mod converge;
 mod forwarding;
 mod harness;
 mod held;
+mod leases;
 mod masquerade;
 mod offline;
 mod pods;

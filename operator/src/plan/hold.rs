@@ -74,13 +74,13 @@ impl Planner<'_> {
         }
     }
 
-    /// Whether the node has seen that the block drains, and has no lease in it any more.
+    /// Whether the node has seen that the block drains, and has surely no lease in it any more.
     fn is_unused(&self, block: &BlockFact) -> bool {
         let Some(report) = self.snapshot.reports.get(&block.node) else { return false };
         let ledger = &self.snapshot.memory.ledger;
         let seen = report.applied.and_then(|digest| ledger.number_of(digest));
         ledger.carries(seen, &block.uid)
-            && report.held.iter().all(|held| !held.block.overlaps(&block.block) || held.used == 0)
+            && report.held.iter().all(|held| !held.block.overlaps(&block.block) || held.used == Some(0))
     }
 
     fn let_go(&mut self, block: &BlockFact) {

@@ -115,7 +115,7 @@ impl<'a> Planner<'a> {
         let vanished = self.vanished_of.get(&*node.name).into_iter().flatten();
         let mut held: Vec<_> = vanished.map(|block| (*block, Strength::Vanished, 0)).collect();
         if let Some(report) = self.snapshot.reports.get(&node.name) {
-            held.extend(report.held.iter().map(|held| (held.block, Strength::Held, held.used)));
+            held.extend(report.held.iter().map(|held| (held.block, Strength::Held, held.used.unwrap_or(1))));
         }
         let told = self.told_of.get(&*node.name).into_iter().flatten();
         held.extend(told.map(|block| (*block, Strength::Told, 0)));

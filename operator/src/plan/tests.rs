@@ -8,7 +8,7 @@ use plat_crds::cluster_cidr::Allocation;
 use plat_crds::pod_cidr::BlockState;
 use proptest::prelude::*;
 
-use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, RangeFact};
+use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, RangeFact, ReportFact};
 use crate::fixtures::{
     NOW, Scene, at, block, created, faults, held_block, labels, node, range, report, scene, selector, spec,
     steps,
@@ -700,7 +700,7 @@ fn a_second_block_of_a_family_is_drained_then_quarantined_then_freed() {
                 .map(|b| (&*b.uid, b.generation))
                 .chain(scene.world.ranges.values().map(|r| (&*r.uid, r.generation))),
         );
-        scene.report(crate::facts::ReportFact { applied: Some(digest), ..report("n1", held) })
+        scene.report(ReportFact { applied: Some(digest), ..report("n1", held) })
     };
     assert_eq!(change_of(&two(|_| {}, &[])).unwrap().0, Why::Drain);
     assert_eq!(
@@ -712,6 +712,11 @@ fn a_second_block_of_a_family_is_drained_then_quarantined_then_freed() {
         change_of(&two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)])).unwrap().0,
         Why::Unused
     );
+    let counted = two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)]);
+    let mut report_of_n1 = (*counted.world.reports["n1"]).clone();
+    report_of_n1.held.iter_mut().for_each(|held| held.used = None);
+    let uncounted = counted.report(report_of_n1);
+    assert_eq!(change_of(&uncounted), None, "the node cannot tell whether a pod has a lease");
     let unseen = two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)]).report(report("n1", &[]));
     assert_eq!(change_of(&unseen), None, "the node has not seen that it drains");
     let over =
