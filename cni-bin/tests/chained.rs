@@ -202,7 +202,8 @@ fn c94_a_chained_plugin_that_never_lets_a_del_through_does_not_keep_our_lease() 
     // The agent's sweep, as the agent calls it; the second sighting is ninety seconds later.
     let kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
     let store = Store::at("/run/plat/leases".as_ref());
-    let mut sweeper = Sweeper::new(store, BootId::read().unwrap(), kernel);
+    let mut sweeper =
+        Sweeper::new(store, BootId::read().unwrap(), plat_cni::store::Missing::Leave, Box::new(kernel));
     let now = plat_cni::boot::boot_ms();
     let wait = std::time::Duration::from_secs(5);
     assert_eq!(sweeper.sweep_at(now, wait).unwrap().suspected, 1);
