@@ -14,6 +14,8 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size_force, set_socket_timeout};
 
+use crate::fail;
+
 /// Request flag: this is a request (`NLM_F_REQUEST`).
 pub const REQUEST: u16 = 0x01;
 /// Request flag: answer also when all is well (`NLM_F_ACK`).
@@ -628,7 +630,10 @@ impl Socket {
     }
 
     fn send(&self, bytes: &[u8], what: &str) -> Result<(), Error> {
-        self.socket.send(bytes, 0).map(|_| ()).map_err(|e| socket_error(what, &e))
+        fail::step(what)
+            .and_then(|()| self.socket.send(bytes, 0))
+            .map(|_| ())
+            .map_err(|e| socket_error(what, &e))
     }
 
     fn receive(&mut self, what: &str) -> Result<usize, Error> {

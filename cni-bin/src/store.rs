@@ -28,6 +28,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::boot::BootId;
+use crate::fail;
 use crate::link::Link;
 use crate::netlink;
 
@@ -406,10 +407,14 @@ impl Locked<'_> {
         self.read(&mut bytes, 0)?;
         match Header::decode(&bytes) {
             Err(source @ HeaderError::Newer(_)) => Err(Error::Newer { path: self.path.clone(), source }),
-            Err(HeaderError::Unreadable) if length == 0 => self.rebuild("it is new", Vec::new(), &[]),
-            Err(HeaderError::Unreadable) => self.rebuild("its header cannot be read", Vec::new(), &[]),
+            Err(HeaderError::Unreadable) if length == 0 => {
+                self.rebuild("it is new", Vec::new(), Vec::new(), &[])
+            }
+            Err(HeaderError::Unreadable) => {
+                self.rebuild("its header cannot be read", Vec::new(), Vec::new(), &[])
+            }
             Ok(header) if header.boot_id != self.header.boot_id => {
-                self.rebuild("it is of another boot", Vec::new(), &[])
+                self.rebuild("it is of another boot", Vec::new(), Vec::new(), &[])
             }
             Ok(header) => {
                 self.header = header;
@@ -575,23 +580,48 @@ impl Locked<'_> {
     /// Rebuilds with what can still be read of the store. Its header is good.
     fn repair(&mut self, reason: &'static str) -> Result<(), Error> {
         let readable = self.read_all()?.0.into_iter().map(|held| held.lease).collect();
+        let salvaged = self.salvage()?;
         let mut cursors = vec![0; CURSORS as usize * CURSOR_SIZE];
         self.read(&mut cursors, HEADER_SIZE as u64)?;
-        self.rebuild(reason, readable, &cursors)
+        self.rebuild(reason, readable, salvaged, &cursors)
     }
 
-    /// Writes the store anew: what was still readable, and every lease that the kernel proves besides. A
-    /// record that cannot be read so keeps its address exactly as long as a link holds it.
-    fn rebuild(&mut self, reason: &'static str, readable: Vec<Lease>, cursors: &[u8]) -> Result<(), Error> {
+    /// What can be read of records that do not fit their entries.
+    fn salvage(&self) -> Result<Vec<Lease>, Error> {
+        let mut used = Vec::new();
+        let scanned = self.entries().scan(|slot, entry| match entry {
+            Entry::Used(entry) => used.push((slot, entry)),
+            Entry::Free | Entry::Damaged => {}
+        });
+        scanned.map_err(|e| self.io("read", e))?;
+        let mut salvaged = Vec::new();
+        for (slot, entry) in used {
+            let mut record = [0; RECORD_SIZE];
+            self.read(&mut record, record_offset(slot))?;
+            salvaged.extend(Lease::salvage(&entry, &record));
+        }
+        Ok(salvaged)
+    }
+
+    /// Writes the store anew: what was still readable, every lease that the kernel proves besides, and what
+    /// can be salvaged of the others. A lease of which only the address is sure keeps that until its DEL or
+    /// the sweep; one of which nothing can be read, exactly as long as a link holds it.
+    fn rebuild(
+        &mut self,
+        reason: &'static str,
+        readable: Vec<Lease>,
+        salvaged: Vec<Lease>,
+        cursors: &[u8],
+    ) -> Result<(), Error> {
         let proven = self.kernel.held();
         let proven = proven.map_err(|source| Error::Rebuild { path: self.path.clone(), source })?;
-        let leases = merge(readable, proven);
+        let leases = merge(readable, proven, salvaged);
         let count = u32::try_from(leases.len()).unwrap_or(u32::MAX);
         if count > MAX_SLOTS {
             return Err(Error::Full(self.path.clone()));
         }
         // Without a header the file is rebuilt again, should this be the last thing that we do.
-        self.file.set_len(0).map_err(|e| self.io("empty", e))?;
+        fail::step("store-empty").and_then(|()| self.file.set_len(0)).map_err(|e| self.io("empty", e))?;
         self.write(cursors, HEADER_SIZE as u64)?;
         for (slot, lease) in (0..count).zip(&leases) {
             self.put(slot, lease)?;
@@ -607,7 +637,8 @@ impl Locked<'_> {
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
-        self.file.write_all_at(bytes, offset).map_err(|e| self.io("write", e))
+        let write = || fail::step("store-write").and_then(|()| self.file.write_all_at(bytes, offset));
+        write().map_err(|e| self.io("write", e))
     }
 
     fn io(&self, what: &'static str, source: io::Error) -> Error {
@@ -615,9 +646,9 @@ impl Locked<'_> {
     }
 }
 
-/// What was readable, and what the kernel proves besides. Pure.
-fn merge(readable: Vec<Lease>, proven: Vec<Lease>) -> Vec<Lease> {
+/// What was readable, what the kernel proves besides, and what was salvaged besides. Pure.
+fn merge(readable: Vec<Lease>, proven: Vec<Lease>, salvaged: Vec<Lease>) -> Vec<Lease> {
     let mut keys = HashSet::new();
     let mut fresh = |lease: &Lease| keys.insert((lease.container_id.clone(), lease.ifname.clone()));
-    readable.into_iter().chain(proven).filter(|lease| fresh(lease)).collect()
+    readable.into_iter().chain(proven).chain(salvaged).filter(|lease| fresh(lease)).collect()
 }

@@ -199,7 +199,7 @@ proptest! {
 }
 
 #[test]
-fn a_damaged_record_keeps_its_address_exactly_as_long_as_a_link_holds_it() {
+fn a_damaged_record_keeps_its_address_as_long_as_a_link_or_its_own_words_hold_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases");
     let mut kernel = Fake(vec![]);
@@ -209,18 +209,21 @@ fn a_damaged_record_keeps_its_address_exactly_as_long_as_a_link_holds_it() {
         store.insert(&survey, &lease(container, address)).unwrap();
     }
     drop(store);
-    let spoil = |kernel: &mut Fake| {
+    let spoil = |kernel: &mut Fake, at: u64| {
         let slot = open(&path, kernel).find("c1", "eth0").unwrap().unwrap().slot;
         let file = File::options().write(true).open(&path).unwrap();
-        file.write_all_at(&[0xee], record_offset(slot) + 100).unwrap();
+        file.write_all_at(&[0xee], record_offset(slot) + at).unwrap();
     };
     // Its link is there.
     kernel.0 = vec![proven(&lease(1, 2))];
-    spoil(&mut kernel);
+    spoil(&mut kernel, 4);
     assert_eq!(keys(&open(&path, &mut kernel).leases().unwrap()), BTreeSet::from(["c1".into(), "c2".into()]));
-    // Its link is gone. The other lease needs no proof, as it can be read.
-    spoil(&mut kernel);
+    // Its link is gone, but container and address can be read: a DEL or the sweep will end it.
     kernel.0 = vec![];
+    spoil(&mut kernel, 500);
+    assert_eq!(keys(&open(&path, &mut kernel).leases().unwrap()), BTreeSet::from(["c1".into(), "c2".into()]));
+    // Nothing holds it any more. The other lease needs no proof, as it can be read.
+    spoil(&mut kernel, 4);
     assert_eq!(keys(&open(&path, &mut kernel).leases().unwrap()), BTreeSet::from(["c2".into()]));
 }
 

@@ -496,13 +496,18 @@ impl Lease {
         bytes.resize(RECORD_SIZE, 0);
         let mut record = [0; RECORD_SIZE];
         record.copy_from_slice(&bytes);
+        let tags = self.tags();
+        let key = key_hash(&self.container_id, &self.ifname);
+        let entry = UsedEntry { key, tags, record: checksum(&record) };
+        Ok((entry.encode(), record))
+    }
+
+    fn tags(&self) -> [u64; MAX_ADDRESSES] {
         let mut tags = [0; MAX_ADDRESSES];
         for (tag, leased) in tags.iter_mut().zip(&self.addresses) {
             *tag = self.pool_id().tag(leased.address);
         }
-        let key = key_hash(&self.container_id, &self.ifname);
-        let entry = UsedEntry { key, tags, record: checksum(&record) };
-        Ok((entry.encode(), record))
+        tags
     }
 
     fn fields(&self) -> Vec<(u8, Vec<u8>)> {
@@ -544,6 +549,14 @@ impl Lease {
         if checksum(record) != entry.record {
             return None;
         }
+        Lease::salvage(entry, record)
+    }
+
+    /// Reads a record that does not fit its entry's checksum: a process was killed between writing the one
+    /// and the other, or a bit flipped. Key and addresses are those of the entry, or it is `None`; all else
+    /// is worth only what nobody knows better.
+    pub fn salvage(entry: &UsedEntry, record: &[u8]) -> Option<Lease> {
+        let record = record.get(..RECORD_SIZE)?;
         let mut lease = Lease::default();
         let mut rest = record;
         while let [kind, low, high, behind @ ..] = rest {
@@ -555,7 +568,8 @@ impl Lease {
             rest = behind.get(length..)?;
         }
         let fits = key_hash(&lease.container_id, &lease.ifname) == entry.key;
-        (fits && lease.encode().is_ok()).then_some(lease)
+        let damaged = checksum(record) != entry.record && lease.tags() != entry.tags;
+        (fits && !damaged && lease.encode().is_ok()).then_some(lease)
     }
 
     fn read_field(&mut self, kind: u8, value: &[u8]) -> Option<()> {
