@@ -103,7 +103,7 @@ fn join_host(call: &mut Call, given: &Given, attached: &Attached) -> Result<(), 
             return Err(error.into());
         }
         // Whoever was given our address after the store was removed has such a route too.
-        acquire::confirm(call, &given.held)?;
+        acquire::confirm(&mut call.lock()?, &given.held)?;
         let msg = "another program or network has a route to an address of this pod";
         return Err(Error::because(Code::AddressUnavailable, msg, error));
     }
