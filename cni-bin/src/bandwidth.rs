@@ -5,8 +5,8 @@
 //! to the pod:    qdisc tbf 1: dev plat0a1b2c3d root rate 10Mbit burst 64Kb lat 25ms     (host's end)
 //! from the pod:  qdisc tbf 1: dev eth0         root rate 10Mbit burst 64Kb lat 25ms     (pod's end)
 //! ```
-//! What the pod sends is held back where it is sent, so a sender slows down without losing a packet, and there is
-//! nothing outside the pod's own link that could be left behind. The reference plugin sends it around an ifb
+//! What the pod sends is held back where it is sent: there is nothing outside the pod's own link that could be
+//! left behind. The reference plugin sends it around an ifb
 //! device of its own: as accurate, but one more link to make and to wait for at each DEL. The price: a pod
 //! with `NET_ADMIN` can lift its own limit. Figures are in `docs/benchmarks.md`.
 
