@@ -505,7 +505,11 @@ fn a_forged_hardware_address_does_not_draw_anothers_frames() {
     for to in [LLDP, RESERVED, BROADCAST, node.host.mac] {
         node.attacker.send(&ethernet(to, node.b.mac, 0x88cc, &[0; 46]));
     }
-    let _ = node.send(&[]);
+    // Nothing that the other pod would answer: its answer would teach the bridge the truth again.
+    let last = udp4(node.a.v4, Ipv4Addr::BROADCAST, PORT, &tag(1));
+    node.attacker.send(&ethernet(BROADCAST, node.a.mac, IPV4, &last));
+    let (_, host) = node.victims.iter().find(|(who, _)| *who == "the host").unwrap();
+    lab::eventually("the last frame arrives", || host.next().is_some_and(|frame| frame.ends_with(&tag(1))));
     assert_eq!(ports(), before, "the bridge has learnt nothing");
 }
 
