@@ -51,7 +51,7 @@ fn a_store_that_cannot_be_used_is_named_and_lets_no_block_go() {
         expect_used(&node, &[("10.244.1.0/24", None), ("10.244.7.0/24", Some(1))]);
         assert_eq!(std::fs::read(&store).unwrap(), newer_store(), "not a byte has changed");
         std::fs::remove_file(&store).unwrap();
-        node.expect_condition("CNIReady", "True", "WithoutPortmap");
+        node.expect_condition("CNIReady", "True", "Installed");
         expect_used(&node, &[("10.244.1.0/24", Some(0)), ("10.244.7.0/24", Some(1))]);
         let message = node.expect_incident("LeasesRebuilt", 1);
         assert!(message.contains("it is new; it has 1 leases"), "{message}");
