@@ -50,6 +50,7 @@ step generated    e2e/generate.sh --check
 step dependencies cargo test -q -p plat-e2e --test dependencies
 step unit         cargo test --no-fail-fast -p plat-crds -p plat-operator -p plat-agent -p plat-cni -p plat-rig -p plat-e2e --lib --bins
 step cni          cargo test --no-fail-fast -p plat-cni --test '*'
+step fuzz         e2e/fuzz.sh
 step agent        cargo test --no-fail-fast -p plat-agent --test '*'
 step chart        charts/test.sh
 step images       e2e/images/build.sh
