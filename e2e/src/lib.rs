@@ -3,6 +3,7 @@
 //! | module | gives |
 //! |---|---|
 //! | [`testbed`] | what both kinds of cluster share: its life, its scripts, its network, its API |
+//! | [`bare`] | nodes that are a network namespace with an agent, beside a light cluster |
 //! | [`light`] | etcd and API server alone, ready in 3 s: objects, rights, thousands of nodes |
 //! | [`cluster`] | nodes with kubelet, containerd and kube-proxy, ready in 5 s |
 //! | [`matrix`] | who must reach whom, and as whom |
@@ -13,6 +14,7 @@
 //! The clusters themselves are made by the scripts in `e2e/testbed`, which also work by hand. They need
 //! root, and the programs that `make setup` builds.
 
+pub mod bare;
 pub mod cluster;
 pub mod light;
 pub mod matrix;
