@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::ListParams;
+use kube::api::{ListParams, ObjectMeta};
 use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -82,7 +82,7 @@ pub async fn run(
 /// A watch that fails goes on from the version that it had reached, or every agent would list everything
 /// each time that an API server restarts. If etcd was put back to a backup meanwhile, that version lies in
 /// its future, and the API server accepts the watch but says nothing until it is reached. So after a failure
-/// the current version is asked for, until there is an answer, and if it went back everything is listed.
+/// it is asked, until there is an answer, whether the [`Newest`] change still stands; if not, all is listed.
 async fn follow<K, F>(
     api: Api<DeserializeGuard<K>>,
     kind: Kind,
@@ -101,16 +101,16 @@ async fn follow<K, F>(
         let stream = watcher::watcher(api.clone(), config.clone());
         futures::pin_mut!(stream);
         let mut listing = Vec::new();
-        let mut newest = 0;
+        let mut newest = Newest::default();
         let mut doubt = None;
         loop {
             let event = tokio::select! {
                 event = stream.next() => event,
                 () = relist.notified() => break,
                 () = sleep_until(doubt.unwrap_or_else(Instant::now)), if doubt.is_some() => {
-                    match current_version(&api).await {
-                        Some(current) if current < newest => {
-                            tracing::warn!(?kind, current, newest, "etcd went back in time; listing anew");
+                    match now(&api, &newest.name).await {
+                        Some(now) if newest.is_contradicted_by(&now) => {
+                            tracing::warn!(?kind, ?now, ?newest, "etcd may have gone back in time; listing anew");
                             break;
                         }
                         Some(_) => doubt = None,
@@ -119,9 +119,12 @@ async fn follow<K, F>(
                     continue;
                 }
             };
-            if let Some(Ok(Event::InitApply(object) | Event::Apply(object) | Event::Delete(object))) = &event
-            {
-                newest = newest.max(version(object.meta().resource_version.as_deref()).unwrap_or(0));
+            match &event {
+                Some(Ok(Event::InitApply(object) | Event::Apply(object))) => {
+                    newest.note(object.meta(), false)
+                }
+                Some(Ok(Event::Delete(object))) => newest.note(object.meta(), true),
+                _ => {}
             }
             if matches!(event, Some(Ok(Event::InitDone | Event::Apply(_) | Event::Delete(_)))) {
                 delay = WATCH_RETRY.0;
@@ -160,14 +163,61 @@ async fn follow<K, F>(
     }
 }
 
-/// The version that the kind is at; `None` if the API server does not say.
-async fn current_version<K>(api: &Api<DeserializeGuard<K>>) -> Option<u64>
+/// The newest change that a watch has told of: what can show that etcd went back to a backup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Newest {
+    name: String,
+    uid: String,
+    version: u64,
+    deleted: bool,
+}
+
+impl Newest {
+    fn note(&mut self, object: &ObjectMeta, deleted: bool) {
+        let version = version(object.resource_version.as_deref()).unwrap_or(0);
+        if version >= self.version {
+            let (name, uid) = (object.name.clone(), object.uid.clone());
+            *self = Newest { name: name.unwrap_or_default(), uid: uid.unwrap_or_default(), version, deleted };
+        }
+    }
+
+    /// Whether what the API server says now cannot follow from this change. An object that was deleted since
+    /// looks the same as one that a backup lacks; a list too many does no harm.
+    fn is_contradicted_by(&self, now: &Now) -> bool {
+        let object = match (&now.object, self.deleted) {
+            (Some((uid, version)), false) => *uid != self.uid || *version < self.version,
+            (Some((uid, _)), true) => *uid == self.uid,
+            (None, deleted) => !deleted,
+        };
+        now.version < self.version || (object && self.version != 0)
+    }
+}
+
+/// What the API server says now.
+#[derive(Debug)]
+struct Now {
+    /// The version that the kind is at.
+    version: u64,
+    /// UID and version of the object of the newest change, if it exists.
+    object: Option<(String, u64)>,
+}
+
+/// Asks for it; `None` if the API server does not say.
+async fn now<K>(api: &Api<DeserializeGuard<K>>, name: &str) -> Option<Now>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
 {
     let one = ListParams::default().limit(1);
     let list = timeout(CONTACT_TIMEOUT, api.list(&one)).await.ok()?.ok()?;
-    version(list.metadata.resource_version.as_deref())
+    let object = match name {
+        "" => None,
+        name => timeout(CONTACT_TIMEOUT, api.get_opt(name)).await.ok()?.ok()?,
+    };
+    let object = object.map(|object| {
+        let meta = object.meta();
+        (meta.uid.clone().unwrap_or_default(), version(meta.resource_version.as_deref()).unwrap_or(0))
+    });
+    Some(Now { version: version(list.metadata.resource_version.as_deref())?, object })
 }
 
 /// A resourceVersion as a number, which within one kind grows with every change (since Kubernetes 1.35 by
@@ -281,6 +331,39 @@ mod tests {
 
     fn guarded(json: serde_json::Value) -> DeserializeGuard<PodCIDR> {
         serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn a_restored_backup_is_noticed_also_once_it_has_run_past_what_was_seen() {
+        let mut newest = Newest::default();
+        let at_start = Now { version: 5, object: None };
+        assert!(!newest.is_contradicted_by(&at_start), "nothing was seen yet");
+        let meta = |uid: &str, version: &str| ObjectMeta {
+            name: Some("10-244-3-0-24".into()),
+            uid: Some(uid.into()),
+            resource_version: Some(version.into()),
+            ..ObjectMeta::default()
+        };
+        newest.note(&meta("a", "70"), false);
+        newest.note(&meta("b", "60"), false);
+        let now = |version, object: Option<(&str, u64)>| Now {
+            version,
+            object: object.map(|(uid, version)| (uid.to_owned(), version)),
+        };
+        for (now, contradicted) in [
+            (now(70, Some(("a", 70))), false),
+            (now(90, Some(("a", 90))), false),
+            (now(60, Some(("a", 55))), true),
+            (now(90, None), true),
+            (now(90, Some(("c", 80))), true),
+            (now(90, Some(("a", 55))), true),
+        ] {
+            assert_eq!(newest.is_contradicted_by(&now), contradicted, "{now:?}");
+        }
+        newest.note(&meta("a", "95"), true);
+        assert!(!newest.is_contradicted_by(&now(95, None)), "it was deleted");
+        assert!(!newest.is_contradicted_by(&now(99, Some(("d", 97)))), "and made anew");
+        assert!(newest.is_contradicted_by(&now(99, Some(("a", 90)))), "it is back");
     }
 
     #[test]
