@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::lease::Datapath;
 use crate::names::{CNI_NETWORK, CNI_TYPE};
 
 /// The conflist of `/etc/cni/net.d/05-plat.conflist` (CNI spec §1).
@@ -25,7 +26,9 @@ pub struct Conflist {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PlatPlugin {
-    /// Bridge that pods hang on.
+    /// How pods are joined to the host.
+    pub datapath: Datapath,
+    /// Bridge that pods hang on, where there is one.
     pub bridge: String,
     /// Folder of `blocks.json` and `leases`, as the node (not the agent's container) sees it.
     pub run_dir: String,
@@ -41,17 +44,20 @@ impl Conflist {
     pub fn new(plugin: &PlatPlugin, chained: Vec<serde_json::Value>, spec_1_1: bool) -> Conflist {
         let capabilities: serde_json::Map<String, serde_json::Value> =
             plugin.capabilities.iter().map(|name| (name.clone(), true.into())).collect();
-        let ours = serde_json::json!({
+        let mut ours = serde_json::json!({
             "type": CNI_TYPE,
-            "bridge": plugin.bridge,
+            "datapath": plugin.datapath,
             "runDir": plugin.run_dir,
-            // With bridge-nf-call-iptables=1 a Service's translation happens inside the bridge, which then must
-            // send a pod's packet back to the port it came from when the pod is its own backend.
-            "hairpinMode": true,
             "antiSpoofing": plugin.anti_spoofing,
             "capabilities": capabilities,
             "ipam": {"type": CNI_TYPE},
         });
+        if let (Datapath::Bridge, Some(keys)) = (plugin.datapath, ours.as_object_mut()) {
+            keys.insert("bridge".to_owned(), plugin.bridge.clone().into());
+            // With bridge-nf-call-iptables=1 a Service's translation happens inside the bridge, which then must
+            // send a pod's packet back to the port it came from when the pod is its own backend.
+            keys.insert("hairpinMode".to_owned(), true.into());
+        }
         let mut cni_versions = vec!["1.0.0".to_owned()];
         if spec_1_1 {
             cni_versions.push("1.1.0".to_owned());
@@ -73,6 +79,7 @@ mod tests {
     #[test]
     fn version_1_1_is_offered_only_when_the_whole_chain_has_it() {
         let plugin = PlatPlugin {
+            datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             run_dir: "/run/plat".into(),
             anti_spoofing: true,
@@ -87,5 +94,13 @@ mod tests {
         assert_eq!(list.plugins[0]["capabilities"], serde_json::json!({"bandwidth": true}));
         assert_eq!(list.plugins[1], portmap);
         assert_eq!(Conflist::new(&plugin, vec![], true).cni_versions, ["1.0.0", "1.1.0"]);
+    }
+
+    #[test]
+    fn without_bridge_nothing_is_said_of_one() {
+        let plugin = PlatPlugin { datapath: Datapath::Routed, ..PlatPlugin::default() };
+        let list = Conflist::new(&plugin, vec![], true);
+        assert_eq!(list.plugins[0]["datapath"], "routed");
+        assert!(list.plugins[0].get("bridge").is_none() && list.plugins[0].get("hairpinMode").is_none());
     }
 }

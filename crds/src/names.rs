@@ -50,6 +50,8 @@ pub const CNI_TYPE: &str = "plat";
 pub const CNI_NETWORK: &str = "plat";
 /// The conflist's file name: sorts before other networks' files.
 pub const CONFLIST_FILE: &str = "05-plat.conflist";
+/// What the names of the host's ends of pods' links begin with.
+pub const VETH_PREFIX: &str = "plat";
 /// The default bridge.
 pub const BRIDGE: &str = "cni0";
 

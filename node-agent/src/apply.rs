@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use plat_cni::bridge::{self, Spec};
 use plat_cni::netlink::{Protocol, Socket};
-use plat_cni::{netlink, sysctl as cni_sysctl};
+use plat_cni::{netlink, routed, sysctl as cni_sysctl};
 use plat_crds::block::Block;
+use plat_crds::lease::Lease;
 
 use crate::diff::Step;
 use crate::fabric::{Admit, Bridge, Desired, Masquerade, Observed, Route, RouteKey};
@@ -44,6 +45,8 @@ pub struct Done {
     pub sysctls: BTreeMap<String, String>,
     /// The bridge.
     pub bridge: Option<Bridge>,
+    /// The blocks whose gateways stand on `lo`.
+    pub gateways: BTreeSet<Block>,
     /// Accept rules in foreign chains.
     pub admitted: BTreeSet<Admit>,
 }
@@ -55,6 +58,8 @@ pub enum Part {
     Table,
     /// The bridge.
     Bridge,
+    /// Gateways on `lo`, and the routes to pods without bridge.
+    Gateways,
     /// A sysctl.
     Sysctl,
     /// An accept rule in a foreign chain.
@@ -107,6 +112,7 @@ impl Outcome {
             routes: routes.map(|(key, route)| (*key, route.clone())).collect(),
             sysctls: sysctls.map(|s| (s.path.clone(), s.value.clone())).collect(),
             bridge: desired.bridge.clone().filter(|_| fine(Part::Bridge)),
+            gateways: desired.gateways.iter().copied().filter(|_| fine(Part::Gateways)).collect(),
             admitted: admitted.filter(|_| fine(Part::Admission)).copied().collect(),
         }
     }
@@ -158,6 +164,7 @@ pub fn apply(
                     bridge = Some(index);
                 }
             }
+            Step::EnsureGateways(blocks) => ensure_gateways(kernel, &blocks, before, &mut outcome),
             Step::Admit(admit) => {
                 match forward::append(&mut kernel.nft, &admit, &desired.masquerade.pod_interface) {
                     Ok(()) if before.admitted.contains(&admit) => {
@@ -217,6 +224,24 @@ fn set_route(
             Kind::ClusterCIDR => format!("ClusterCIDR '{name}': {error}"),
         };
         outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
+    }
+}
+
+fn ensure_gateways(kernel: &mut Kernel, blocks: &BTreeSet<Block>, before: &Done, outcome: &mut Outcome) {
+    let wanted: Vec<Block> = blocks.iter().copied().collect();
+    match routed::ensure_gateways(&mut kernel.route, &wanted) {
+        Ok(done) if done.is_empty() => {}
+        Ok(done) if before.gateways == *blocks => outcome.repaired(Repair::Bridge, done.join(", ")),
+        Ok(done) => tracing::info!("{}", done.join(", ")),
+        Err(error) => outcome.trouble(Part::Gateways, error),
+    }
+}
+
+/// Puts back lost routes to pods without bridge.
+pub fn restore_pod_routes(kernel: &mut Kernel, leases: &[Lease], blocks: &[Block], outcome: &mut Outcome) {
+    match routed::restore(&mut kernel.route, leases, blocks) {
+        Ok(done) => done.into_iter().for_each(|what| outcome.repaired(Repair::Route, what)),
+        Err(error) => outcome.trouble(Part::Gateways, error),
     }
 }
 

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use plat_crds::lease::Datapath;
 use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
 
 use crate::conf::Provider;
@@ -45,6 +46,10 @@ pub struct Run {
     /// Where things are on the node.
     #[command(flatten)]
     pub place: Place,
+    /// How new pods are joined to the host: by a bridge, or by a link of their own that the host routes to. Running
+    /// pods stay as they are.
+    #[arg(long, env = "PLAT_DATAPATH", default_value = "bridge")]
+    pub datapath: DatapathArg,
     /// The CNI binary in this image, which is installed on the node.
     #[arg(long, env = "PLAT_PLUGIN", default_value = "/plat")]
     pub plugin: PathBuf,
@@ -78,6 +83,24 @@ pub struct Run {
     /// How to log.
     #[command(flatten)]
     pub log: Log,
+}
+
+/// How pods are joined to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DatapathArg {
+    /// By a bridge.
+    Bridge,
+    /// By a link of their own that the host routes to.
+    Routed,
+}
+
+impl From<DatapathArg> for Datapath {
+    fn from(arg: DatapathArg) -> Datapath {
+        match arg {
+            DatapathArg::Bridge => Datapath::Bridge,
+            DatapathArg::Routed => Datapath::Routed,
+        }
+    }
 }
 
 /// Default of `--socket`.

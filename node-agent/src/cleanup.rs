@@ -4,10 +4,9 @@
 //! going away. Teardown goes on after an error and collects them. What belongs to pods that still run
 //! (their links, and the bridge they hang on) stays and is named.
 
-use plat_cni::link;
 use plat_cni::netlink::{self, deleted};
 use plat_cni::nft::{self, Batch, Table, TableFamily};
-use plat_cni::sysctl as cni_sysctl;
+use plat_cni::{link, routed, sysctl as cni_sysctl};
 use plat_crds::alias;
 use plat_crds::names::{
     BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
@@ -64,7 +63,9 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     let (restored, errors) = kernel.sysctls.restore();
     outcome.done.extend(restored.into_iter().map(|path| format!("sysctl net/{path}")));
     outcome.errors.extend(errors.iter().map(ToString::to_string));
-    let has_pods = remove_bridge(&mut kernel, &place.bridge, &mut outcome);
+    let has_bridged = remove_bridge(&mut kernel, &place.bridge, &mut outcome);
+    let has_routed = remove_gateways(&mut kernel, &mut outcome);
+    let has_pods = has_bridged || has_routed;
     outcome.note(CNI_TYPE, Folder::new(&place.cni_bin_dir).remove(CNI_TYPE));
     // The record of former sysctls is of use until all of them are back.
     let keep_record = !errors.is_empty();
@@ -160,6 +161,26 @@ fn remove_bridge(kernel: &mut Kernel, name: &str, outcome: &mut Outcome) -> bool
             true
         }
     }
+}
+
+/// Removes the gateways from `lo` if no pod without bridge is left; returns whether one is.
+fn remove_gateways(kernel: &mut Kernel, outcome: &mut Outcome) -> bool {
+    let pods = link::links(&mut kernel.route, Some("veth"));
+    let routed = |l: &link::Link| l.master.is_none() && l.alias.as_deref().and_then(alias::parse).is_some();
+    match pods.map(|pods| pods.iter().filter(|pod| routed(pod)).count()) {
+        Ok(0) => outcome.each(routed::ensure_gateways(&mut kernel.route, &[])),
+        Ok(pods) => {
+            outcome.left.push(format!(
+                "the gateways on lo stay: {pods} pods have links of their own; end the pods of this node and clean up again"
+            ));
+            return true;
+        }
+        Err(error) => {
+            outcome.errors.push(error.to_string());
+            return true;
+        }
+    }
+    false
 }
 
 enum Bridge {

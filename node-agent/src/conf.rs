@@ -130,9 +130,11 @@ pub fn blocks_file(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plat_crds::lease::Datapath;
 
     fn plugin() -> PlatPlugin {
         PlatPlugin {
+            datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             run_dir: "/run/plat".into(),
             anti_spoofing: true,

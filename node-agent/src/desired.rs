@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::HeldBlock;
 use plat_crds::cluster_cidr::{DEFAULT_QUARANTINE_SECONDS, MasqueradeMode};
+use plat_crds::lease::Datapath;
 use plat_crds::names::{ROUTE_METRIC, UNREACHABLE_METRIC};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::{self, Mode};
@@ -33,6 +34,8 @@ const NEVER_MASQUERADED: [&str; 4] = ["224.0.0.0/4", "169.254.0.0/16", "ff00::/8
 pub struct Me {
     /// Name of the node.
     pub node: String,
+    /// How new pods are joined to the host.
+    pub datapath: Datapath,
     /// Name of the pods' bridge.
     pub bridge: String,
     /// Whether accept rules may be appended to FORWARD chains with policy drop.
@@ -64,6 +67,8 @@ pub struct Host {
     pub mtu: Option<u32>,
     /// Blocks with living leases, whatever the objects say.
     pub leased: BTreeSet<Block>,
+    /// How living pods are joined to the host, which may be otherwise than new ones.
+    pub in_use: BTreeSet<Datapath>,
     /// ClusterCIDRs for which an `unreachable` route is safe.
     pub closed_ranges: BTreeSet<String>,
 }
@@ -132,11 +137,15 @@ pub fn lease_seconds(node: &str, map: Map<'_>) -> u32 {
 pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
     let (accepted, mut faults) = overlap::older_first(map.blocks, map.absent);
     let own = own_blocks(me, map, &host.leased);
+    let uses = |datapath| me.datapath == datapath || host.in_use.contains(&datapath);
+    let forwarded = forwarded(&own, uses);
     let mut desired = Desired {
         masquerade: masquerade(me, map, &own),
         sysctls: sysctls(&own, host),
-        bridge: bridge(me, &own, host),
-        admit: admissions(me, &own),
+        bridge: bridge(me, &own, host).filter(|_| uses(Datapath::Bridge)),
+        gateways: own.keys().copied().filter(|_| uses(Datapath::Routed)).collect(),
+        admit: if me.admit_forward { forwarded.clone() } else { BTreeSet::new() },
+        forwarded,
         ..Desired::default()
     };
     for block in own.keys() {
@@ -168,11 +177,13 @@ fn unreachable(prefix: Block) -> Route {
 }
 
 /// To the pods by the bridge; and nowhere while the bridge is away, so that nothing leaks to the default
-/// gateway or comes back from it.
+/// gateway or comes back from it. Pods without bridge have routes of their own.
 fn own_routes(block: Block, desired: &mut Desired) {
     let name = block.object_name();
-    let bridged = Route { key: RouteKey::main(block, ROUTE_METRIC), target: Target::Bridge, mtu: None };
-    insert(desired, Kind::PodCIDR, &name, bridged);
+    if desired.bridge.is_some() {
+        let bridged = Route { key: RouteKey::main(block, ROUTE_METRIC), target: Target::Bridge, mtu: None };
+        insert(desired, Kind::PodCIDR, &name, bridged);
+    }
     insert(desired, Kind::PodCIDR, &name, unreachable(block));
 }
 
@@ -314,14 +325,15 @@ fn bridge(me: &Me, own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Option<Brid
     (!blocks.is_empty()).then(|| Bridge { name: me.bridge.clone(), mtu: host.mtu, blocks })
 }
 
-fn admissions(me: &Me, own: &BTreeMap<Block, HeldBlock>) -> BTreeSet<Admit> {
-    if me.admit_forward { forwarded(own.keys()) } else { BTreeSet::new() }
-}
-
 /// The forwarding that pods of these blocks need.
-pub fn forwarded<'a>(blocks: impl IntoIterator<Item = &'a Block>) -> BTreeSet<Admit> {
-    let both = [Direction::FromPods, Direction::ToPods];
-    blocks.into_iter().flat_map(|block| both.map(|direction| Admit { block: *block, direction })).collect()
+fn forwarded(own: &BTreeMap<Block, HeldBlock>, uses: impl Fn(Datapath) -> bool) -> BTreeSet<Admit> {
+    let mut forwarded = BTreeSet::new();
+    for datapath in [Datapath::Bridge, Datapath::Routed].into_iter().filter(|datapath| uses(*datapath)) {
+        for direction in [Direction::FromPods, Direction::ToPods] {
+            forwarded.extend(own.keys().map(|block| Admit { block: *block, datapath, direction }));
+        }
+    }
+    forwarded
 }
 
 #[cfg(test)]
@@ -332,7 +344,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn me() -> Me {
-        Me { node: "n1".into(), bridge: "cni0".into(), admit_forward: true }
+        Me { node: "n1".into(), datapath: Datapath::Bridge, bridge: "cni0".into(), admit_forward: true }
     }
 
     struct Case {

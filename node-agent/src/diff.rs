@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
-use plat_crds::block::Family;
+use plat_crds::block::{Block, Family};
 
 use crate::fabric::{
     Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Route, RouteKey, Sysctl, TableState,
@@ -27,6 +27,8 @@ pub enum Step {
     WriteSysctl(Sysctl),
     /// Make the bridge, or bring it and its gateways in order.
     EnsureBridge(Bridge),
+    /// Make `lo` carry the gateways of these blocks and no other ones of ours.
+    EnsureGateways(BTreeSet<Block>),
     /// Append an accept rule to the family's FORWARD chain.
     Admit(Admit),
     /// Remove an accept rule of ours from the family's FORWARD chain.
@@ -52,6 +54,7 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
     steps.extend(foreign);
     steps.extend(sysctls(desired, observed));
     steps.extend(bridge(desired, observed));
+    steps.extend(gateways(desired, observed));
     steps.extend(own);
     steps.extend(admissions(desired, observed));
     steps.extend(unwanted_routes(desired, observed));
@@ -103,6 +106,11 @@ fn fits(wanted: &Bridge, there: &ObservedBridge) -> bool {
         && there.ours.is_subset(&gateways)
 }
 
+fn gateways(desired: &Desired, observed: &Observed) -> Option<Step> {
+    let wanted: BTreeSet<IpNet> = desired.gateways.iter().map(|block| host_prefix(block.gateway())).collect();
+    (wanted != observed.gateways).then(|| Step::EnsureGateways(desired.gateways.clone()))
+}
+
 fn admissions(desired: &Desired, observed: &Observed) -> Vec<Step> {
     let mut steps = Vec::new();
     for (family, chain) in &observed.forward {
@@ -130,6 +138,7 @@ fn surplus<'a>(chain: &'a ForwardChain, wanted: &'a [Admit]) -> impl Iterator<It
 mod tests {
     use super::*;
     use crate::fabric::{Admitted, Direction};
+    use plat_crds::lease::Datapath;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -229,7 +238,11 @@ mod tests {
 
     #[test]
     fn accept_rules_stand_only_where_the_policy_is_drop_and_once() {
-        let admit = |block: &str, direction| Admit { block: block.parse().unwrap(), direction };
+        let admit = |block: &str, direction| Admit {
+            block: block.parse().unwrap(),
+            datapath: Datapath::Bridge,
+            direction,
+        };
         let own = admit("10.244.1.0/24", Direction::FromPods);
         let old = admit("10.244.7.0/24", Direction::ToPods);
         let desired = Desired { admit: [own].into(), ..Desired::default() };
@@ -247,6 +260,19 @@ mod tests {
             [remove(6), remove(7)]
         );
         assert_eq!(steps(false, vec![rule(own, 5, true), rule(old, 6, false)]), [remove(5)]);
+    }
+
+    #[test]
+    fn gateways_go_onto_lo_for_routed_pods_and_away_with_the_last_of_them() {
+        let blocks: BTreeSet<Block> = ["10.244.1.0/24".parse().unwrap()].into();
+        let desired = Desired { gateways: blocks.clone(), ..Desired::default() };
+        let on_lo =
+            |net: &str| Observed { gateways: [net.parse().unwrap()].into(), ..intact(BTreeMap::new()) };
+        assert_eq!(diff(&desired, &intact(BTreeMap::new())), [Step::EnsureGateways(blocks.clone())]);
+        assert_eq!(diff(&desired, &on_lo("10.244.1.1/32")), []);
+        assert_eq!(diff(&desired, &on_lo("10.244.2.1/32")), [Step::EnsureGateways(blocks)]);
+        let none = Step::EnsureGateways(BTreeSet::new());
+        assert_eq!(diff(&Desired::default(), &on_lo("10.244.1.1/32")), [none]);
     }
 
     fn any_route() -> impl Strategy<Value = Route> {

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
+use plat_crds::lease::Datapath;
 
 use crate::facts::Kind;
 
@@ -147,6 +148,8 @@ pub enum Direction {
 pub struct Admit {
     /// Block of this node.
     pub block: Block,
+    /// How its pods are joined to the host: over the bridge, or over links of their own.
+    pub datapath: Datapath,
     /// Direction.
     pub direction: Direction,
 }
@@ -164,8 +167,12 @@ pub struct Desired {
     pub masquerade: Masquerade,
     /// Sysctls in the order in which to write them.
     pub sysctls: Vec<Sysctl>,
-    /// The bridge, once this node has a block.
+    /// The bridge, once this node has a block and pods are joined by it.
     pub bridge: Option<Bridge>,
+    /// The blocks whose gateways stand on `lo`: all of this node if pods are routed without a bridge.
+    pub gateways: BTreeSet<Block>,
+    /// Forwarding that pods need, whoever lets it through.
+    pub forwarded: BTreeSet<Admit>,
     /// Forwarding to be let through by FORWARD chains with policy drop.
     pub admit: BTreeSet<Admit>,
 }
@@ -231,6 +238,8 @@ pub struct Observed {
     pub sysctls: BTreeMap<String, String>,
     /// The bridge, if there is one of that name.
     pub bridge: Option<ObservedBridge>,
+    /// Addresses on `lo` that bear our protocol number.
+    pub gateways: BTreeSet<IpNet>,
     /// The foreign FORWARD chains.
     pub forward: BTreeMap<Family, ForwardChain>,
 }

@@ -14,7 +14,7 @@ use plat_cni::pods::{self, Orphans, Restored, hostports};
 use plat_cni::store::{Missing, Store};
 use plat_cni::sweep::{self, Sweeper};
 use plat_crds::block::{Block, Family};
-use plat_crds::lease::{Lease, Pool};
+use plat_crds::lease::{Datapath, Lease, Pool};
 use plat_crds::names::LEASES_FILE;
 
 /// How long to wait for the store's lock. Counting can wait for the next tick, pods cannot wait for it.
@@ -27,6 +27,10 @@ const COUNT_EVERY: Duration = Duration::from_secs(2);
 pub struct Usage {
     leased: Vec<(IpAddr, Origin)>,
     certainty: Certainty,
+    /// How pods are joined to the host.
+    datapaths: BTreeSet<Datapath>,
+    /// The leases of pods without bridge, whose routes this host must have.
+    pub routed: Vec<Lease>,
 }
 
 /// Which block an address is from.
@@ -51,8 +55,12 @@ enum Certainty {
 impl Usage {
     /// Of the leases of the node's own blocks, as the store has them.
     pub fn of<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Usage {
-        let mut leased = Vec::new();
+        let (mut leased, mut datapaths, mut routed) = (Vec::new(), BTreeSet::new(), Vec::new());
         for lease in leases {
+            datapaths.insert(lease.datapath);
+            if lease.datapath == Datapath::Routed {
+                routed.push(lease.clone());
+            }
             for address in &lease.addresses {
                 let origin = match lease.pool {
                     Pool::Blocks => Block::of(address.address, address.subnet_length).map(Origin::Block),
@@ -62,7 +70,12 @@ impl Usage {
                 leased.extend(origin.map(|origin| (address.address, origin)));
             }
         }
-        Usage { leased, certainty: Certainty::Counted }
+        Usage { leased, certainty: Certainty::Counted, datapaths, routed }
+    }
+
+    /// How living pods are joined to the host; `None` if there may be more than were read.
+    pub fn datapaths(&self) -> Option<&BTreeSet<Datapath>> {
+        (self.certainty == Certainty::Counted).then_some(&self.datapaths)
     }
 
     /// The same, no longer trusted to be all.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use plat_cni::boot::{self, BootId};
 use plat_cni::netlink;
 use plat_crds::block::{Block, Family};
+use plat_crds::lease::Datapath;
 use plat_crds::names::{SYSCTLS_FILE, UNREACHABLE_METRIC};
 
 use crate::apply::{self, Done, Kernel, Outcome};
@@ -163,6 +164,7 @@ impl Node {
         let cni = outlet.write(&own, &lease, host.mtu, &machine.done, &mut outcome)?;
         machine.keep_record()?;
         let count_at = machine.recount_leases(now);
+        machine.restore_pod_routes(&desired, &mut outcome);
         let cni = match &machine.unusable {
             Some(why) if cni.is_ready() => CniState::StoreUnusable(why.clone()),
             _ => cni,
@@ -293,10 +295,18 @@ impl Machine {
             Count::Right => None,
             Count::DueAt(due) => Some(due),
             Count::Due => {
+                let before = self.usage.datapaths().cloned();
                 self.sweep_leases(now);
-                None
+                // What the last pod of a datapath stood on can go now.
+                (before.as_ref() != self.usage.datapaths()).then_some(now)
             }
         }
+    }
+
+    /// Behind the count: a store that was rebuilt knows pods that nobody knew before.
+    fn restore_pod_routes(&mut self, desired: &Desired, outcome: &mut Outcome) {
+        let blocks: Vec<Block> = desired.gateways.iter().copied().collect();
+        apply::restore_pod_routes(&mut self.kernel, &self.usage.routed, &blocks, outcome);
     }
 
     fn sweep_leases(&mut self, now: Duration) {
@@ -335,7 +345,26 @@ impl Machine {
         let ra_links = if has_v6 { self.router_advertised()? } else { BTreeSet::new() };
         let closing = self.close(map, known)?;
         let closed_ranges = closing.closed.clone();
-        Ok((Host { locations, ra_links, mtu, leased, closed_ranges }, closing))
+        let in_use = self.datapaths(&view);
+        Ok((Host { locations, ra_links, mtu, leased, in_use, closed_ranges }, closing))
+    }
+
+    /// How living pods are joined to the host. Before what one datapath stands on is taken away, the leases are read
+    /// again: an ADD under way has its lease by now. Where nobody could read them, what stands is in use.
+    fn datapaths(&mut self, view: &host::View) -> BTreeSet<Datapath> {
+        let has_gateways = host::bridge(view).is_some_and(|bridge| !bridge.ours.is_empty());
+        let standing =
+            [(Datapath::Bridge, has_gateways), (Datapath::Routed, !host::gateways(view).is_empty())];
+        let standing: BTreeSet<Datapath> =
+            standing.into_iter().filter(|(_, stands)| *stands).map(|(datapath, _)| datapath).collect();
+        let known = |usage: &Usage| usage.datapaths().cloned();
+        let of_others = standing.iter().any(|datapath| {
+            *datapath != self.me.datapath && !known(&self.usage).is_some_and(|used| used.contains(datapath))
+        });
+        if of_others {
+            self.sweep_leases(Duration::from_millis(boot::boot_ms()));
+        }
+        known(&self.usage).unwrap_or(standing)
     }
 
     /// Links with routes from router advertisements that the kernel itself processes (`accept_ra` is not 0).
@@ -401,6 +430,7 @@ impl Machine {
             routes: route::dump(&mut self.kernel.route, view.bridge)?,
             sysctls,
             bridge: host::bridge(&view),
+            gateways: host::gateways(&view),
             forward: self.forwarding().map(|found| found.chains.clone()).unwrap_or_default(),
         })
     }
@@ -408,8 +438,7 @@ impl Machine {
     /// Judges the forward hook anew if some transaction moved the generation of the ruleset.
     fn judge_forwarding(&mut self, desired: &Desired) -> Result<(), Error> {
         let generation = self.kernel.nft.generation()?;
-        let blocks = desired.bridge.iter().flat_map(|bridge| &bridge.blocks);
-        let needed = desired::forwarded(blocks);
+        let needed = desired.forwarded.clone();
         if !matches!(&self.forward, Some((at, of, _)) if *at == generation && *of == needed) {
             let admitting = self.me.admit_forward;
             let found = forward::observe(&mut self.kernel.nft, &self.me.bridge, &needed, admitting)?;

@@ -3,6 +3,7 @@
 
 use plat_crds::block::Block;
 use plat_crds::cni_conf::PlatPlugin;
+use plat_crds::lease::Datapath;
 use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE};
 
 use plat_cni::boot;
@@ -50,6 +51,7 @@ impl Outlet {
             files,
             node: settings.me.node.clone(),
             plugin: PlatPlugin {
+                datapath: settings.me.datapath,
                 bridge: settings.me.bridge.clone(),
                 run_dir: settings.run_dir.to_string_lossy().into_owned(),
                 anti_spoofing: settings.anti_spoofing,
@@ -124,7 +126,7 @@ impl Outlet {
         if own.is_empty() {
             return Ok(CniState::NoBlock);
         }
-        if !is_ready_for_pods(own, done, outcome) {
+        if !is_ready_for_pods(self.plugin.datapath, own, done, outcome) {
             return Ok(CniState::Waiting);
         }
         // Nothing would be leased: a runtime that sees no conflist waits, one that sees it fails each pod.
@@ -214,11 +216,16 @@ fn words(error: folder::Error) -> Result<String, Error> {
     if error.needs_restart() { Err(Error::Folder(error)) } else { Ok(error.to_string()) }
 }
 
-/// Whether a new pod would find its way: the table, the bridge and the own blocks' routes are in place.
-fn is_ready_for_pods(own: &OwnBlocks, done: &Done, outcome: &Outcome) -> bool {
-    let routed = |block: &Block| {
-        done.routes.values().any(|route| route.key.prefix == *block && route.target == Target::Bridge)
+/// Whether a new pod would find its way: the table, the bridge with the own blocks' routes, or their gateways where
+/// there is no bridge, are in place.
+fn is_ready_for_pods(datapath: Datapath, own: &OwnBlocks, done: &Done, outcome: &Outcome) -> bool {
+    let joined = |block: &Block| match datapath {
+        Datapath::Bridge => {
+            done.routes.values().any(|route| route.key.prefix == *block && route.target == Target::Bridge)
+        }
+        Datapath::Routed => done.gateways.contains(block),
     };
     let fine = |part| !outcome.troubles.contains_key(&part);
-    fine(Part::Table) && fine(Part::Bridge) && fine(Part::Sysctl) && own.keys().all(routed)
+    let parts = [Part::Table, Part::Bridge, Part::Gateways, Part::Sysctl];
+    parts.into_iter().all(fine) && own.keys().all(joined)
 }

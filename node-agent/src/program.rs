@@ -61,6 +61,7 @@ fn settings(run: &Run, config: &Config) -> Settings {
     Settings {
         me: Me {
             node: run.node_name.clone(),
+            datapath: run.datapath.into(),
             bridge: run.place.bridge.clone(),
             admit_forward: run.admit_forward,
         },

@@ -37,6 +37,8 @@ pub enum Name<'a> {
     Is(&'a str),
     /// It is any other.
     IsNot(&'a str),
+    /// It begins so.
+    Begins(&'a str),
     /// It does not begin so.
     BeginsNot(&'a str),
 }
@@ -324,15 +326,19 @@ impl Rule {
         self.interface("oifname", expr::META_OIFNAME, name)
     }
 
+    fn interface_start(self, field: &str, key: u32, op: Cmp, start: &str) -> Rule {
+        let sign = if op == Cmp::Ne { "!= " } else { "" };
+        let text = format!("{field} {sign}\"{start}*\"");
+        let value = start.as_bytes().to_vec();
+        self.push(Expr::Meta { key }).push(Expr::Compare { op, value }).say(&text)
+    }
+
     fn interface(self, field: &str, key: u32, name: Name<'_>) -> Rule {
         let (op, sign, name) = match name {
             Name::Is(name) => (Cmp::Eq, "", name),
             Name::IsNot(name) => (Cmp::Ne, "!= ", name),
-            Name::BeginsNot(start) => {
-                let text = format!("{field} != \"{start}*\"");
-                let value = start.as_bytes().to_vec();
-                return self.push(Expr::Meta { key }).push(Expr::Compare { op: Cmp::Ne, value }).say(&text);
-            }
+            Name::Begins(start) => return self.interface_start(field, key, Cmp::Eq, start),
+            Name::BeginsNot(start) => return self.interface_start(field, key, Cmp::Ne, start),
         };
         let mut value = name.as_bytes().to_vec();
         // nft compares the whole of the kernel's field, iptables-nft the name and its zero byte; after

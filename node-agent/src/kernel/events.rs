@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use plat_cni::netlink::Attributes;
-use plat_crds::names::{CNI_TYPE, NFT_PODS_TABLE, ROUTE_PROTOCOL};
+use plat_crds::names::{CNI_TYPE, NFT_PODS_TABLE, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
@@ -391,7 +391,9 @@ fn read_route(head: Head, payload: &[u8], wake: &mut Wake) -> Option<Source> {
     let header = &message.header;
     let destination = route::Facts::of(&message).destination;
     let link_local = matches!(destination, Some(IpAddr::V6(network)) if network.is_unicast_link_local());
-    if header.table == TABLE_LOCAL || link_local {
+    // A pod's own route comes with the pod.
+    let comes = u8::from(header.protocol) == POD_ROUTE_PROTOCOL && head.kind == NEW_ROUTE;
+    if header.table == TABLE_LOCAL || link_local || comes {
         return None;
     }
     let deleted_ours =

@@ -24,7 +24,8 @@ use plat_cni::nft::{
     self, Addr, Batch, ChainInfo, Cmp, Expr, Hook, Name, Policy, Rule, RuleInfo, Table, TableFamily, Verdict,
 };
 use plat_crds::block::{Block, Family};
-use plat_crds::names::FORWARD_COMMENT;
+use plat_crds::lease::Datapath;
+use plat_crds::names::{FORWARD_COMMENT, VETH_PREFIX};
 
 use super::nft::Nft;
 use crate::fabric::{Admit, Admitted, Direction, ForwardChain};
@@ -162,12 +163,17 @@ fn sees(table: TableFamily, family: Family) -> bool {
     }
 }
 
-/// The rule that admits: `ip saddr 10.244.1.0/24 iifname "cni0" counter accept comment "plat"`.
+/// The rule that admits: `ip saddr 10.244.1.0/24 iifname "cni0" counter accept comment "plat"`; for pods without
+/// bridge `iifname "plat*"`.
 fn admit_rule(admit: &Admit, bridge: &str) -> Rule {
     let rule = Rule::new(&filter(admit.block.family()), CHAIN);
+    let link = match admit.datapath {
+        Datapath::Bridge => Name::Is(bridge),
+        Datapath::Routed => Name::Begins(VETH_PREFIX),
+    };
     let rule = match admit.direction {
-        Direction::FromPods => rule.saddr(Addr::In(admit.block)).iifname(Name::Is(bridge)),
-        Direction::ToPods => rule.daddr(Addr::In(admit.block)).oifname(Name::Is(bridge)),
+        Direction::FromPods => rule.saddr(Addr::In(admit.block)).iifname(link),
+        Direction::ToPods => rule.daddr(Addr::In(admit.block)).oifname(link),
     };
     rule.counter().accept().comment(FORWARD_COMMENT)
 }
@@ -346,19 +352,25 @@ fn read_admit(rule: &RuleInfo, family: Family, bridge: &str) -> Option<Admitted>
     if reading.outcome != Outcome::Accept || reading.tests.len() != 2 {
         return None;
     }
-    let is_bridge = |name: &InterfaceName<'_>| *name == InterfaceName::Whole(bridge.as_bytes());
-    let admit = reading.tests.iter().find_map(|test| match test {
-        Test::Source(block, Cmp::Eq) => Some(Admit { block: *block, direction: Direction::FromPods }),
-        Test::Destination(block, Cmp::Eq) => Some(Admit { block: *block, direction: Direction::ToPods }),
+    let datapath = |name: &InterfaceName<'_>| {
+        if *name == InterfaceName::Whole(bridge.as_bytes()) {
+            Some(Datapath::Bridge)
+        } else {
+            (*name == InterfaceName::Start(VETH_PREFIX.as_bytes())).then_some(Datapath::Routed)
+        }
+    };
+    let (block, direction) = reading.tests.iter().find_map(|test| match test {
+        Test::Source(block, Cmp::Eq) => Some((*block, Direction::FromPods)),
+        Test::Destination(block, Cmp::Eq) => Some((*block, Direction::ToPods)),
         _ => None,
     })?;
-    let right_interface = reading.tests.iter().any(|test| match (test, admit.direction) {
-        (Test::In(name, Cmp::Eq), Direction::FromPods) => is_bridge(name),
-        (Test::Out(name, Cmp::Eq), Direction::ToPods) => is_bridge(name),
-        _ => false,
-    });
+    let datapath = reading.tests.iter().find_map(|test| match (test, direction) {
+        (Test::In(name, Cmp::Eq), Direction::FromPods) => datapath(name),
+        (Test::Out(name, Cmp::Eq), Direction::ToPods) => datapath(name),
+        _ => None,
+    })?;
     let ours = reading.comment.as_deref() == Some(FORWARD_COMMENT);
-    right_interface.then_some(Admitted { admit, handle: rule.handle, ours })
+    Some(Admitted { admit: Admit { block, datapath, direction }, handle: rule.handle, ours })
 }
 
 /// Any packet that an admission stands for.
@@ -381,8 +393,8 @@ impl Packet<'_> {
         let (answer, op) = match test {
             Test::Source(block, op) if from_pods => (self.inside(block), op),
             Test::Destination(block, op) if !from_pods => (self.inside(block), op),
-            Test::In(name, op) if from_pods => (yes_or_no(name.fits(self.bridge)), op),
-            Test::Out(name, op) if !from_pods => (yes_or_no(name.fits(self.bridge)), op),
+            Test::In(name, op) if from_pods => (self.over(name), op),
+            Test::Out(name, op) if !from_pods => (self.over(name), op),
             Test::Family(number, op) => {
                 let own = if self.admit.block.family() == Family::IPv4 { 2 } else { 10 };
                 (yes_or_no(*number == own), op)
@@ -393,6 +405,20 @@ impl Packet<'_> {
             (Answer::Yes, Cmp::Ne) => Answer::No,
             (Answer::No, Cmp::Ne) => Answer::Yes,
             _ => answer,
+        }
+    }
+
+    /// Whether the packet passes the link of that name.
+    fn over(&self, name: &InterfaceName<'_>) -> Answer {
+        match (self.admit.datapath, name) {
+            (Datapath::Bridge, name) => yes_or_no(name.fits(self.bridge)),
+            (Datapath::Routed, InterfaceName::Start(start)) if VETH_PREFIX.as_bytes().starts_with(start) => {
+                Answer::Yes
+            }
+            // One pod's link, or some of them.
+            (Datapath::Routed, InterfaceName::Start(name) | InterfaceName::Whole(name)) => {
+                if name.starts_with(VETH_PREFIX.as_bytes()) { Answer::Depends } else { Answer::No }
+            }
         }
     }
 
@@ -505,7 +531,7 @@ mod tests {
     use plat_cni::nft::HookInfo;
 
     fn admit(direction: Direction) -> Admit {
-        Admit { block: "10.244.1.0/24".parse().unwrap(), direction }
+        Admit { block: "10.244.1.0/24".parse().unwrap(), datapath: Datapath::Bridge, direction }
     }
 
     fn info(rule: &Rule, handle: u64, comment: Option<&str>) -> RuleInfo {

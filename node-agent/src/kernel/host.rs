@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use plat_cni::link::LOOPBACK;
 use plat_cni::netlink::{Attributes, Error, Message, Socket};
 use plat_crds::names::ROUTE_PROTOCOL;
 use rtnetlink::packet_core::{Emitable, NlasIterator, Parseable};
@@ -15,7 +16,7 @@ use rustix::io::Errno;
 
 use super::route::{self, Way};
 use crate::desired::Location;
-use crate::fabric::ObservedBridge;
+use crate::fabric::{ObservedBridge, host_prefix};
 
 const GET_LINK: u16 = 18;
 /// Length of `ifinfomsg`.
@@ -216,6 +217,12 @@ pub fn bridge(view: &View) -> Option<ObservedBridge> {
         addresses: own().filter_map(prefix).collect(),
         ours: own().filter(|own| own.ours).filter_map(prefix).collect(),
     })
+}
+
+/// The addresses on `lo` that bear our protocol number.
+pub fn gateways(view: &View) -> BTreeSet<IpNet> {
+    let ours = view.addresses.iter().filter(|own| own.ours && own.device == LOOPBACK);
+    ours.map(|own| host_prefix(own.address)).collect()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 //!     chain postrouting {
 //!         type nat hook postrouting priority srcnat; policy accept;
 //!         oifname "cni0" return
+//!         oifname "plat*" return
 //!         ip daddr @keep4 return
 //!         ip6 daddr @keep6 return
 //!         ip saddr 10.244.1.0/24 ip daddr @exclude-10-244-1-0-24 return
@@ -29,7 +30,7 @@ use plat_cni::nft::{
     self, Addr, BaseChain, Batch, Hook, Name, Policy, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
 };
 use plat_crds::block::{Block, Family};
-use plat_crds::names::NFT_TABLE;
+use plat_crds::names::{NFT_TABLE, VETH_PREFIX};
 
 use crate::fabric::{Masquerade, TableState};
 
@@ -53,6 +54,8 @@ fn render(masquerade: &Masquerade) -> Rendered {
     let mut rendered = Rendered { sets: Vec::new(), rules: Vec::new() };
     // oifname "cni0" return
     rendered.rules.push(rule().oifname(Name::Is(&masquerade.pod_interface)).verdict(Verdict::Return));
+    // oifname "plat*" return: to pods without bridge
+    rendered.rules.push(rule().oifname(Name::Begins(VETH_PREFIX)).verdict(Verdict::Return));
     for (family, name) in [(Family::IPv4, "keep4"), (Family::IPv6, "keep6")] {
         let of_family = masquerade.keep.iter().filter(|net| Family::of(&net.addr()) == family);
         rendered.sets.push((Set::prefixes(&table, name, family), of_family.copied().collect()));
@@ -223,6 +226,7 @@ mod tests {
             texts(&masquerade),
             [
                 "oifname \"cni0\" return",
+                "oifname \"plat*\" return",
                 "ip daddr @keep4 return",
                 "ip6 daddr @keep6 return",
                 "ip saddr 10.244.1.0/24 ip daddr @exclude-10-244-1-0-24 return",

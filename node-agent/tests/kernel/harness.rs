@@ -19,6 +19,7 @@ use plat_agent::reporter::Report;
 use plat_cni::boot;
 use plat_crds::block::Block;
 use plat_crds::cluster_cidr::MasqueradeMode;
+use plat_crds::lease::Datapath;
 use plat_crds::pod_cidr::BlockState;
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
@@ -238,7 +239,12 @@ impl TestNode {
         std::fs::write(at("image-plat"), "the CNI binary").unwrap();
         let settings = Settings {
             anti_spoofing: true,
-            me: Me { node: "n1".into(), bridge: "cni0".into(), admit_forward: true },
+            me: Me {
+                node: "n1".into(),
+                datapath: Datapath::Bridge,
+                bridge: "cni0".into(),
+                admit_forward: true,
+            },
             conf_dir: at("net.d"),
             bin_dir: at("bin"),
             run_dir: at("plat"),

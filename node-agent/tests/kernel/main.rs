@@ -17,4 +17,5 @@ mod offline;
 mod pods;
 mod repair;
 mod rights;
+mod routed;
 mod routes;
