@@ -78,6 +78,7 @@ fn plat(
     more: Value,
 ) -> Result<Contender> {
     let plugin = PlatPlugin {
+        datapath: plat_crds::lease::Datapath::Bridge,
         bridge: format!("{prefix}-bridge"),
         run_dir: node::run_dir(prefix, blocks, held)?.to_string_lossy().into_owned(),
         anti_spoofing: true,
