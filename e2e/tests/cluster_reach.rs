@@ -69,14 +69,36 @@ fn every_way_is_open_with_bridge_netfilter_on_and_off_and_in_both_modes_of_kube_
     assert_eq!(doubles(&cluster, &[1, 2, 3]).unwrap(), Vec::<String>::new());
 }
 
+/// On two nodes in both families: two pods and a node each, with Services.
+const BOTH_FAMILIES: usize = 2 * (4 * 11 + 2 * 4);
+
+fn dual_stack(settings: &[&str]) -> Cluster {
+    let cluster = Cluster::up(2, ProxyMode::Nftables).unwrap();
+    let ranges = ["--set", "clusterCIDRs={10.244.0.0/16,fd00:10:244::/48}"];
+    cluster.install_plat(&[&ranges, settings].concat()).unwrap();
+    cluster.wait_nodes_ready(DEADLINE);
+    cluster
+}
+
 #[test]
 fn every_way_is_open_in_both_families() {
-    let cluster = Cluster::up(2, ProxyMode::Nftables).unwrap();
-    cluster.install_plat(&["--set", "clusterCIDRs={10.244.0.0/16,fd00:10:244::/48}"]).unwrap();
-    cluster.wait_nodes_ready(DEADLINE);
+    let cluster = dual_stack(&[]);
     let matrix = matrix(&cluster, 2);
-    assert_eq!(matrix.wait_all_right("in IPv4 and IPv6", DEADLINE), 2 * (4 * 11 + 2 * 4));
+    assert_eq!(matrix.wait_all_right("in IPv4 and IPv6", DEADLINE), BOTH_FAMILIES);
     for node in [1, 2] {
         assert_eq!(blocks_of(&cluster, node).unwrap().len(), 2);
     }
+}
+
+#[test]
+fn every_way_is_open_in_both_families_without_a_bridge() {
+    let cluster = dual_stack(&["--set", "datapath=routed"]);
+    let matrix = matrix(&cluster, 2);
+    assert_eq!(matrix.wait_all_right("without a bridge", DEADLINE), BOTH_FAMILIES);
+    for node in [1, 2] {
+        let bridges = cluster.on_node(node, "ip -br link show type bridge").unwrap();
+        assert_eq!(bridges, "", "n{node}");
+        cluster.on_node(node, "iptables -P FORWARD DROP && ip6tables -P FORWARD DROP").unwrap();
+    }
+    matrix.wait_all_right("without a bridge, with policy DROP in FORWARD", DEADLINE);
 }
