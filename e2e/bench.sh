@@ -22,6 +22,9 @@ load=$(cut -d' ' -f1 /proc/loadavg)
 echo "bench: CNI ADD and DEL, taking turns with the reference plugins and the floor (1 to 2 min) ..." >&2
 "$target/$triple/release/bench" --plat "$images/bin/plat" --floor "$target/$triple/release/floor" \
   --reference "$tools/cni" --out "$target/bench" "$@" | tee "$target/bench/table.md"
+echo "bench: ten pods at once through kubelet, in turns with the reference plugins (2 min) ..." >&2
+BENCH_OUT=$(realpath "$target/bench") cargo test -q -p plat-e2e --test pod_start -- --ignored >&2
+{ echo; cat "$target/bench/pods.md"; } | tee -a "$target/bench/table.md"
 
 if [[ ${RECORD:-} ]]; then
   cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)

@@ -203,6 +203,9 @@ fn routes_ready(findings: &Findings) -> Verdict {
     if let Some(trouble) = findings.troubles.get(&Part::Bridge) {
         return not("BridgeNotReady", trouble.clone());
     }
+    if let Some(trouble) = findings.troubles.get(&Part::Gateways) {
+        return not("GatewaysNotReady", trouble.clone());
+    }
     if let Some(trouble) = findings.troubles.get(&Part::Sysctl) {
         return not("SysctlRefused", trouble.clone());
     }
@@ -430,7 +433,7 @@ mod tests {
         assert_eq!(condition(&blocked, FORWARDING_BLOCKED).status, "True");
         let held = Findings { held: (0..9).map(|n| format!("b{n}")).collect(), ..Findings::default() };
         assert!(condition(&held, WITHDRAWALS_HELD).message.starts_with("9 objects are missing"));
-        for part in [Part::Bridge, Part::Sysctl] {
+        for part in [Part::Bridge, Part::Gateways, Part::Sysctl] {
             let findings = Findings { troubles: [(part, "no".to_owned())].into(), ..Findings::default() };
             assert_eq!(condition(&findings, ROUTES_READY).status, "False");
         }

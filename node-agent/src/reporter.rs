@@ -218,7 +218,7 @@ impl Reporter {
 
     /// What fails of the node as a whole fails its own blocks.
     fn own_troubles(&self, map: Map<'_>, outcome: &Outcome) -> Vec<Fault> {
-        let fatal = [Part::Table, Part::Bridge, Part::Sysctl];
+        let fatal = [Part::Table, Part::Bridge, Part::Gateways, Part::Sysctl];
         let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)) else {
             return Vec::new();
         };
