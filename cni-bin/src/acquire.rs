@@ -46,7 +46,8 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
         IpamKind::Ranges => {
             let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
             let source = Source { pool: Pool::Ranges, sets: conf.ranges.clone() };
-            let (held, chosen) = reserve(call, conf, &source, netns.id(), done)?;
+            let lease = blank_lease(call, conf, netns.id(), source.pool);
+            let (held, chosen) = reserve(&mut call.lock()?, conf, lease, &source, done)?;
             let (net, style) = leased_net(conf, &chosen, Style::Subnet)?;
             Ok(Given { dns, ..given(net, style, held) })
         }
@@ -58,8 +59,8 @@ pub fn acquire(call: &mut Call, conf: &Attachment, netns: &Netns, done: &mut Don
         IpamKind::None => {
             // Without an address there still is a link, which DEL finds by the lease.
             let mut lease = blank_lease(call, conf, netns.id(), Pool::Delegated);
-            lease.guard = guard(conf, &lease);
-            let held = record(call, conf, lease, done)?;
+            complete(&mut lease, conf)?;
+            let held = record(call, lease, done)?;
             Ok(given(PodNet::default(), Style::Subnet, held))
         }
     }
@@ -85,9 +86,15 @@ fn given(net: PodNet, style: Style, held: Held) -> Given {
 
 fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Done) -> Result<Given, Error> {
     let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
-    let file = pool::read_blocks(&call.network.run_dir)?;
-    let source = pool::from_blocks(&file, &call.boot, boot_ms())?;
-    let (held, chosen) = reserve(call, conf, &source, netns, done)?;
+    let lease = blank_lease(call, conf, netns, Pool::Blocks);
+    let (run_dir, boot) = (call.network.run_dir.clone(), call.boot.clone());
+    let mut store = call.lock()?;
+    // Read and judged only now: while we waited for the lock, a block may have been drained and given to another
+    // node, or the time come after which none may be leased from.
+    let file = pool::read_blocks(&run_dir)?;
+    let source = pool::from_blocks(&file, &boot, boot_ms())?;
+    let (held, chosen) = reserve(&mut store, conf, lease, &source, done)?;
+    drop(store);
     let (net, style) = leased_net(conf, &chosen, Style::Host)?;
     Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, style, held) })
 }
@@ -99,6 +106,10 @@ fn from_delegate(
     netns: NetnsId,
     done: &mut Done,
 ) -> Result<Given, Error> {
+    // A lease without addresses comes first, so that of two ADDs with the same key only one reaches the plugin: the
+    // DEL by which the other is undone would give up the address of the first.
+    let lease = blank_lease(call, conf, netns, Pool::Delegated);
+    let mut held = record(call, lease, done)?;
     // From now on its DEL is due, also if its ADD fails half way.
     done.delegated = Some(plugin.to_owned());
     let reply = delegate::add(plugin, &call.plugin_path, &call.input, call.network.version)?;
@@ -112,30 +123,35 @@ fn from_delegate(
         Datapath::Bridge => (PodNet::delegated(reply.ips, reply.routes, &conf.bridge), Style::Subnet),
         Datapath::Routed => (PodNet::routed(reply.ips, &reply.routes)?, Style::Routed),
     };
-    let mut lease = Lease { addresses, ..blank_lease(call, conf, netns, Pool::Delegated) };
-    lease.guard = guard(conf, &lease);
-    let held = record(call, conf, lease, done)?;
+    held.lease.addresses = addresses;
+    complete(&mut held.lease, conf)?;
+    done.leased = Some(held.clone());
+    confirm(&mut call.lock()?, &held)?;
     Ok(Given { dns: reply.dns, ..given(net, style, held) })
 }
 
 /// Chooses addresses and records them, under one lock.
 fn reserve(
-    call: &mut Call,
+    store: &mut Locked<'_>,
     conf: &Attachment,
+    lease: Lease,
     source: &Source,
-    netns: NetnsId,
     done: &mut Done,
 ) -> Result<(Held, Vec<Chosen>), Error> {
-    let lease = blank_lease(call, conf, netns, source.pool);
     let complete = |lease: &mut Lease| {
         lease.addresses.iter_mut().for_each(|leased| leased.masquerade = conf.bridge.ip_masq);
-        lease.guard = guard(conf, lease);
-        lease.host_ports = host_ports(conf, &lease.addresses)?;
-        Ok(())
+        complete(lease, conf)
     };
-    let (held, chosen) = lease_from(&mut call.lock()?, lease, source, &conf.requested_ips, complete)?;
+    let (held, chosen) = lease_from(store, lease, source, &conf.requested_ips, complete)?;
     done.leased = Some(held.clone());
     Ok((held, chosen))
+}
+
+/// Adds to a lease what depends on its addresses.
+fn complete(lease: &mut Lease, conf: &Attachment) -> Result<(), Error> {
+    lease.guard = guard(conf, lease);
+    lease.host_ports = host_ports(conf, &lease.addresses)?;
+    Ok(())
 }
 
 /// Gives a lease addresses of that source, lets `complete` add what depends on them, and records it.
@@ -168,9 +184,8 @@ pub fn lease_from(
     Ok((Held { slot, lease }, chosen))
 }
 
-/// Records a lease whose addresses, if any, others chose.
-fn record(call: &mut Call, conf: &Attachment, mut lease: Lease, done: &mut Done) -> Result<Held, Error> {
-    lease.host_ports = host_ports(conf, &lease.addresses)?;
+/// Records a lease without addresses: others choose them, if there are to be any.
+fn record(call: &mut Call, lease: Lease, done: &mut Done) -> Result<Held, Error> {
     let mut store = call.lock()?;
     let survey = store.survey(&lease.container_id, &lease.ifname)?;
     refuse_second(&survey, &lease)?;
@@ -193,11 +208,12 @@ fn host_ports(conf: &Attachment, addresses: &[LeasedAddress]) -> Result<Vec<Host
 }
 
 fn refuse_second(survey: &Survey, lease: &Lease) -> Result<(), Error> {
-    if !survey.has_lease() {
-        return Ok(());
-    }
+    if survey.has_lease() { Err(second(lease)) } else { Ok(()) }
+}
+
+fn second(lease: &Lease) -> Error {
     let msg = format!("container {} already has a lease for {}", lease.container_id, lease.ifname);
-    Err(Error::because(Code::Exists, msg, "a DEL must come before another ADD"))
+    Error::because(Code::Exists, msg, "a DEL must come before another ADD")
 }
 
 /// What the pod of that lease is held to.
@@ -226,10 +242,13 @@ fn blank_lease(call: &Call, conf: &Attachment, netns: NetnsId, pool: Pool) -> Le
 
 /// Writes the pod's link into its lease, and makes sure that the lease still stands: someone may have
 /// removed the store while we worked, and the next one rebuilt it when our link was not there yet to prove
-/// our addresses. Whoever has them now keeps them.
+/// our addresses. Whoever has them now keeps them, and so does another ADD with our key, which came after a DEL.
 pub fn confirm(store: &mut Locked<'_>, held: &Held) -> Result<(), Error> {
     let lease = held.lease.clone();
     let found = store.find_at(held.slot, &lease.container_id, &lease.ifname)?;
+    if found.as_ref().is_some_and(|found| !is_of_this_add(&lease, &found.lease)) {
+        return Err(second(&lease));
+    }
     let as_written = |found: &Held| {
         let found = &found.lease;
         (found.since, &found.pool, &found.addresses) == (lease.since, &lease.pool, &lease.addresses)
@@ -248,6 +267,12 @@ pub fn confirm(store: &mut Locked<'_>, held: &Held) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Whether the lease that is found under our key is that of this ADD: it began when ours did, or was rebuilt from
+/// our link, which only we have the number of. Pure.
+fn is_of_this_add(ours: &Lease, found: &Lease) -> bool {
+    ours.since == found.since || (ours.veth.index != 0 && ours.veth.index == found.veth.index)
 }
 
 /// Whether another container's lease holds one of our addresses. Pure.
@@ -280,6 +305,35 @@ pub fn release(call: &mut Call, held: &Held, rules: &mut Remover) -> Result<(), 
     match store.find_at(*slot, &lease.container_id, &lease.ifname)? {
         Some(found) => Ok(end(&mut store, &Held { slot: found.slot, lease: lease.clone() }, rules)?),
         None => forget(&mut store, lease, rules),
+    }
+}
+
+/// Whose the lease is that stands under our key once an ADD was taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Successor {
+    /// There is none: nothing stands.
+    None,
+    /// Another ADD's, which came after a DEL.
+    Stands,
+}
+
+/// The same for an ADD that failed: should a DEL and another ADD have come meanwhile, the lease is that one's and
+/// stays.
+pub fn take_back(call: &mut Call, held: &Held, rules: &mut Remover) -> Result<Successor, Error> {
+    let Some(mut store) = call.lock_existing_store()? else {
+        rules.remove(&held.lease)?;
+        return Ok(Successor::None);
+    };
+    let Held { slot, lease } = held;
+    match store.find_at(*slot, &lease.container_id, &lease.ifname)? {
+        Some(found) if is_of_this_add(lease, &found.lease) => {
+            end(&mut store, &Held { slot: found.slot, lease: lease.clone() }, rules)?;
+            Ok(Successor::None)
+        }
+        found => {
+            forget(&mut store, lease, rules)?;
+            Ok(if found.is_some() { Successor::Stands } else { Successor::None })
+        }
     }
 }
 
@@ -367,6 +421,24 @@ mod tests {
             (lease("b", Pool::Ranges, "10.1.0.2"), false),
         ] {
             assert_eq!(contradicts(&ours, &other), expected, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_lease_under_our_key_is_ours_by_its_beginning_or_by_the_number_of_our_link() {
+        let at = |boot_ms: u64, index: u32| Lease {
+            veth: HostVeth { name: "plat1".into(), index },
+            since: Since { boot_ms, unix_seconds: 0 },
+            ..lease("a", Pool::Blocks, "10.1.0.2")
+        };
+        for (ours, found, expected) in [
+            (at(1, 0), at(1, 0), true),
+            (at(1, 7), at(1, 0), true),
+            (at(1, 7), at(2, 7), true),
+            (at(1, 0), at(2, 0), false),
+            (at(1, 7), at(2, 8), false),
+        ] {
+            assert_eq!(is_of_this_add(&ours, &found), expected, "{ours:?} {found:?}");
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use plat_crds::lease::HostVeth;
 
-use crate::acquire::{self, Given};
+use crate::acquire::{self, Given, Successor};
 use crate::attach::{self, Attached};
 use crate::call::Call;
 use crate::config::{Attachment, IpamKind, Network};
@@ -122,12 +122,15 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
         link_is_gone = false;
         left.push(error.to_string());
     }
-    if let Some(held) = done.leased.filter(|_| link_is_gone)
-        && let Err(error) = acquire::release(call, &held, &mut Remover::default())
-    {
-        left.push(error.to_string());
+    let mut successor = Successor::None;
+    if let Some(held) = done.leased.filter(|_| link_is_gone) {
+        match acquire::take_back(call, &held, &mut Remover::default()) {
+            Ok(found) => successor = found,
+            Err(error) => left.push(error.to_string()),
+        }
     }
-    if let Some(plugin) = done.delegated.filter(|_| link_is_gone)
+    // The plugin knows the pod by container and interface alone: its DEL would hit the successor.
+    if let Some(plugin) = done.delegated.filter(|_| link_is_gone && successor == Successor::None)
         && let Err(error) = delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)
     {
         left.push(error.to_string());

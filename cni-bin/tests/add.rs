@@ -306,6 +306,11 @@ fn c48_without_a_block_the_answer_is_code_11_and_says_what_to_do() {
     error("damaged");
 }
 
+fn waits_for_a_lock(pid: u32) -> bool {
+    let locks = std::fs::read_to_string("/proc/locks").unwrap();
+    locks.lines().any(|line| line.contains("->") && line.contains(&pid.to_string()))
+}
+
 #[test]
 fn c49_a_lock_that_is_held_for_too_long_is_code_11() {
     lab::enter();
@@ -317,15 +322,31 @@ fn c49_a_lock_that_is_held_for_too_long_is_code_11() {
     assert!(Plat::call("ADD", "c", &impatient).run().error(11).contains("locked by another process"));
     // And one that is let go in time is waited for.
     let waiting = Plat::call("ADD", "c", &hand_conf()).start();
-    let pid = waiting.id();
-    lab::eventually("the ADD waits for the lock", || {
-        std::fs::read_to_string("/proc/locks")
-            .unwrap()
-            .lines()
-            .any(|l| l.contains("->") && l.contains(&pid.to_string()))
-    });
+    lab::eventually("the ADD waits for the lock", || waits_for_a_lock(waiting.id()));
     file.unlock().unwrap();
     Answer::of(waiting.wait_with_output().unwrap()).json();
+}
+
+#[test]
+fn c49_blocks_that_change_during_the_wait_for_the_lock_are_judged_as_they_are_then() {
+    lab::enter();
+    blocks(&["10.244.3.0/24"]);
+    add("a", &cluster_conf());
+    let file = File::options().read(true).write(true).open("/run/plat/leases").unwrap();
+    let after_a_wait = |id: &str, change: &dyn Fn()| {
+        netns(id);
+        file.lock().unwrap();
+        let waiting = Plat::call("ADD", id, &cluster_conf()).start();
+        lab::eventually("the ADD waits for the lock", || waits_for_a_lock(waiting.id()));
+        change();
+        file.unlock().unwrap();
+        Answer::of(waiting.wait_with_output().unwrap())
+    };
+    let expired = after_a_wait("b", &|| lab::write_blocks(&["10.244.3.0/24"], |file| file.lease_until = 1));
+    assert!(expired.error(11).contains("while the API server is away"));
+    let drained = after_a_wait("c", &|| blocks(&["10.244.9.0/24"]));
+    assert_eq!(address(&drained.json()), "10.244.9.2");
+    assert_eq!(lab::leased(), ["10.244.3.2", "10.244.9.2"]);
 }
 
 #[test]

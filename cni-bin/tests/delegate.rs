@@ -88,6 +88,42 @@ fn c88_a_failed_add_gives_the_delegates_address_back() {
 }
 
 #[test]
+fn c41_a_second_add_leaves_the_delegates_address_to_the_first() {
+    lab::enter();
+    netns("c");
+    netns("c2");
+    call("ADD", "c", &host_local()).result();
+    let (taken, leased) = (files(), lab::leased());
+    assert_eq!((taken.len(), leased.len()), (2, 2));
+    let _ = call("ADD", "c", &host_local()).set("CNI_NETNS", "/run/netns/c2").run().error(103);
+    assert_eq!((files(), lab::leased()), (taken, leased));
+    assert!(lab::ping("c", "10.44.0.1"));
+    call("DEL", "c", &host_local()).run().silent();
+    assert_eq!(files(), Vec::<String>::new());
+}
+
+#[test]
+fn an_add_that_a_del_overtook_leaves_lease_and_address_to_the_next_add_of_its_container() {
+    lab::enter();
+    netns("c");
+    netns("c2");
+    fs::write("/run/wait", "").unwrap();
+    let slow =
+        call("ADD", "c", &host_local()).set("PLAT_FAIL", "lease:wait").set("PLAT_FAIL_WAIT", "/run/wait");
+    let slow = slow.start();
+    lab::eventually("the lease is recorded", || lab::exists("/run/plat/leases") && lab::leased().len() == 2);
+    call("DEL", "c", &host_local()).run().silent();
+    call("ADD", "c", &host_local()).set("CNI_NETNS", "/run/netns/c2").result();
+    let (taken, leased, links) = (files(), lab::leases(), lab::host_links());
+    assert_eq!((taken.len(), leased.len(), links.len()), (2, 1, 1));
+    fs::remove_file("/run/wait").unwrap();
+    let _ = Answer::of(slow.wait_with_output().unwrap()).error(103);
+    assert_eq!((files(), lab::leases(), lab::host_links()), (taken, leased, links));
+    assert_eq!(lab::masqueraded().len(), 2);
+    assert!(sh("ip netns exec c2 busybox ping -c 3 -W 1 10.44.0.1").contains(" 0% packet loss"));
+}
+
+#[test]
 fn static_addresses_work_too() {
     lab::enter();
     netns("c");
