@@ -36,6 +36,28 @@ pub fn find(plugin: &str, path: &str) -> Result<PathBuf, Error> {
 
 /// Runs a verb of the plugin and returns what it printed. Its own error is ours.
 pub fn run(plugin: &str, path: &str, verb: &str, input: &[u8]) -> Result<Vec<u8>, Error> {
+    run_with(plugin, path, verb, input, &[])
+}
+
+/// Runs the plugin's DEL for a container that our own call is not about.
+pub fn del_for(
+    plugin: &str,
+    path: &str,
+    container_id: &str,
+    ifname: &str,
+    input: &[u8],
+) -> Result<(), Error> {
+    let whose = [("CNI_CONTAINERID", container_id), ("CNI_IFNAME", ifname), ("CNI_NETNS", "")];
+    run_with(plugin, path, "DEL", input, &whose).map(|_| ())
+}
+
+fn run_with(
+    plugin: &str,
+    path: &str,
+    verb: &str,
+    input: &[u8],
+    variables: &[(&str, &str)],
+) -> Result<Vec<u8>, Error> {
     let file = find(plugin, path)?;
     let failed =
         |e: io::Error| Error::because(Code::Delegate, format!("cannot run IPAM plugin {plugin}"), e.kind());
@@ -44,6 +66,7 @@ pub fn run(plugin: &str, path: &str, verb: &str, input: &[u8]) -> Result<Vec<u8>
         .arg(std::process::id().to_string())
         .arg(&file)
         .env("CNI_COMMAND", verb)
+        .envs(variables.iter().copied())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

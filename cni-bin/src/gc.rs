@@ -4,10 +4,13 @@
 //! DEL for what it knows then, and nothing is removed. Leases younger than `gcGraceSeconds` stay, as the
 //! list may be older than they are, and so do those whose network is unknown (rebuilt from the kernel):
 //! the agent's sweep ends them with their links.
+//!
+//! Where another IPAM plugin gave the addresses, its DEL is run for each lease that ends: most such plugins know no
+//! GC. Until it has succeeded the lease stays, without its addresses, so that the next GC tries again.
 
 use std::collections::HashSet;
 
-use plat_crds::lease::Lease;
+use plat_crds::lease::{Lease, Pool};
 
 use crate::add::delegate_of;
 use crate::boot::boot_ms;
@@ -16,6 +19,7 @@ use crate::error::{Code, Error};
 use crate::json::Json;
 use crate::pods::Remover;
 use crate::spec::SpecVersion;
+use crate::store::{self, Held, Locked};
 use crate::{acquire, delegate, fail, teardown};
 
 /// Container ID and interface.
@@ -58,12 +62,31 @@ pub fn gc(call: &mut Call) -> Result<(), Error> {
 fn collect(call: &mut Call, lease: &Lease, rules: &mut Remover) -> Result<(), Error> {
     fail::point(&format!("gc-{}", lease.container_id))?;
     teardown::teardown(call.host(), &lease.container_id, &lease.ifname, Some(lease), rules)?;
-    let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
-    match store.find(&lease.container_id, &lease.ifname)? {
-        // One that began since is another.
-        Some(held) if held.lease.since == lease.since => Ok(acquire::end(&mut store, &held, rules)?),
-        _ => Ok(()),
+    if let Some(plugin) = delegate_of(call).filter(|_| lease.pool == Pool::Delegated) {
+        let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
+        let Some(held) = find(&mut store, lease)? else { return Ok(()) };
+        // Before the plugin can give the addresses to another pod, whose rules must not be taken for these.
+        rules.remove(&held.lease)?;
+        store.replace(&Held { slot: held.slot, lease: without_addresses(held.lease) })?;
+        drop(store);
+        delegate::del_for(&plugin, &call.plugin_path, &lease.container_id, &lease.ifname, &call.input)?;
     }
+    let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
+    match find(&mut store, lease)? {
+        Some(held) => Ok(acquire::end(&mut store, &held, rules)?),
+        None => Ok(()),
+    }
+}
+
+/// That lease as it stands now. One that began since is another.
+fn find(store: &mut Locked<'_>, lease: &Lease) -> Result<Option<Held>, store::Error> {
+    let found = store.find(&lease.container_id, &lease.ifname)?;
+    Ok(found.filter(|held| held.lease.since == lease.since))
+}
+
+/// What is left of a lease whose addresses are given up: its key. Pure.
+fn without_addresses(lease: Lease) -> Lease {
+    Lease { addresses: Vec::new(), host_ports: Vec::new(), guard: None, ..lease }
 }
 
 /// The attachments that are to stay; `None` if the runtime says nothing about them. `null` is an empty list:
@@ -93,7 +116,7 @@ fn stale(leases: Vec<Lease>, network: &str, valid: &HashSet<Key>, now: u64, grac
 #[cfg(test)]
 mod tests {
     use super::*;
-    use plat_crds::lease::{HostVeth, Pool, Since};
+    use plat_crds::lease::{HostVeth, Since};
 
     fn lease(id: &str, network: Option<&str>, boot_ms: u64) -> Lease {
         Lease {

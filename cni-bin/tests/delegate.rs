@@ -124,6 +124,26 @@ fn an_add_that_a_del_overtook_leaves_lease_and_address_to_the_next_add_of_its_co
 }
 
 #[test]
+fn c88_gc_gives_the_delegates_addresses_of_what_it_ends_back_and_tries_again_where_it_could_not() {
+    lab::enter();
+    netns("stays");
+    netns("goes");
+    let conf = host_local();
+    call("ADD", "stays", &conf).result();
+    let (taken, leases, rules) = (files(), lab::leases(), lab::pod_elements());
+    call("ADD", "goes", &conf).result();
+    assert_eq!(files().len(), 4);
+    let valid = json!([{"containerID": "stays", "ifname": "eth0"}]);
+    let list = with(conf, json!({"gcGraceSeconds": 0, "cni.dev/valid-attachments": valid}));
+    let gc = Plat::bare("GC").input(&list).set("CNI_PATH", "/nowhere");
+    assert!(gc.run().error(107).contains("eth0 of goes: IPAM plugin host-local is missing"));
+    assert_eq!((files().len(), lab::leases().len(), lab::pod_elements()), (4, 2, rules.clone()));
+    gc.set("CNI_PATH", &plugins()).run().silent();
+    assert_eq!((files(), lab::leases(), lab::pod_elements()), (taken, leases, rules));
+    assert!(lab::ping("stays", "10.44.0.1"));
+}
+
+#[test]
 fn static_addresses_work_too() {
     lab::enter();
     netns("c");
