@@ -139,7 +139,8 @@ impl World {
         self.pods[pod] = match state {
             Pod::Out => Pod::Adding(Add::Start),
             Pod::Adding(Add::Start) => self.lease(pod),
-            Pod::Adding(Add::Leased(held)) => {
+            Pod::Adding(Add::Leased(mut held)) => {
+                held.lease.veth.index = 1;
                 self.links.add(&held.lease.veth.name, alias::of(&held.lease));
                 Pod::Adding(Add::Linked(held))
             }
