@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use plat_crds::Family;
+use plat_crds::alias::{self, Port};
 use plat_crds::lease::{Datapath, GuardScope, Lease};
-use plat_crds::{Family, alias};
 use rustix::io::Errno;
 
 use crate::acquire::{self, Given};
@@ -197,11 +198,13 @@ fn vanished(name: &str) -> Error {
 /// stand before the pod has an address, as it proves who has it. At the link's creation the kernel would
 /// ignore it.
 fn mark_link(call: &mut Call, conf: &Attachment, lease: &Lease, host: &Link) -> Result<(), Error> {
-    let alias = alias::of(lease);
+    let (hairpin, isolated) = (conf.bridge.hairpin, conf.bridge.isolated);
+    let port = Port { bridge: &conf.bridge.name, hairpin, isolated };
+    let alias = alias::of(lease, Some(port).filter(|_| conf.datapath == Datapath::Bridge));
     let mark = LinkChange {
         alias: Some(&alias),
-        hairpin: (conf.datapath == Datapath::Bridge && conf.bridge.hairpin).then_some(true),
-        isolated: conf.bridge.isolated.then_some(true),
+        hairpin: (conf.datapath == Datapath::Bridge && hairpin).then_some(true),
+        isolated: isolated.then_some(true),
         ..LinkChange::default()
     };
     // The host's end has no use for an address of its own, and a DEL would wait for the end of it: for

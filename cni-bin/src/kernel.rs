@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use plat_crds::alias::{self, Alias, Leased};
-use plat_crds::lease::{Datapath, HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
+use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
 
 use crate::boot::since_now;
 use crate::link::{self, Address, Link};
@@ -43,7 +43,7 @@ impl HostKernel {
 
 impl Kernel for HostKernel {
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        let known = Known::read();
+        let known = Known::read()?;
         let mut tries = 0;
         loop {
             tries += 1;
@@ -77,9 +77,11 @@ fn proven_by(socket: &mut Socket, link: &Link, known: &Known) -> Result<Option<L
     Ok(lease_of(link, &alias, &behind, known))
 }
 
-/// The lease that one host veth proves; `None` if it is not ours, or going away.
-pub fn prove(socket: &mut Socket, link: &Link) -> Option<Lease> {
-    proven_by(socket, link, &Known::read()).ok().flatten()
+/// The lease that one host veth proves; `None` if it is not ours, or going away. An error if nftables cannot be
+/// asked.
+pub fn prove(socket: &mut Socket, link: &Link) -> Result<Option<Lease>, netlink::Error> {
+    let known = Known::read()?;
+    Ok(proven_by(socket, link, &known).ok().flatten())
 }
 
 /// The lease that a host veth proves; `behind` are the addresses of the pod's end, if they were asked. Pure
@@ -102,11 +104,14 @@ fn lease_of(link: &Link, alias: &Alias<'_>, behind: &[Address], known: &Known) -
         addresses,
         veth: HostVeth { name: link.name.clone(), index: link.index },
         netns: None,
-        datapath: if link.master.is_some() { Datapath::Bridge } else { Datapath::Routed },
+        // That it has no master now does not tell: its bridge may have been deleted.
+        datapath: alias.datapath.unwrap_or_default(),
         since: since_now(),
         ..Lease::default()
     };
     known.tell(&mut lease);
+    // Whoever flushed nftables has not taken the guard off.
+    lease.guard = alias.guard.unwrap_or(lease.guard);
     Some(lease)
 }
 
@@ -124,7 +129,7 @@ fn is_link_local(address: &IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use plat_crds::lease::{Guard, GuardScope};
+    use plat_crds::lease::{Datapath, Guard, GuardScope};
 
     fn address(text: &str) -> Address {
         Address { link: 2, net: text.parse().unwrap(), tentative: false, duplicate: false, protocol: 0 }
@@ -142,7 +147,7 @@ mod tests {
 
     #[test]
     fn the_alias_proves_the_lease_whatever_a_pod_does_at_its_end() {
-        let alias = "plat c1 eth0 net blocks 10.244.3.7/24 fd00::7/64";
+        let alias = "plat c1 eth0 bridge addresses:020000000007 net blocks 10.244.3.7/24 fd00::7/64";
         let guard = Guard { mac: [2, 0, 0, 0, 0, 7], scope: GuardScope::Addresses };
         let known = Known {
             masqueraded: ["10.244.3.7".parse().unwrap()].into(),
@@ -153,6 +158,7 @@ mod tests {
         assert_eq!((lease.container_id.as_str(), lease.ifname.as_str()), ("c1", "eth0"));
         assert_eq!(texts(&lease), ["10.244.3.7/24 true", "fd00::7/64 false"]);
         assert_eq!(lease.guard, Some(guard));
+        assert_eq!(prove(alias, &[], &Known::default()).unwrap().guard, Some(guard), "after a flush");
         assert_eq!((lease.network.as_deref(), lease.pool, lease.veth.index), (Some("net"), Pool::Blocks, 9));
         assert_eq!(prove(alias, &[address("10.244.3.9/32")], &known).unwrap().addresses, lease.addresses);
     }
@@ -163,6 +169,17 @@ mod tests {
         let lease = prove("plat c1 eth0", &behind, &Known::default()).unwrap();
         assert_eq!(texts(&lease), ["10.244.3.7/32 false", "fd00::7/128 false"]);
         assert_eq!((lease.network, lease.pool), (None, Pool::Unknown));
+    }
+
+    #[test]
+    fn only_the_alias_makes_a_pod_routed_and_nftables_tell_a_guard_that_had_no_room_in_it() {
+        let guard = Guard { mac: [2, 0, 0, 0, 0, 7], scope: GuardScope::Hardware };
+        let known = Known { guarded: [("platab".to_owned(), guard)].into(), ..Known::default() };
+        let told = |alias| prove(alias, &[], &known).map(|lease| (lease.datapath, lease.guard));
+        assert_eq!(told("plat c1 eth0 routed"), Some((Datapath::Routed, Some(guard))));
+        assert_eq!(told("plat c1 eth0 bridge"), Some((Datapath::Bridge, Some(guard))));
+        assert_eq!(told("plat c1 eth0"), Some((Datapath::Bridge, Some(guard))));
+        assert_eq!(told("plat c1 eth0 bridge:cni0 open"), Some((Datapath::Bridge, None)));
     }
 
     #[test]

@@ -526,17 +526,23 @@ pub struct Known {
 }
 
 impl Known {
-    /// Reads the tables. Where nftables cannot be asked, nothing is in them either.
-    pub fn read() -> Known {
-        let read = || -> Result<Known, netlink::Error> {
-            let mut socket = Socket::open(Protocol::Netfilter)?;
-            Ok(Known {
-                masqueraded: masq::members(&mut socket)?,
-                host_ports: hostports::members(&mut socket)?,
-                guarded: spoof::members(&mut socket)?,
-            })
+    /// Reads the tables. Only a kernel without nftables has nothing in them: any other error says nothing about
+    /// what there is, and a lease rebuilt by it would lose its rules.
+    pub fn read() -> Result<Known, netlink::Error> {
+        let mut socket = match Socket::open(Protocol::Netfilter) {
+            Err(netlink::Error::Socket { errno: Errno::PROTONOSUPPORT, .. }) => return Ok(Known::default()),
+            other => other?,
         };
-        read().unwrap_or_default()
+        match nft::tables(&mut socket) {
+            // So the kernel answers for a subsystem that it does not have (`nfnetlink_rcv_msg`).
+            Err(error) if error.errno() == Some(Errno::INVAL) => return Ok(Known::default()),
+            other => other?,
+        };
+        Ok(Known {
+            masqueraded: masq::members(&mut socket)?,
+            host_ports: hostports::members(&mut socket)?,
+            guarded: spoof::members(&mut socket)?,
+        })
     }
 
     /// Writes into a lease what the tables say about its addresses and its link.

@@ -25,7 +25,7 @@ pub fn teardown(
     let links = host_ends(host, container_id, ifname, lease)?;
     // A lease that was lost is asked from the kernel, as long as the link is there to prove it.
     let proven = match (lease, links.first()) {
-        (None, Some(link)) => kernel::prove(host, link),
+        (None, Some(link)) => kernel::prove(host, link)?,
         _ => None,
     };
     // Rules go before the link, as the kernel's grace period for them then passes while the link is deleted,
@@ -85,7 +85,7 @@ mod tests {
             alias: alias.map(str::to_owned),
             ..Link::default()
         };
-        assert!(is_end_of(&link("veth", Some("plat a eth0 n blocks 10.0.0.2/24")), "a", "eth0"));
+        assert!(is_end_of(&link("veth", Some("plat a eth0 bridge open n blocks 10.0.0.2/24")), "a", "eth0"));
         assert!(is_end_of(&link("veth", None), "a", "eth0"));
         assert!(!is_end_of(&link("veth", Some("plat b eth0")), "a", "eth0"));
         assert!(!is_end_of(&link("bridge", None), "a", "eth0"));

@@ -81,7 +81,7 @@ fn c37_by_hand_the_kernel_has_what_the_result_says_and_pods_reach_each_other() {
     assert_eq!(host_link["address"], a["interfaces"][1]["mac"]);
     assert_eq!(
         (&host_link["master"], &host_link["ifalias"]),
-        (&json!("cni0"), &json!("plat a eth0 hand ranges 10.22.0.2/24"))
+        (&json!("cni0"), &json!("plat a eth0 bridge:cni0 open hand ranges 10.22.0.2/24"))
     );
     assert!(ping("a", "10.22.0.1") && ping("a", "10.22.0.3") && ping("b", "10.22.0.2"));
     assert_eq!(sh("cat /proc/sys/net/ipv4/ip_forward").trim(), "1", "isGateway makes a router");

@@ -141,7 +141,7 @@ impl World {
             Pod::Adding(Add::Start) => self.lease(pod),
             Pod::Adding(Add::Leased(mut held)) => {
                 held.lease.veth.index = 1;
-                self.links.add(&held.lease.veth.name, alias::of(&held.lease));
+                self.links.add(&held.lease.veth.name, alias::of(&held.lease, None));
                 Pod::Adding(Add::Linked(held))
             }
             Pod::Adding(Add::Linked(held)) => self.confirm(*held),

@@ -10,7 +10,12 @@ use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use lab::frames::*;
 use lab::{Plat, add, cluster_conf, hand_conf, netns, sh, with};
+use plat_cni::kernel::HostKernel;
 use plat_cni::mac::Mac;
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::store::Kernel;
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use serde_json::{Value, json};
 
 /// The UDP port on which the host listens.
@@ -690,4 +695,45 @@ fn refused() -> u64 {
     let rules = ruleset["nftables"].as_array().unwrap().iter().filter_map(|o| o.get("rule"));
     let counters = rules.flat_map(|r| r["expr"].as_array().unwrap().clone());
     counters.filter_map(|e| e["counter"]["packets"].as_u64()).sum()
+}
+
+#[test]
+fn a_guard_outlives_bridge_store_and_tables_together() {
+    lab::enter();
+    for datapath in ["bridge", "routed"] {
+        let conf = with(cluster_conf(), json!({"datapath": datapath, "antiSpoofing": true}));
+        lab::blocks(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
+        add(datapath, &conf);
+    }
+    let sorted = || {
+        let mut elements = lab::pod_elements();
+        elements.sort();
+        (lab::leases().iter().map(|lease| lease["guard"].clone()).collect::<Vec<_>>(), elements)
+    };
+    let before = sorted();
+    assert!(before.0.len() == 2 && before.0.iter().all(Value::is_object), "{before:?}");
+    // The store goes as one whose header cannot be read: who only looks makes none anew.
+    sh("ip link del cni0; nft flush ruleset; echo garbage > /run/plat/leases");
+    lab::restore();
+    assert_eq!(sorted(), before);
+}
+
+#[test]
+fn a_store_is_not_rebuilt_while_nftables_cannot_be_asked() {
+    lab::enter();
+    lab::blocks(&["10.244.3.0/24"]);
+    add("a", &cluster_conf());
+    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
+    let before = kernel.held().unwrap();
+    assert_eq!(before.len(), 1);
+    // Netfilter wants this right also of who only reads, links do not.
+    let whole = capabilities(None).unwrap();
+    let effective = whole.effective - CapabilitySet::NET_ADMIN;
+    set_capabilities(None, CapabilitySets { effective, ..whole }).unwrap();
+    let refused = kernel.held();
+    set_capabilities(None, whole).unwrap();
+    let error = refused.unwrap_err();
+    assert_eq!(error.errno(), Some(Errno::PERM));
+    assert!(error.to_string().contains("list nftables tables"), "{error}");
+    assert_eq!(kernel.held().unwrap().len(), 1);
 }

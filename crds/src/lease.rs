@@ -71,8 +71,9 @@ pub const RECORD_SIZE: usize = 1024;
 pub const MAX_SLOTS: u32 = 131_072;
 /// Most addresses of one lease.
 pub const MAX_ADDRESSES: usize = 4;
-/// Longest container ID in bytes: it must fit into the host veth's alias (255 bytes) with the rest.
-pub const MAX_CONTAINER_ID: usize = 234;
+/// Longest container ID in bytes: it must fit into the host veth's alias (255 bytes) with interface and
+/// datapath.
+pub const MAX_CONTAINER_ID: usize = 227;
 /// Longest network name in bytes.
 pub const MAX_NETWORK_NAME: usize = 255;
 

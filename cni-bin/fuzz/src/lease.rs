@@ -37,19 +37,26 @@ pub fn check(input: &[u8]) {
 
 /// The lease that an alias proves has an alias that says the same.
 fn must_be_written_as(alias: &Alias<'_>) {
-    let Some(leased) = &alias.leased else { return };
+    let (Some(leased), Some(datapath), Some(guard)) = (&alias.leased, alias.datapath, alias.guard) else {
+        return;
+    };
     let lease = Lease {
         container_id: alias.container_id.to_owned(),
         ifname: alias.ifname.to_owned(),
         network: Some(leased.network.to_owned()),
         pool: leased.pool,
         addresses: leased.addresses.clone(),
+        datapath,
+        guard,
         ..Lease::default()
     };
-    let again = alias::of(&lease);
+    let again = alias::of(&lease, alias.port);
     let read = alias::parse(&again);
     // An address may be written shorter than it is shown.
-    assert!(read.as_ref() == Some(alias) || again == alias::of(&Lease { network: None, ..lease }), "{again}");
+    assert!(
+        read.as_ref() == Some(alias) || again == alias::of(&Lease { network: None, ..lease }, alias.port),
+        "{again}"
+    );
 }
 
 /// Writes a lease and reads it again.

@@ -39,7 +39,7 @@ fn must_be_usable(container: &Container) {
     assert!((0..3).all(|attempt| host_name(id, ifname, attempt).len() == 12));
 
     let lease = super::lease::of(id, ifname, &[[10, 244, 3, 7].into()]);
-    let alias = alias::of(&lease);
+    let alias = alias::of(&lease, None);
     assert!(alias.len() <= MAX_ALIAS && alias::is_of(&alias, id, ifname), "{alias}");
     let (entry, record) = lease.encode().unwrap();
     let Entry::Used(entry) = Entry::decode(&entry) else { panic!("{entry:?}") };

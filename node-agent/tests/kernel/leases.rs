@@ -37,7 +37,7 @@ fn newer_store() -> Vec<u8> {
 #[test]
 fn a_store_that_cannot_be_used_is_named_and_lets_no_block_go() {
     isolated("leases::a_store_that_cannot_be_used_is_named_and_lets_no_block_go", || {
-        pod("plat c1 eth0 plat blocks 10.244.7.9/24");
+        pod("plat c1 eth0 bridge:cni0 open plat blocks 10.244.7.9/24");
         let mut node = TestNode::new();
         let store = node.file("plat/leases");
         std::fs::create_dir_all(node.file("plat")).unwrap();
@@ -61,7 +61,7 @@ fn a_store_that_cannot_be_used_is_named_and_lets_no_block_go() {
 #[test]
 fn a_damaged_store_is_rebuilt_and_told() {
     isolated("leases::a_damaged_store_is_rebuilt_and_told", || {
-        pod("plat c1 eth0 plat blocks 10.244.1.9/24");
+        pod("plat c1 eth0 bridge:cni0 open plat blocks 10.244.1.9/24");
         let mut node = TestNode::new();
         std::fs::create_dir_all(node.file("plat")).unwrap();
         std::fs::write(node.file("plat/leases"), "garbage").unwrap();

@@ -44,7 +44,7 @@ fn pod_with(node: &TestNode, guard: Option<Guard>) {
         guard,
         ..Lease::default()
     };
-    shell(&format!("ip link set platpod alias '{}'", plat_crds::alias::of(&lease)));
+    shell(&format!("ip link set platpod alias '{}'", plat_crds::alias::of(&lease, None)));
     set_sysctl("ipv4/conf/cni0/route_localnet", "1");
     lease_out(node, &lease);
 }

@@ -42,7 +42,7 @@ fn pod(n: u8, datapath: Datapath) {
         "ip netns add p{n}
         ip link add plat{n} address {mac} type veth peer name eth0 netns p{n}
         ip link set plat{n} alias '{}' up",
-        alias::of(&lease)
+        alias::of(&lease, None)
     ));
     let gateway = match datapath {
         Datapath::Bridge => {
