@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use plat_crds::names::{ROUTE_METRIC, ROUTE_PROTOCOL};
-use plat_crds::{Block, Family};
+use plat_crds::{Block, Family, alias};
 
 use crate::link::{self, Address, Link, LinkChange, Route};
 use crate::mac::{End, Mac};
@@ -80,7 +80,7 @@ pub enum Error {
 }
 
 /// Makes the bridge exactly what `spec` says: there, up, with that MTU, with these gateways and routes and
-/// no other ones of Plat's. Addresses of others stay.
+/// no other ones of Plat's, and with the links of all its pods as ports. Addresses of others stay.
 pub fn ensure(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result<Bridge, Error> {
     let mut bridge = open(socket, sysctls, spec)?;
     let found =
@@ -106,6 +106,7 @@ pub fn ensure(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result
         }
     }
     bridge.repaired.extend(add_gateways(socket, &bridge, spec.blocks)?);
+    bridge.repaired.extend(restore_ports(socket, &bridge)?);
     Ok(bridge)
 }
 
@@ -129,8 +130,42 @@ pub fn open(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result<B
         bridge.repaired.push(format!("created bridge {}", spec.name));
         set_sysctls(sysctls, spec.name)?;
         bridge.repaired.extend(add_gateways(socket, &bridge, spec.blocks)?);
+        // Pods that hung on one that somebody deleted.
+        bridge.repaired.extend(restore_ports(socket, &bridge)?);
     }
     Ok(bridge)
+}
+
+/// Puts back as ports the links of pods that are ports of this bridge by their alias, and of none in truth, and says
+/// which: with a bridge that is deleted all its ports stand alone, and their pods are cut off.
+fn restore_ports(socket: &mut Socket, bridge: &Bridge) -> Result<Vec<String>, netlink::Error> {
+    let links = link::links(socket, Some("veth"))?;
+    let (mut messages, mut names) = (Vec::new(), Vec::new());
+    for link in links.iter().filter(|link| link.master.is_none()) {
+        let alias = link.alias.as_deref().and_then(alias::parse);
+        let Some(port) = alias.and_then(|alias| alias.port).filter(|port| port.bridge == bridge.name) else {
+            continue;
+        };
+        // In this order, as the flags are those of a port; and two messages for each, as an ADD sends them.
+        let join = LinkChange { bridge: Some(bridge.index), ..LinkChange::default() };
+        let flags = LinkChange {
+            hairpin: Some(port.hairpin),
+            isolated: port.isolated.then_some(true),
+            ..LinkChange::default()
+        };
+        messages.extend([&join, &flags].map(|change| link::set_link(link.index, &link.name, change)));
+        names.push(&link.name);
+    }
+    let mut outcomes = socket.request_each(messages)?.into_iter();
+    let mut joined = Vec::new();
+    for name in names {
+        // One whose pod has just ended is none to put back.
+        let both = [outcomes.next(), outcomes.next()].into_iter().flatten().map(deleted);
+        if both.collect::<Result<Vec<bool>, _>>()?.into_iter().all(|done| done) {
+            joined.push(format!("joined {name} to bridge {} again", bridge.name));
+        }
+    }
+    Ok(joined)
 }
 
 fn adopt(socket: &mut Socket, found: Link) -> Result<Bridge, Error> {

@@ -115,6 +115,22 @@ fn isolated_ports_reach_the_gateway_and_no_isolated_port() {
 }
 
 #[test]
+fn whoever_makes_a_bridge_anew_puts_the_pods_of_the_deleted_one_back_on_it() {
+    lab::enter();
+    let isolated = with(hand_conf(), json!({"portIsolation": true, "hairpinMode": true}));
+    let result = add("a", &isolated);
+    add(
+        "apart",
+        &with(hand_conf(), json!({"name": "other", "bridge": "br1", "ipam": {"subnet": "10.23.0.0/24"}})),
+    );
+    sh("ip link del cni0; ip link del br1");
+    add("b", &hand_conf());
+    assert!(lab::ping("a", "10.22.0.1") && lab::ping("a", "10.22.0.3"));
+    Plat::call("CHECK", "a", &with(isolated, json!({"prevResult": result}))).run().silent();
+    assert_eq!(json_of("ip -j link show master cni0").as_array().unwrap().len(), 2, "br1 has its own");
+}
+
+#[test]
 fn an_interface_that_is_to_stay_down_does_and_passes_its_check() {
     lab::enter();
     let conf = with(bare_conf(), json!({"disableContainerInterface": true}));

@@ -1,6 +1,6 @@
 //! The agent where pods are routed without a bridge, and on the way from one datapath to the other.
 
-use plat_crds::alias;
+use plat_crds::alias::{self, Port};
 use plat_crds::lease::{Datapath, HostVeth, Lease, LeasedAddress, Pool};
 
 use crate::harness::*;
@@ -19,6 +19,8 @@ fn feed(node: &mut TestNode) {
     node.expect_condition("CNIReady", "True", "Installed");
     node.settled();
 }
+
+const CNI0: Port<'_> = Port { bridge: "cni0", hairpin: true, isolated: true };
 
 /// What a CNI ADD leaves of pod `n`, but for its host routes: the agent has the lease from the link's alias.
 fn pod(n: u8, datapath: Datapath) {
@@ -42,7 +44,7 @@ fn pod(n: u8, datapath: Datapath) {
         "ip netns add p{n}
         ip link add plat{n} address {mac} type veth peer name eth0 netns p{n}
         ip link set plat{n} alias '{}' up",
-        alias::of(&lease, None)
+        alias::of(&lease, (datapath == Datapath::Bridge).then_some(CNI0))
     ));
     let gateway = match datapath {
         Datapath::Bridge => {
@@ -218,5 +220,47 @@ fn a_node_goes_from_bridge_to_routed_and_back_under_running_pods() {
         node.settled();
         expect_gateways("lo", &[]);
         expect_reach(9, &BOTH);
+    });
+}
+
+#[test]
+fn running_pods_hang_on_a_bridge_that_was_deleted_again() {
+    isolated("routed::running_pods_hang_on_a_bridge_that_was_deleted_again", || {
+        let mut node = node(Datapath::Bridge);
+        pod(7, Datapath::Bridge);
+        pod(8, Datapath::Routed);
+        // Of a bridge that is not the agent's.
+        let other = "plat c9 eth0 bridge:br9 open hand ranges 10.22.0.9/24";
+        shell(&format!("ip link add plat9 type veth peer name p9; ip link set plat9 alias '{other}' up"));
+        run(&format!("rm -f {}", node.settings.run_dir.join("leases").display()));
+        node.settled();
+        expect_reach(7, &BOTH);
+        let lost = || {
+            run("ip link del cni0");
+            assert_eq!(json("ip -j link show plat7")[0]["master"], serde_json::Value::Null);
+        };
+        let expect_back = || {
+            expect_reach(7, &["10.244.1.1", "fd00:10:244:1::1", "10.244.1.8"]);
+            let port = &json("ip -j -d link show plat7")[0];
+            let data = &port["linkinfo"]["info_slave_data"];
+            assert_eq!(port["master"], "cni0");
+            assert_eq!((&data["hairpin"], &data["isolated"]), (&true.into(), &true.into()), "{data}");
+            for stranger in ["plat8", "plat9"] {
+                assert_eq!(
+                    json(&format!("ip -j link show {stranger}"))[0]["master"],
+                    serde_json::Value::Null
+                );
+            }
+        };
+        lost();
+        let told = node.expect_incident("BridgeRestored", 1);
+        assert!(told.contains("joined plat7 to bridge cni0 again"), "{told}");
+        expect_back();
+        // The same where nobody was there to see it, and the store is lost too.
+        node.stop();
+        lost();
+        run(&format!("rm -f {}", node.settings.run_dir.join("leases").display()));
+        feed(&mut node);
+        expect_back();
     });
 }
