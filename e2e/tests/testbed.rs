@@ -225,7 +225,10 @@ fn nothing_is_left_when_the_scripts_are_interrupted_at_any_point() {
             .stdin(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut victim = Command::new(up.join("up.sh"))
+        // Whoever was started in the background ignores SIGINT, and so would all that it starts.
+        let mut victim = Command::new("env")
+            .arg("--default-signal=INT,TERM")
+            .arg(up.join("up.sh"))
             .envs(settings)
             .env_remove("TB_RUN")
             .stderr(Stdio::null())
