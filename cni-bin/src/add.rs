@@ -5,19 +5,18 @@
 //! pod could get too. Then the link ([`crate::attach`]). Then the lease is confirmed: should the store have
 //! been deleted or rebuilt meanwhile, so that someone else has the address, this ADD gives way.
 
-use plat_crds::lease::HostVeth;
-
 use crate::acquire::{self, Given, Successor};
 use crate::attach::{self, Attached};
 use crate::call::Call;
 use crate::config::{Attachment, IpamKind, Network};
 use crate::error::{Code, Error};
 use crate::fail;
+use crate::link::{self, Link};
 use crate::netns::Netns;
 use crate::pods::Remover;
 use crate::reply::{self, Interface, Ip, Reply};
 use crate::store::Held;
-use crate::{delegate, link, netlink};
+use crate::{delegate, netlink, teardown};
 
 /// What an ADD has done so far.
 #[derive(Debug, Default)]
@@ -26,8 +25,17 @@ pub struct Done {
     pub delegated: Option<String>,
     /// A lease stands in the store.
     pub leased: Option<Held>,
-    /// The pod's link exists: number and name on the host.
-    pub link: Option<(u32, String)>,
+    /// The pod's link exists, or may.
+    pub link: Option<HostEnd>,
+}
+
+/// The host's end of a pod's link, as far as an ADD knows it.
+#[derive(Debug)]
+pub enum HostEnd {
+    /// The kernel was asked for one of that name, and has not answered that we could read.
+    Asked(String),
+    /// It exists, with that number and name.
+    Made(u32, String),
 }
 
 /// Connects a container; returns the result's text. What `done` says stands in kernel and store, also
@@ -42,10 +50,8 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     fail::point("start")?;
     let mut given = acquire::acquire(call, &conf, &netns, done)?;
     fail::point("lease")?;
-    let attached = attach::attach(call, &conf, &given, &netns, done)?;
+    let attached = attach::attach(call, &conf, &mut given, &netns, done)?;
     fail::point("attached")?;
-    given.held.lease.veth = HostVeth { name: attached.host.name.clone(), index: attached.host.index };
-    done.leased = Some(given.held.clone());
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
     acquire::open_rules(call, &given.held, attached.towards_pod())?;
     fail::point("rules")?;
@@ -115,8 +121,8 @@ fn describe(call: &Call, conf: Attachment, given: Given, attached: &Attached) ->
 pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
     let mut left = Vec::new();
     let mut link_is_gone = true;
-    if let Some((index, name)) = done.link
-        && let Err(error) = netlink::deleted(call.host().request(link::delete_link(index, &name)))
+    if let Some(end) = done.link
+        && let Err(error) = delete(call, end)
     {
         // The address lives on behind that link: its lease must too.
         link_is_gone = false;
@@ -136,6 +142,19 @@ pub fn undo(call: &mut Call, done: Done) -> Vec<String> {
         left.push(error.to_string());
     }
     left
+}
+
+fn delete(call: &mut Call, end: HostEnd) -> Result<(), netlink::Error> {
+    let (index, name) = match end {
+        HostEnd::Made(index, name) => (index, name),
+        HostEnd::Asked(name) => {
+            let container = call.container.clone();
+            let is_ours = |link: &Link| teardown::is_end_of(link, &container.id, &container.ifname);
+            let Some(link) = link::link_by_name(call.host(), &name)?.filter(is_ours) else { return Ok(()) };
+            (link.index, name)
+        }
+    };
+    netlink::deleted(call.host().request(link::delete_link(index, &name))).map(|_| ())
 }
 
 /// The name of the delegated IPAM plugin, if there is one.

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use plat_crds::Family;
 use plat_crds::alias::{self, Port};
-use plat_crds::lease::{Datapath, GuardScope, Lease};
+use plat_crds::lease::{Datapath, GuardScope, HostVeth, Lease};
 use rustix::io::Errno;
 
 use crate::acquire::{self, Given};
-use crate::add::Done;
+use crate::add::{Done, HostEnd};
 use crate::bandwidth;
 use crate::bridge::{self, Bridge};
 use crate::call::Call;
@@ -23,6 +23,7 @@ use crate::mac::Mac;
 use crate::netlink::{self, Protocol, Socket, created};
 use crate::netns::Netns;
 use crate::routed;
+use crate::store::Held;
 use crate::sysctl::Sysctls;
 use crate::wire::{self, Style};
 
@@ -60,7 +61,7 @@ const DUPLICATES_PAUSE: Duration = Duration::from_millis(10);
 pub fn attach(
     call: &mut Call,
     conf: &Attachment,
-    given: &Given,
+    given: &mut Given,
     netns: &Netns,
     done: &mut Done,
 ) -> Result<Attached, Error> {
@@ -71,6 +72,7 @@ pub fn attach(
     fail::point("bridge")?;
     let attached = make_link(call, conf, given, netns, bridge, done)?;
     fail::point("link")?;
+    record_link(call, &mut given.held, &attached.host, done)?;
     mark_link(call, conf, &given.held.lease, &attached.host)?;
     fail::point("alias")?;
     if conf.datapath == Datapath::Routed {
@@ -78,6 +80,18 @@ pub fn attach(
     }
     fail::point("joined")?;
     Ok(attached)
+}
+
+/// Writes the link into the lease; into the store only if its name is not the one that stands there, by which the
+/// agent would restore the pod's rules, and a DEL look for a link that is not marked yet.
+fn record_link(call: &mut Call, held: &mut Held, host: &Link, done: &mut Done) -> Result<(), Error> {
+    let recorded = HostVeth { name: host.name.clone(), index: host.index };
+    let before = std::mem::replace(&mut held.lease.veth, recorded);
+    done.leased = Some(held.clone());
+    if before.name != host.name {
+        acquire::confirm(&mut call.lock()?, held)?;
+    }
+    Ok(())
 }
 
 /// Finds or makes the bridge, with the gateways that belong on it.
@@ -165,10 +179,15 @@ fn make_link(
             pod_netns: netns.as_fd(),
         };
         let mut echo = None;
-        match call.host().ask(link::new_veth(&veth), |received| echo = link::read_link(&received)) {
+        // From now on it may exist, whatever becomes of the answer.
+        done.link = Some(HostEnd::Asked(name.clone()));
+        let answer = call.host().ask(link::new_veth(&veth), |received| echo = link::read_link(&received));
+        fail::point("answer")?;
+        match answer {
             Ok(()) => {}
             // Either end's name may be taken. On the host's side another name will do.
             Err(error) if error.errno() == Some(Errno::EXIST) => {
+                done.link = None;
                 if link::link_by_name(call.host(), &name)?.is_some() {
                     continue;
                 }
@@ -182,7 +201,7 @@ fn make_link(
             Some(host) => host,
             None => link::link_by_name(call.host(), &name)?.ok_or_else(|| vanished(&name))?,
         };
-        done.link = Some((host.index, name));
+        done.link = Some(HostEnd::Made(host.index, name));
         return Ok(Attached { bridge, host, host_mac, pod_mac });
     }
     let msg = format!("no free name for the link of container {} on the host", container.id);

@@ -68,7 +68,7 @@ fn host_ends(
 
 /// Whether a link that has our name for a container is that container's. One without alias was left by an
 /// ADD that was killed between making and marking it.
-fn is_end_of(link: &Link, container_id: &str, ifname: &str) -> bool {
+pub fn is_end_of(link: &Link, container_id: &str, ifname: &str) -> bool {
     let marked = link.alias.as_deref();
     link.kind.as_deref() == Some("veth")
         && marked.is_none_or(|alias| alias::is_of(alias, container_id, ifname))

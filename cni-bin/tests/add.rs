@@ -22,6 +22,7 @@ lab::in_each_datapath! {
     c51_a_requested_address_is_given_or_refused_without_a_leak,
     c55_an_ipv6_address_can_be_used_at_once_also_where_ipv6_is_off_by_default,
     c59_a_name_that_is_taken_on_the_host_is_never_taken_over,
+    a_link_of_second_choice_keeps_its_rules_when_the_agent_restores_during_the_add,
     c60_a_namespace_of_a_user_namespace_works,
     by_hand_masquerade_is_for_what_leaves_the_subnet_only,
     the_mtu_of_the_blocks_file_is_used_where_the_configuration_says_none,
@@ -171,9 +172,10 @@ fn c38_a_failure_at_any_step_leaves_nothing(at: Datapath) {
     lab::enter();
     netns("c");
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
-    for point in
-        ["start", "lease", "bridge", "link", "alias", "joined", "attached", "rules", "confirm", "reply"]
-    {
+    for point in [
+        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "rules", "confirm",
+        "reply",
+    ] {
         let answer = Plat::call("ADD", "c", &conf).set("PLAT_FAIL", &format!("{point}:error")).run();
         assert!(answer.error(100).contains(point));
         lab::assert_nothing_left();
@@ -186,9 +188,10 @@ fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_onc
     lab::enter();
     // A block of five addresses for pods.
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}})));
-    for point in
-        ["start", "lease", "bridge", "link", "alias", "joined", "attached", "rules", "confirm", "reply"]
-    {
+    for point in [
+        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "rules", "confirm",
+        "reply",
+    ] {
         let id = format!("k-{point}");
         netns(&id);
         let answer = Plat::call("ADD", &id, &conf).set("PLAT_FAIL", &format!("{point}:kill")).run();
@@ -552,6 +555,27 @@ fn c59_a_name_that_is_taken_on_the_host_is_never_taken_over(at: Datapath) {
     Plat::call("DEL", "c", &conf).run().silent();
     sh(&format!("ip link show {name}; ip link show foreign"));
     assert_eq!(lab::leases(), Vec::<Value>::new());
+}
+
+fn a_link_of_second_choice_keeps_its_rules_when_the_agent_restores_during_the_add(at: Datapath) {
+    lab::enter();
+    blocks(&["10.244.3.0/24"]);
+    let conf = at.of(with(cluster_conf(), json!({"antiSpoofing": true})));
+    let name = lab::host_end(&add("c", &conf))["name"].as_str().unwrap().to_owned();
+    Plat::call("DEL", "c", &conf).run().silent();
+    sh(&format!("ip link add {name} type veth peer name foreign; ip link set {name} alias mine"));
+    std::fs::write("/run/wait", "").unwrap();
+    let slow =
+        Plat::call("ADD", "c", &conf).set("PLAT_FAIL", "rules:wait").set("PLAT_FAIL_WAIT", "/run/wait");
+    let slow = slow.start();
+    lab::eventually("the rules are written", || !lab::pod_elements().is_empty());
+    let before = lab::pod_elements();
+    lab::restore();
+    assert_eq!(lab::pod_elements(), before);
+    std::fs::remove_file("/run/wait").unwrap();
+    let result = Answer::of(slow.wait_with_output().unwrap()).json();
+    assert_ne!(lab::host_end(&result)["name"], name.as_str());
+    assert_eq!(lab::pod_elements(), before);
 }
 
 fn c60_a_namespace_of_a_user_namespace_works(at: Datapath) {
