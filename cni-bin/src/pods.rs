@@ -29,8 +29,10 @@ use plat_crds::host_port::HostPort;
 use plat_crds::lease::{Guard, Lease, Since};
 use rustix::io::Errno;
 
+use crate::kernel::HostKernel;
 use crate::netlink::{self, Protocol, Socket};
 use crate::nft::{self, BaseChain, Batch, Element, Rule, Set, Table};
+use crate::store::Kernel;
 
 /// Why a pod's rules cannot be as they should.
 #[derive(Debug, thiserror::Error)]
@@ -437,19 +439,50 @@ pub fn restore<'a>(
     let mut leases: Vec<&Lease> = leases.into_iter().collect();
     leases.sort_by_key(|lease| rank(lease));
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    let scaffold = scaffold(&leases);
+    let mut sight = Sight::First;
+    loop {
+        let (batch, restored) = repair(&mut socket, &leases, &mut orphans, sight)?;
+        let Err(error) = batch.send(&mut socket) else { return Ok(restored) };
+        match error.errno() {
+            // Somebody took something away after it was read.
+            Some(Errno::NOENT) if sight == Sight::First => sight = Sight::Second,
+            // Something of another shape stands under one of our names: all is written anew.
+            Some(Errno::EXIST | Errno::BUSY | Errno::INVAL | Errno::OPNOTSUPP) => {
+                rewrite(&mut socket, &leases)?;
+                return Ok(restored);
+            }
+            _ => return Err(error),
+        }
+    }
+}
+
+/// How often the tables were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sight {
+    First,
+    Second,
+}
+
+/// What brings the tables to what the leases say. At second sight also what seems to stand is written.
+fn repair(
+    socket: &mut Socket,
+    leases: &[&Lease],
+    orphans: &mut Orphans<'_>,
+    sight: Sight,
+) -> Result<(Batch, Restored), netlink::Error> {
+    let scaffold = scaffold(leases);
     let (mut restored, mut batch) = (Restored::default(), Batch::new());
-    if let Some(lost) = scaffold.lost(&mut socket)? {
-        restored.put_back.push(lost);
+    let lost = scaffold.lost(socket)?;
+    if lost.is_some() || sight == Sight::Second {
         scaffold.write(&mut batch);
     }
-    let (wanted, nothing) = (wanted(&leases), Wanted::new());
+    restored.put_back.extend(lost);
+    let (wanted, nothing) = (wanted(leases), Wanted::new());
     // Also the sets in which no lease has anything: what is there belongs to nobody.
     for set in PARTS.iter().flat_map(|part| (part.scaffold)(&[]).sets) {
         let wanted = wanted.get(&set.to_string()).unwrap_or(&nothing);
-        let Difference { wrong, missing, orphans: strays } =
-            compare(nft::contents(&mut socket, &set)?, wanted);
-        let swept = orphans.without_owner(strays, &set, &leases)?;
+        let Difference { wrong, missing, orphans: strays } = compare(nft::contents(socket, &set)?, wanted);
+        let swept = orphans.without_owner(strays, &set, leases)?;
         batch.delete_elements(&set, &wrong);
         batch.delete_elements(&set, &swept);
         batch.add_elements(&set, &missing);
@@ -458,11 +491,7 @@ pub fn restore<'a>(
             restored.put_back.push(format!("{} of {set}", elements(missing.len())));
         }
     }
-    if batch.send(&mut socket).is_err() {
-        // Something of another shape stands under one of our names: all is written anew.
-        rewrite(&mut socket, &scaffold, &wanted)?;
-    }
-    Ok(restored)
+    Ok((batch, restored))
 }
 
 impl Orphans<'_> {
@@ -500,11 +529,13 @@ fn wanted(leases: &[&Lease]) -> HashMap<String, Wanted> {
     wanted
 }
 
-fn rewrite(
-    socket: &mut Socket,
-    scaffold: &Scaffold,
-    wanted: &HashMap<String, Wanted>,
-) -> Result<(), netlink::Error> {
+/// Replaces the tables by what the leases say, and by what pods have whose leases are in other stores: as far as
+/// their links prove it, and the tables that go.
+fn rewrite(socket: &mut Socket, leases: &[&Lease]) -> Result<(), netlink::Error> {
+    let proven = HostKernel::new(Socket::open(Protocol::Route)?).held()?;
+    let others = elsewhere(proven, leases);
+    let all: Vec<&Lease> = leases.iter().copied().chain(&others).collect();
+    let (scaffold, wanted) = (scaffold(&all), wanted(&all));
     let mut batch = Batch::new();
     for table in scaffold.tables() {
         batch.replace_table(table);

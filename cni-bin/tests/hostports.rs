@@ -17,8 +17,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lab::{Plat, add, cluster_conf, hand_conf, netns, restore, sh, with};
+use plat_cni::kernel::HostKernel;
+use plat_cni::netlink::{Protocol, Socket};
 use plat_cni::netns::Netns;
-use plat_cni::pods::Restored;
+use plat_cni::pods::{self, Orphans, Restored};
+use plat_cni::store::Kernel;
+use plat_crds::lease::Lease;
 use serde_json::{Value, json};
 
 /// The node's own name among the namespaces.
@@ -443,6 +447,76 @@ fn a_port_of_a_pod_whose_lease_is_in_another_store_is_taken_too() {
     assert!(both.is_superset(&before));
     assert_eq!(restore(), Restored::default(), "the other store's pod lives");
     assert_eq!(elements(), both);
+}
+
+/// A pod by hand whose lease is in another store, with a host port and masquerade, and one of the node's blocks.
+fn pods_of_two_stores() {
+    surroundings();
+    let elsewhere = json!({"name": "other", "bridge": "other0", "runDir": "/run/other", "ipMasq": true,
+        "antiSpoofing": true, "runtimeConfig": {"portMappings": [port("tcp", 8080, 80)]}});
+    add("a", &with(hand_conf(), elsewhere));
+    add("b", &cluster(json!([port("tcp", 8081, 80)])));
+}
+
+fn all_elements() -> BTreeSet<String> {
+    let lists = lab::json_of("nft -j list ruleset")["nftables"].as_array().unwrap().clone();
+    let of = |object: &Value| {
+        let set = object.get("set").or_else(|| object.get("map"))?;
+        let elements = set["elem"].as_array()?.iter();
+        Some(elements.map(|e| format!("{} {}: {e}", set["family"], set["name"])).collect::<Vec<_>>())
+    };
+    lists.iter().filter_map(of).flatten().collect()
+}
+
+#[test]
+fn a_table_that_must_be_written_anew_keeps_what_pods_of_other_stores_have() {
+    pods_of_two_stores();
+    let before = all_elements();
+    assert!(before.iter().any(|e| e.contains("10.22.0.2") && e.contains("jump")), "{before:?}");
+    for chain in ["loopback-guard", "hostports-in"] {
+        // One that hangs nowhere, under the name of a base chain.
+        sh(&format!("nft delete chain inet plat-pods {chain}; nft add chain inet plat-pods {chain}"));
+        assert_ne!(restore(), Restored::default());
+        assert_eq!(all_elements(), before, "{chain}");
+        assert_eq!(restore(), Restored::default());
+    }
+    let _server = Server::in_pod("a", 80);
+    assert_eq!(ask("tcp", "out", "192.0.2.1:8080").as_deref(), Some("a sees 192.0.2.2"));
+}
+
+#[test]
+fn what_goes_away_while_tables_are_compared_makes_none_anew() {
+    pods_of_two_stores();
+    let before = all_elements();
+    let chains = || -> Vec<String> {
+        let chains = lab::json_of("nft -j list chains")["nftables"].as_array().unwrap().clone();
+        chains.iter().map(|o| o["chain"]["handle"].to_string()).collect()
+    };
+    let handles = chains();
+    let own: Vec<Lease> = proven().into_iter().filter(|lease| lease.container_id == "b").collect();
+    // Who owns a stray is asked as soon as its set was read: the last time all of them were.
+    let mut asked = 0;
+    let mut restore_and = |at: usize, act: &dyn Fn()| {
+        asked = 0;
+        let mut proof = || {
+            asked += 1;
+            if asked == at {
+                act();
+            }
+            Ok(proven())
+        };
+        pods::restore(&own, Orphans::Sweep(&mut proof)).unwrap();
+        asked
+    };
+    let last = restore_and(0, &|| {});
+    sh("nft add element inet plat-pods hostports4 { tcp . 9 : 10.244.3.99 . 9 }");
+    let asked = restore_and(last, &|| _ = sh("nft delete element inet plat-pods hostports4 { tcp . 9 }"));
+    assert_eq!(asked, 2 * last, "all was read once more");
+    assert_eq!((all_elements(), chains()), (before, handles));
+}
+
+fn proven() -> Vec<Lease> {
+    HostKernel::new(Socket::open(Protocol::Route).unwrap()).held().unwrap()
 }
 
 #[test]
