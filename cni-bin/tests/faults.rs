@@ -113,10 +113,13 @@ fn a_kill_at_any_step_of_an_add_is_made_good_by_a_del_or_by_the_sweep() {
         netns("c");
         let call = Plat::call("ADD", "c", &conf);
         let steps = steps(&call);
+        let raised = steps.iter().position(|step| step == "raised").unwrap();
         Plat::call("DEL", "c", &conf).run().silent();
         for (number, step) in steps.iter().enumerate() {
             let answer = fail(&call, number, "kill");
-            assert!(!answer.success && answer.stdout.is_empty(), "{name} {step}: {answer:?}");
+            let killed = !answer.success && answer.stdout.is_empty();
+            // Once the pod's link is up it is looked at until it can be used, as often as that takes.
+            assert!(killed || answer.success && number > raised, "{name} {step}: {answer:?}");
             Plat::call("DEL", "c", &conf).run().silent();
             let left = (lab::host_links(), leases(), lab::pod_elements());
             assert_eq!(left, (vec![], vec![], vec![]), "{name}, step {number}: {step}");
