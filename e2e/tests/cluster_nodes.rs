@@ -80,6 +80,10 @@ fn wait_withdrawn(cluster: &Cluster, block: &str, nodes: &[u8]) {
 
 fn a_node_that_finds_no_block_is_told_so_and_disturbs_nobody(cluster: &Cluster) {
     cluster.add_node(5).unwrap();
+    // The range may have been full, and that told, before.
+    wait_until("n5 is registered", DEADLINE, || {
+        cluster.get(&["node", "n5"]).map(drop).map_err(|e| e.to_string())
+    });
     wait_until("the range is exhausted", DEADLINE, || {
         let range = cluster.get(&["clustercidr", "default-v4"]).map_err(|e| e.to_string())?;
         holds(
