@@ -8,6 +8,7 @@ use plat_cni::netlink::{self, deleted};
 use plat_cni::nft::{self, Batch, Table, TableFamily};
 use plat_cni::{link, routed, sysctl as cni_sysctl};
 use plat_crds::alias;
+use plat_crds::lease::Datapath;
 use plat_crds::names::{
     BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
 };
@@ -166,7 +167,11 @@ fn remove_bridge(kernel: &mut Kernel, name: &str, outcome: &mut Outcome) -> bool
 /// Removes the gateways from `lo` if no pod without bridge is left; returns whether one is.
 fn remove_gateways(kernel: &mut Kernel, outcome: &mut Outcome) -> bool {
     let pods = link::links(&mut kernel.route, Some("veth"));
-    let routed = |l: &link::Link| l.master.is_none() && l.alias.as_deref().and_then(alias::parse).is_some();
+    // Not each without master: the bridge of some may have been deleted.
+    let routed = |l: &link::Link| {
+        let alias = l.alias.as_deref().and_then(alias::parse);
+        l.master.is_none() && alias.is_some_and(|alias| alias.datapath != Some(Datapath::Bridge))
+    };
     match pods.map(|pods| pods.iter().filter(|pod| routed(pod)).count()) {
         Ok(0) => outcome.each(routed::ensure_gateways(&mut kernel.route, &[])),
         Ok(pods) => {

@@ -113,6 +113,24 @@ fn a_bridge_with_pods_stays_and_is_named_while_the_rest_goes() {
 }
 
 #[test]
+fn gateways_on_lo_stay_for_routed_pods_and_for_no_pod_whose_bridge_is_gone() {
+    isolated("cleanup::gateways_on_lo_stay_for_routed_pods_and_for_no_pod_whose_bridge_is_gone", || {
+        let (node, _) = busy_node();
+        for (name, datapath) in [("plat1", "bridge:br1"), ("plat2", "routed")] {
+            run(&format!("ip link add {name} type veth peer name {name}p"));
+            shell(&format!("ip link set {name} alias 'plat {name} eth0 {datapath} open'"));
+        }
+        let output = cleanup(&node);
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(log.contains("the gateways on lo stay: 1 pods have links of their own"), "{log}");
+        run("ip link del plat2");
+        let output = cleanup(&node);
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !log.contains("the gateways on lo stay"), "{log}");
+    });
+}
+
+#[test]
 fn sysctls_that_were_on_before_stay_on() {
     isolated("cleanup::sysctls_that_were_on_before_stay_on", || {
         set_sysctl("ipv4/ip_forward", "1");
