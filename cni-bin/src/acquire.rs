@@ -380,6 +380,12 @@ impl From<EndError> for Error {
     }
 }
 
+/// That lease as it stands now. One that began since is another.
+pub fn still(store: &mut Locked<'_>, lease: &Lease) -> Result<Option<Held>, store::Error> {
+    let found = store.find(&lease.container_id, &lease.ifname)?;
+    Ok(found.filter(|held| held.lease.since == lease.since))
+}
+
 /// Takes away what the pod has in nftables, and then its lease, under one lock: so nobody restores from the
 /// lease in between, and nothing is left behind that speaks of an address which another pod gets next.
 pub fn end(store: &mut Locked<'_>, held: &Held, rules: &mut Remover) -> Result<(), EndError> {

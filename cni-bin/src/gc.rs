@@ -19,7 +19,7 @@ use crate::error::{Code, Error};
 use crate::json::Json;
 use crate::pods::Remover;
 use crate::spec::SpecVersion;
-use crate::store::{self, Held, Locked};
+use crate::store::Held;
 use crate::{acquire, delegate, fail, teardown};
 
 /// Container ID and interface.
@@ -64,7 +64,7 @@ fn collect(call: &mut Call, lease: &Lease, rules: &mut Remover) -> Result<(), Er
     teardown::teardown(call.host(), &lease.container_id, &lease.ifname, Some(lease), rules)?;
     if let Some(plugin) = delegate_of(call).filter(|_| lease.pool == Pool::Delegated) {
         let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
-        let Some(held) = find(&mut store, lease)? else { return Ok(()) };
+        let Some(held) = acquire::still(&mut store, lease)? else { return Ok(()) };
         // Before the plugin can give the addresses to another pod, whose rules must not be taken for these.
         rules.remove(&held.lease)?;
         store.replace(&Held { slot: held.slot, lease: without_addresses(held.lease) })?;
@@ -72,16 +72,10 @@ fn collect(call: &mut Call, lease: &Lease, rules: &mut Remover) -> Result<(), Er
         delegate::del_for(&plugin, &call.plugin_path, &lease.container_id, &lease.ifname, &call.input)?;
     }
     let Some(mut store) = call.lock_existing_store()? else { return Ok(()) };
-    match find(&mut store, lease)? {
+    match acquire::still(&mut store, lease)? {
         Some(held) => Ok(acquire::end(&mut store, &held, rules)?),
         None => Ok(()),
     }
-}
-
-/// That lease as it stands now. One that began since is another.
-fn find(store: &mut Locked<'_>, lease: &Lease) -> Result<Option<Held>, store::Error> {
-    let found = store.find(&lease.container_id, &lease.ifname)?;
-    Ok(found.filter(|held| held.lease.since == lease.since))
 }
 
 /// What is left of a lease whose addresses are given up: its key. Pure.

@@ -158,13 +158,12 @@ impl Sweeper {
     fn end(&mut self, lease: &Lease, rules: &mut Remover, wait: Duration) -> Result<Ended, Error> {
         let locked = self.store.lock(&self.boot, wait, Missing::Leave, self.kernel.as_mut())?;
         let Some(mut locked) = locked else { return Ok(Ended::Before) };
-        match locked.find(&lease.container_id, &lease.ifname)? {
-            // One that began since is another.
-            Some(held) if held.lease.since == lease.since => {
+        match acquire::still(&mut locked, lease)? {
+            Some(held) => {
                 acquire::end(&mut locked, &held, rules)?;
                 Ok(Ended::Now)
             }
-            _ => Ok(Ended::Before),
+            None => Ok(Ended::Before),
         }
     }
 }

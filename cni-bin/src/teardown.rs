@@ -12,8 +12,8 @@ use crate::netlink::{self, Socket};
 use crate::pods::{self, Remover};
 use crate::{kernel, wire};
 
-/// Deletes the link, and what the pod has in nftables. What is not there is fine. The lease is the caller's, and may end only after this: its
-/// address lives as long as the link. If there is none, what the kernel proved in its place is returned, by
+/// Deletes the link, and what the pod has in nftables. What is not there is fine. The lease is the caller's,
+/// and may end only after this: its address lives as long as the link. If there is none, what the kernel proved in its place is returned, by
 /// which the pod's rules can be taken away.
 pub fn teardown(
     host: &mut Socket,

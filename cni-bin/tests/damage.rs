@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod lab;
+#[path = "lab/told.rs"]
+mod told;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -16,30 +18,16 @@ use lab::{Answer, Plat, add, address, blocks, cluster_conf, hand_conf, netns, sh
 use plat_cni::acquire::lease_from;
 use plat_cni::boot::BootId;
 use plat_cni::config::ranges::{Range, RangeSet};
-use plat_cni::link::Link;
-use plat_cni::netlink;
 use plat_cni::pool::Source;
-use plat_cni::store::{Kernel, Locked, Missing, Store};
+use plat_cni::store::{Locked, Missing, Store};
 use plat_crds::lease::{
     ENTRY_SIZE, HEADER_SIZE, HostVeth, Lease, LeasedAddress, Pool, PoolId, RECORD_SIZE, checksum,
     entry_offset, record_offset,
 };
 use serde_json::json;
+use told::Told;
 
 const FILE: &str = "/run/plat/leases";
-
-/// A kernel that proves what it is told.
-struct Fake(Vec<Lease>);
-
-impl Kernel for Fake {
-    fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        Ok(self.0.clone())
-    }
-
-    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
-        Ok(Vec::new())
-    }
-}
 
 fn lease(container: &str, addresses: &[IpAddr]) -> Lease {
     let leased = |address: &IpAddr| LeasedAddress { address: *address, subnet_length: 15, masquerade: false };
@@ -54,7 +42,7 @@ fn lease(container: &str, addresses: &[IpAddr]) -> Lease {
     }
 }
 
-fn open<'a>(path: &Path, kernel: &'a mut Fake) -> Locked<'a> {
+fn open<'a>(path: &Path, kernel: &'a mut Told) -> Locked<'a> {
     let boot = BootId { text: "boot".into(), bytes: [1; 16] };
     Store::at(path).lock(&boot, Duration::from_secs(5), Missing::Create, kernel).unwrap().unwrap()
 }
@@ -65,7 +53,7 @@ fn no_single_flipped_bit_of_a_store_frees_an_address_or_loses_a_lease() {
     let path = Path::new("/run/leases");
     let held: Vec<IpAddr> = vec![[10, 244, 3, 2].into(), "fd00::2".parse().unwrap(), [10, 244, 3, 3].into()];
     let leases = [lease("a", &held[..2]), lease("b", &held[2..])];
-    let mut kernel = Fake(leases.to_vec());
+    let mut kernel = Told(leases.to_vec());
     let mut store = open(path, &mut kernel);
     for lease in &leases {
         let survey = store.survey("", "").unwrap();
@@ -102,7 +90,7 @@ fn no_single_flipped_bit_of_a_store_frees_an_address_or_loses_a_lease() {
 fn a_store_with_65536_leases_gives_the_next_address_and_says_when_there_is_none() {
     lab::enter();
     let path = Path::new("/run/leases");
-    let mut kernel = Fake(vec![]);
+    let mut kernel = Told(vec![]);
     let mut store = open(path, &mut kernel);
     let source = Source { pool: Pool::Blocks, sets: vec![RangeSet(vec![whole_range()])] };
     // All addresses of 10.0.0.0/16 and of the beginning of another one, but for ten.

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "lab/told.rs"]
+mod told;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::net::IpAddr;
@@ -18,20 +21,7 @@ use plat_crds::lease::{
     HostVeth, Lease, LeasedAddress, Pool, PoolId, RECORD_SIZE, Since, entry_offset, record_offset,
 };
 use proptest::prelude::*;
-
-/// A kernel that proves what it is told.
-#[derive(Default)]
-struct Fake(Vec<Lease>);
-
-impl Kernel for Fake {
-    fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        Ok(self.0.clone())
-    }
-
-    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
-        Ok(Vec::new())
-    }
-}
+use told::Told;
 
 fn boot(number: u8) -> BootId {
     BootId { text: format!("boot{number}"), bytes: [number; 16] }
@@ -65,7 +55,7 @@ fn proven(lease: &Lease) -> Lease {
     }
 }
 
-fn open<'a>(path: &Path, kernel: &'a mut Fake) -> Locked<'a> {
+fn open<'a>(path: &Path, kernel: &'a mut Told) -> Locked<'a> {
     Store::at(path).lock(&boot(1), Duration::from_secs(5), Missing::Create, kernel).unwrap().unwrap()
 }
 
@@ -150,7 +140,7 @@ proptest! {
         let path = dir.path().join("leases");
         // Container to address; every lease has a link, so the kernel can prove it.
         let mut model: BTreeMap<u8, u8> = BTreeMap::new();
-        let mut kernel = Fake::default();
+        let mut kernel = Told::default();
         for step in steps {
             damage(&path, &step);
             let mut store = open(&path, &mut kernel);
@@ -189,7 +179,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("leases");
         fs::write(&path, &bytes).unwrap();
-        let mut kernel = Fake(vec![proven(&lease(1, 9))]);
+        let mut kernel = Told(vec![proven(&lease(1, 9))]);
         let mut store = open(&path, &mut kernel);
         prop_assert!(store.repaired().is_some());
         let survey = store.survey("x", "eth0").unwrap();
@@ -202,14 +192,14 @@ proptest! {
 fn a_damaged_record_keeps_its_address_as_long_as_a_link_or_its_own_words_hold_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases");
-    let mut kernel = Fake(vec![]);
+    let mut kernel = Told(vec![]);
     let mut store = open(&path, &mut kernel);
     for (container, address) in [(1, 2), (2, 3)] {
         let survey = store.survey("", "").unwrap();
         store.insert(&survey, &lease(container, address)).unwrap();
     }
     drop(store);
-    let spoil = |kernel: &mut Fake, at: u64| {
+    let spoil = |kernel: &mut Told, at: u64| {
         let slot = open(&path, kernel).find("c1", "eth0").unwrap().unwrap().slot;
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[0xee], record_offset(slot) + at).unwrap();
@@ -231,7 +221,7 @@ fn a_damaged_record_keeps_its_address_as_long_as_a_link_or_its_own_words_hold_it
 fn another_boot_ends_every_lease() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases");
-    let mut kernel = Fake(vec![]);
+    let mut kernel = Told(vec![]);
     let mut store = open(&path, &mut kernel);
     let survey = store.survey("", "").unwrap();
     store.insert(&survey, &lease(1, 2)).unwrap();
@@ -266,7 +256,7 @@ fn a_kernel_that_does_not_answer_stops_everything_rather_than_losing_leases() {
 fn slots_are_used_again_and_cursors_survive_a_repair() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases");
-    let mut kernel = Fake(vec![]);
+    let mut kernel = Told(vec![]);
     let pool = PoolId::new(&Pool::Blocks, "");
     let mut store = open(&path, &mut kernel);
     for round in 0..50u8 {

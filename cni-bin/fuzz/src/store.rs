@@ -11,9 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use plat_cni::boot::BootId;
-use plat_cni::link::Link;
-use plat_cni::netlink;
-use plat_cni::store::{Error, Held, Kernel, Locked, Missing, Store};
+use plat_cni::store::{Error, Held, Locked, Missing, Store};
 use plat_crds::lease::{
     ENTRY_SIZE, Entry, HEADER_SIZE, Header, HeaderError, Lease, Pool, PoolId, RECORD_SIZE, entry_offset,
     record_offset,
@@ -21,21 +19,13 @@ use plat_crds::lease::{
 
 use super::lease;
 
+#[path = "../../tests/lab/told.rs"]
+mod told;
+
+use told::Told;
+
 const PODS: u8 = 5;
 const SLOTS: u32 = PODS as u32;
-
-/// A kernel that proves what it is told.
-struct Fake(Vec<Lease>);
-
-impl Kernel for Fake {
-    fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
-        Ok(self.0.clone())
-    }
-
-    fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
-        Ok(Vec::new())
-    }
-}
 
 fn pod(number: u8) -> Lease {
     lease::of(
@@ -53,7 +43,7 @@ fn boot() -> BootId {
     BootId { text: "b".to_owned(), bytes: [7; 16] }
 }
 
-fn open<'a>(path: &Path, kernel: &'a mut Fake) -> Result<Locked<'a>, Error> {
+fn open<'a>(path: &Path, kernel: &'a mut Told) -> Result<Locked<'a>, Error> {
     Store::at(path).lock(&boot(), Duration::ZERO, Missing::Create, kernel).map(|store| store.unwrap())
 }
 
@@ -72,7 +62,7 @@ pub fn check(input: &[u8]) {
     damage(&file, damages);
     let forged = is_forged(&before, &index(&file));
 
-    let mut kernel = Fake(live.iter().map(proven).collect());
+    let mut kernel = Told(live.iter().map(proven).collect());
     let length = file.metadata().unwrap().len();
     let start = index(&file).0;
     let mut store = match open(&path, &mut kernel) {
@@ -137,7 +127,7 @@ fn proven(lease: &Lease) -> Lease {
 
 /// A store that all pods have a lease in.
 fn write_whole(path: &Path) {
-    let mut kernel = Fake(vec![]);
+    let mut kernel = Told(vec![]);
     let mut store = open(path, &mut kernel).unwrap();
     for number in 0..PODS {
         let survey = store.survey("", "").unwrap();
