@@ -11,6 +11,42 @@ use crate::routing::Routing;
 /// Quarantine of a released block unless the ClusterCIDR says otherwise, in seconds.
 pub const DEFAULT_QUARANTINE_SECONDS: i32 = 900;
 
+/// Blocks that a node has at least and at most, unless the ClusterCIDR says otherwise. The maximum is more than
+/// a kubelet of today runs pods on: 2,024 pods with /24 blocks (253 each), 488 with /26 (61 each). Blocks are
+/// taken only as they fill up and what fills them is bounded by the kubelet's `maxPods`, so it need not be
+/// tight: it is there so that a node that loses track of its leases does not use up the range.
+pub const DEFAULT_BLOCKS_PER_NODE: BlocksPerNode = BlocksPerNode { min: 1, max: 8 };
+
+/// How many blocks of one family a node holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.min <= self.max").message("max must not be less than min; when it is not set, it is 8").field_path(".max"))]
+pub struct BlocksPerNode {
+    /// Blocks that a node gets from the start and keeps, 1 to 16. Default 1.
+    #[serde(default = "default_min_blocks")]
+    #[schemars(range(min = 1, max = 16))]
+    pub min: i32,
+    /// Blocks that a node gets at most, 1 to 16. A node whose blocks fill up gets another one, until it has
+    /// so many; 1 means that a full node stays full. Default 8.
+    #[serde(default = "default_max_blocks")]
+    #[schemars(range(min = 1, max = 16))]
+    pub max: i32,
+}
+
+impl Default for BlocksPerNode {
+    fn default() -> Self {
+        DEFAULT_BLOCKS_PER_NODE
+    }
+}
+
+fn default_min_blocks() -> i32 {
+    DEFAULT_BLOCKS_PER_NODE.min
+}
+
+fn default_max_blocks() -> i32 {
+    DEFAULT_BLOCKS_PER_NODE.max
+}
+
 /// Whether blocks are carved from the range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Allocation {
@@ -128,6 +164,12 @@ pub struct ClusterCIDRSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 43)))]
     pub reserved: Vec<String>,
+
+    /// How many blocks of this family a node that is served by this range holds. A node that fills up gets
+    /// one more before it is full, and gives it back when it has been empty for a while. Blocks of other
+    /// ranges count too. Default 1 to 8.
+    #[serde(default)]
+    pub blocks_per_node: BlocksPerNode,
 
     /// How long a released block rests before another node may get it, in seconds, 60 to 604800 (a
     /// week). A node that is cut off from the API server goes on leasing for this long, less a minute, or

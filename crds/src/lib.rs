@@ -5,6 +5,7 @@
 //! | [`block`] | everyone: what a block of pod addresses is, its gateway, its host numbers |
 //! | [`names`] | everyone: API group, field managers, route protocol and metrics, tables, file paths |
 //! | [`blocks_file`] | agent (writes `/run/plat/blocks.json`) and CNI binary (reads it) |
+//! | [`growth`] | agents (report at the watermark) and operator (carves at it) |
 //! | [`lease`] | CNI binary (writes `/run/plat/leases`) and agent (sweeps it) |
 //! | [`alias`] | CNI binary (writes it onto each pod's link) and agent (rebuilds leases from it) |
 //! | [`host_port`] | as [`lease`], of which it is a part |
@@ -14,7 +15,7 @@
 //! | [`digest`] | agents (report it) and operator (compares it) |
 //!
 //! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
-//! build) only the first seven modules exist and no Kubernetes crate is linked.
+//! build) only the first eight modules exist and no Kubernetes crate is linked.
 
 #![cfg_attr(
     feature = "k8s",
@@ -25,6 +26,7 @@ pub mod alias;
 pub mod block;
 pub mod blocks_file;
 pub mod cni_conf;
+pub mod growth;
 pub mod host_port;
 pub mod lease;
 pub mod names;

@@ -32,6 +32,9 @@ fn accepted() -> Vec<Value> {
         range(json!({"cidr": "fd00:10:200::/40", "blockPrefixLength": 64})),
         range(json!({"cidr": "10.244.0.0/16", "blockPrefixLength": 16})),
         range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.0.0/24", "10.244.255.0/28"]})),
+        range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 2}})),
+        range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"max": 1}})),
+        range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 16, "max": 16}})),
         range(
             json!({"cidr": "10.244.0.0/16", "masquerade": {"mode": "Disabled", "exclude": ["192.168.0.0/16", "fd00::/8"]}}),
         ),
@@ -70,6 +73,7 @@ fn refused() -> Vec<(Value, &'static str)> {
     let block_sizes = "blocks must be /16 to /30 (IPv4) or /48 to /124 (IPv6)";
     let reserved = "each reserved range must be a CIDR inside the range";
     let exclude = "each must be a CIDR without host bits, such as 192.168.0.0/16";
+    let blocks = "max must not be less than min; when it is not set, it is 8";
     let next_hop = "must be an IP address in canonical form, such as 172.30.0.1 or fd00::1";
     let none = "mode None makes no route: leave out nextHop, metric and mtu";
     vec![
@@ -95,6 +99,16 @@ fn refused() -> Vec<(Value, &'static str)> {
         (range(json!({"cidr": "10.244.0.0/16", "blockPrefixLength": 31})), block_sizes),
         (range(json!({"cidr": "fd00::/40", "blockPrefixLength": 47})), block_sizes),
         (range(json!({"cidr": "fd00::/120", "blockPrefixLength": 125})), block_sizes),
+        (range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 2, "max": 1}})), blocks),
+        (range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 9}})), blocks),
+        (
+            range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 0}})),
+            "should be greater than or equal to 1",
+        ),
+        (
+            range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"max": 17}})),
+            "should be less than or equal to 16",
+        ),
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.245.0.0/24"]})), reserved),
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.0.0.0/8"]})), reserved),
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.1.1"]})), reserved),
@@ -247,7 +261,7 @@ fn defaults_are_filled_in() {
     let range = create(plane, &range(json!({"cidr": "10.244.0.0/16", "masquerade": {}})), DryRun).unwrap();
     assert_eq!(
         range.data["spec"],
-        json!({"cidr": "10.244.0.0/16", "allocation": "Enabled", "priority": 0, "quarantineSeconds": 900,
+        json!({"cidr": "10.244.0.0/16", "allocation": "Enabled", "blocksPerNode": {"min": 1, "max": 8}, "priority": 0, "quarantineSeconds": 900,
             "masquerade": {"mode": "Enabled"}})
     );
     let block = create(plane, &block("10.244.3.0/24", json!({"routing": {}})), DryRun).unwrap();
