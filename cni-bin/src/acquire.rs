@@ -286,7 +286,7 @@ fn contradicts(ours: &Lease, other: &Lease) -> bool {
 pub fn open_rules(call: &mut Call, held: &Held, device: &str) -> Result<(), Error> {
     if pods::add(&held.lease)? == Added::Unsettled {
         let mut store = call.lock()?;
-        let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
+        let leases: Vec<Lease> = store.all()?;
         pods::settle(&held.lease, &leases, &mut || store.kernel().held())?;
     }
     hostports::forget_strays([&held.lease]);
@@ -341,7 +341,7 @@ pub fn take_back(call: &mut Call, held: &Held, rules: &mut Remover) -> Result<Su
 /// keeps what speaks of it.
 fn forget(store: &mut Locked<'_>, lease: &Lease, rules: &mut Remover) -> Result<(), Error> {
     rules.remove(lease)?;
-    let leases: Vec<Lease> = store.leases()?.into_iter().map(|held| held.lease).collect();
+    let leases: Vec<Lease> = store.all()?;
     if leases.iter().any(|other| share_address(lease, other)) {
         pods::restore(leases.iter(), Orphans::Leave)?;
     }
@@ -360,23 +360,30 @@ fn share_address(a: &Lease, b: &Lease) -> bool {
     a.addresses.iter().any(|a| b.addresses.iter().any(|b| a.address == b.address))
 }
 
-/// Why a lease could not be ended.
+/// Why leases could not be looked after: a DEL's, a GC's or a sweep's.
 #[derive(Debug, thiserror::Error)]
 pub enum EndError {
     /// The lease store cannot be used.
     #[error(transparent)]
     Store(#[from] store::Error),
-    /// What the pod has in nftables cannot be taken away.
+    /// The kernel would not say which links there are, or keeps what the pod has in nftables.
     #[error(transparent)]
-    Rules(#[from] netlink::Error),
+    Netlink(#[from] netlink::Error),
 }
 
 impl From<EndError> for Error {
     fn from(error: EndError) -> Error {
         match error {
             EndError::Store(error) => error.into(),
-            EndError::Rules(error) => error.into(),
+            EndError::Netlink(error) => error.into(),
         }
+    }
+}
+
+impl EndError {
+    /// Whether another process has the store's lock, which passes.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, EndError::Store(store::Error::Busy { .. }))
     }
 }
 

@@ -33,7 +33,7 @@ pub fn gc(call: &mut Call) -> Result<(), Error> {
         return Ok(());
     };
     let leases = match call.lock_existing_store()? {
-        Some(mut store) => store.leases()?.into_iter().map(|held| held.lease).collect(),
+        Some(mut store) => store.all()?,
         None => Vec::new(),
     };
     let grace = u64::try_from(call.network.gc_grace.as_millis()).unwrap_or(u64::MAX);

@@ -65,7 +65,7 @@ fn read(store: &Store) -> Result<Vec<Lease>, Error> {
     let boot = BootId::read().map_err(|e| Error::because(Code::Io, "cannot read the boot id", e))?;
     let mut kernel = HostKernel::new(Socket::open(Protocol::Route)?);
     let leases = match store.lock(&boot, LOCK_TIMEOUT, Missing::Leave, &mut kernel)? {
-        Some(mut locked) => locked.leases()?.into_iter().map(|held| held.lease).collect(),
+        Some(mut locked) => locked.all()?,
         None => Vec::new(),
     };
     Ok(sorted(leases))

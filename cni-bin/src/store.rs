@@ -486,6 +486,11 @@ impl Locked<'_> {
         }
     }
 
+    /// [`Locked::leases`], without their places.
+    pub fn all(&mut self) -> Result<Vec<Lease>, Error> {
+        Ok(self.leases()?.into_iter().map(|held| held.lease).collect())
+    }
+
     /// All leases that can be read, and whether all can.
     fn read_all(&self) -> Result<(Vec<Held>, bool), Error> {
         let (mut leases, mut whole) = (Vec::new(), true);

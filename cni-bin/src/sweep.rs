@@ -31,33 +31,6 @@ fn key(lease: &Lease) -> Key {
 /// When each lease was first seen without its link, in milliseconds of `CLOCK_BOOTTIME`.
 pub type Sightings = BTreeMap<Key, u64>;
 
-/// Why a sweep failed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The lease store cannot be used.
-    #[error(transparent)]
-    Store(#[from] store::Error),
-    /// The kernel would not say which links there are, or keeps the rules of a pod.
-    #[error(transparent)]
-    Netlink(#[from] netlink::Error),
-}
-
-impl From<EndError> for Error {
-    fn from(error: EndError) -> Error {
-        match error {
-            EndError::Store(error) => Error::Store(error),
-            EndError::Rules(error) => Error::Netlink(error),
-        }
-    }
-}
-
-impl Error {
-    /// Whether another process has the store's lock, which passes.
-    pub fn is_busy(&self) -> bool {
-        matches!(self, Error::Store(store::Error::Busy { .. }))
-    }
-}
-
 /// What a sweep saw and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -111,12 +84,12 @@ impl Sweeper {
 
     /// Looks at all leases and links, and ends the leases that are dead. `wait` bounds each wait for the
     /// store's lock.
-    pub fn sweep(&mut self, wait: Duration) -> Result<Report, Error> {
+    pub fn sweep(&mut self, wait: Duration) -> Result<Report, EndError> {
         self.sweep_at(boot_ms(), wait)
     }
 
     /// The same at a given time, in milliseconds of `CLOCK_BOOTTIME`.
-    pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, Error> {
+    pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, EndError> {
         let (leases, rebuilt) = self.read(wait)?;
         // Links are listed after the leases: a lease that is seen has had its link made, or will have.
         let links = self.kernel.links()?;
@@ -151,11 +124,11 @@ impl Sweeper {
     fn read(&mut self, wait: Duration) -> Result<(Vec<Lease>, Option<&'static str>), store::Error> {
         let locked = self.store.lock(&self.boot, wait, self.missing, self.kernel.as_mut())?;
         let Some(mut locked) = locked else { return Ok((Vec::new(), None)) };
-        let leases = locked.leases()?.into_iter().map(|held| held.lease).collect();
+        let leases = locked.all()?;
         Ok((leases, locked.repaired()))
     }
 
-    fn end(&mut self, lease: &Lease, rules: &mut Remover, wait: Duration) -> Result<Ended, Error> {
+    fn end(&mut self, lease: &Lease, rules: &mut Remover, wait: Duration) -> Result<Ended, EndError> {
         let locked = self.store.lock(&self.boot, wait, Missing::Leave, self.kernel.as_mut())?;
         let Some(mut locked) = locked else { return Ok(Ended::Before) };
         match acquire::still(&mut locked, lease)? {

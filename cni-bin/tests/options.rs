@@ -4,9 +4,7 @@
 
 mod lab;
 
-use std::process::{Command, Stdio};
-
-use lab::{Answer, Plat, add, hand_conf, json_of, netns, sh, with};
+use lab::{Plat, add, hand_conf, json_of, netns, sh, with};
 use serde_json::{Value, json};
 
 /// A link without address.
@@ -21,37 +19,18 @@ fn dual_stack() -> Value {
     )
 }
 
-/// What the reference plugin answers to an ADD for container `c`.
-fn reference(conf: &Value) -> Answer {
-    let plugins = lab::tools().join("cni");
-    let mut conf = with(conf.clone(), json!({"type": "bridge"}));
-    if conf["ipam"].is_object() {
-        conf["ipam"]["type"] = json!("host-local");
-        conf["ipam"]["dataDir"] = json!("/run/host-local");
-    }
-    let mut child = Command::new(plugins.join("bridge"))
-        .env_clear()
-        .envs([("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c"), ("CNI_IFNAME", "eth0")])
-        .env("CNI_NETNS", "/run/netns/c")
-        .env("CNI_PATH", plugins)
-        // Its anti-spoofing calls nft.
-        .env("PATH", std::env::var("PATH").unwrap())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes()).unwrap();
-    Answer::of(child.wait_with_output().unwrap())
-}
-
 /// What became of the option: of bridge, port, pod's link and its sysctls.
 fn observe(conf: &Value, of_reference: bool) -> Value {
     let conf = conf.clone();
     let observed = std::thread::spawn(move || {
         lab::enter();
         netns("c");
-        let answer = if of_reference { reference(&conf) } else { Plat::call("ADD", "c", &conf).run() };
+        let call = if of_reference {
+            Plat::reference("bridge", "ADD", "c", &conf)
+        } else {
+            Plat::call("ADD", "c", &conf)
+        };
+        let answer = call.run();
         if !answer.success {
             return json!({"fails": true});
         }

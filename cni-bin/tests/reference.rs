@@ -12,12 +12,11 @@ mod lab;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lab::traffic::{Server, ask_tcp, inside, world};
-use lab::{Answer, json_of, netns, sh, with};
+use lab::{Answer, Plat, json_of, netns, sh, with};
 use plat_cni::mac::{End, Mac};
 use serde_json::{Value, json};
 
@@ -480,43 +479,16 @@ fn run(pair: &Pair, who: Who, case: &Case) -> BTreeSet<String> {
 
 /// One call of either.
 fn call(pair: &Pair, who: Who, verb: &str, id: &str, conf: &Value) -> Answer {
-    let mut conf = conf.clone();
-    let bin = lab::tools().join("cni");
-    let program = match who {
+    let call = match who {
         Ours => {
-            conf = with(conf, pair.ours.clone());
-            conf["type"] = json!("plat");
-            env!("CARGO_BIN_EXE_plat").into()
+            let conf = with(with(conf.clone(), pair.ours.clone()), json!({"type": "plat"}));
+            Plat::call(verb, id, &conf).with_plugins()
         }
-        Reference => {
-            conf["type"] = json!(pair.reference);
-            if conf["ipam"]["subnet"].is_string() || conf["ipam"]["ranges"].is_array() {
-                conf["ipam"]["type"] = json!("host-local");
-                conf["ipam"]["dataDir"] = json!("/run/host-local");
-            }
-            bin.join(pair.reference)
-        }
+        Reference => Plat::reference(pair.reference, verb, id, conf),
     };
     // As libcni does: a namespace that is gone has no path.
-    let path = format!("/run/netns/{id}");
-    let namespace = if lab::exists(&path) { path } else { String::new() };
-    let mut child = Command::new(program)
-        .env_clear()
-        .envs([
-            ("CNI_COMMAND", verb),
-            ("CNI_CONTAINERID", id),
-            ("CNI_NETNS", &namespace),
-            ("CNI_IFNAME", "eth0"),
-        ])
-        .env("CNI_PATH", &bin)
-        .env("PATH", std::env::var("PATH").unwrap())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let _ = std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes());
-    Answer::of(child.wait_with_output().unwrap())
+    let call = if lab::exists(&format!("/run/netns/{id}")) { call } else { call.set("CNI_NETNS", "") };
+    call.run()
 }
 
 /// Notes an answer: a result field by field, of an error its code.
@@ -590,6 +562,7 @@ fn flatten(lines: &mut BTreeSet<String>, prefix: &str, path: &str, value: &Value
 
 /// What the kernel holds, on the host and in both pods.
 fn observe(lines: &mut BTreeSet<String>, moment: &str) {
+    lab::eventually("the kernel has told all ports of their carriers", carriers_are_told);
     observe_namespace(lines, &format!("{moment} | host"));
     let rules = sh("nft list ruleset");
     lines.extend(
@@ -609,6 +582,16 @@ fn observe(lines: &mut BTreeSet<String>, moment: &str) {
             lines.extend(of_pod);
         }
     }
+}
+
+/// Whether every veth link's operational state, from which a bridge port's follows, agrees with its carrier: the
+/// kernel brings it up to date some time after the carrier changed (`net/core/link_watch.c`).
+fn carriers_are_told() -> bool {
+    let links = json_of("ip -j link show type veth");
+    links.as_array().into_iter().flatten().all(|link| {
+        let has_carrier = link["flags"].as_array().unwrap().iter().any(|flag| flag == "LOWER_UP");
+        (link["operstate"] == "UP") == has_carrier && link["operstate"] != "UNKNOWN"
+    })
 }
 
 fn observe_namespace(lines: &mut BTreeSet<String>, prefix: &str) {

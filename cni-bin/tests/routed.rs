@@ -199,7 +199,7 @@ fn recorded() -> Vec<Lease> {
     let boot = BootId::read().unwrap();
     let wait = std::time::Duration::from_secs(5);
     let mut locked = store.lock(&boot, wait, Missing::Create, &mut kernel).unwrap().unwrap();
-    locked.leases().unwrap().into_iter().map(|held| held.lease).collect()
+    locked.all().unwrap()
 }
 
 #[test]

@@ -7,12 +7,13 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use plat_cni::acquire::EndError;
 use plat_cni::boot::BootId;
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{self, Protocol, Socket};
 use plat_cni::pods::{self, Orphans, Restored, hostports};
 use plat_cni::store::{Missing, Store};
-use plat_cni::sweep::{self, Sweeper};
+use plat_cni::sweep::Sweeper;
 use plat_crds::block::{Block, Family};
 use plat_crds::lease::{Datapath, Lease, Pool};
 use plat_crds::names::LEASES_FILE;
@@ -184,10 +185,10 @@ impl Leases {
 
     /// Brings the pods' nftables tables to what the leases say, with the store locked, so that no pod comes or
     /// goes in between.
-    pub fn restore_rules(&mut self) -> Result<PodRules, sweep::Error> {
+    pub fn restore_rules(&mut self) -> Result<PodRules, EndError> {
         let locked = self.store.lock(&self.boot, LOCK_WAIT, Missing::Create, &mut self.kernel)?;
         let Some(mut locked) = locked else { return Ok(PodRules::default()) };
-        let leases: Vec<Lease> = locked.leases()?.into_iter().map(|held| held.lease).collect();
+        let leases: Vec<Lease> = locked.all()?;
         let restored = pods::restore(&leases, Orphans::Sweep(&mut || locked.kernel().held()))?;
         self.rebuilt = locked.repaired().or(self.rebuilt);
         drop(locked);
@@ -199,7 +200,7 @@ impl Leases {
     }
 
     /// Ends dead leases and counts the others.
-    pub fn sweep(&mut self, now: Duration) -> Result<Swept, sweep::Error> {
+    pub fn sweep(&mut self, now: Duration) -> Result<Swept, EndError> {
         // Until it is done, it is to be done again.
         self.counted = Some(Counted { at: now, of: None });
         // Taken before the count, so that a write during it is not missed.

@@ -177,6 +177,7 @@ pub fn with(mut conf: Value, changes: Value) -> Value {
 /// A call of the binary.
 #[derive(Clone)]
 pub struct Plat {
+    program: PathBuf,
     variables: Vec<(String, String)>,
     input: Vec<u8>,
 }
@@ -195,7 +196,11 @@ pub struct Answer {
 impl Plat {
     /// A call with nothing but its verb.
     pub fn bare(verb: &str) -> Plat {
-        Plat { variables: vec![("CNI_COMMAND".to_owned(), verb.to_owned())], input: Vec::new() }
+        Plat {
+            program: env!("CARGO_BIN_EXE_plat").into(),
+            variables: vec![("CNI_COMMAND".to_owned(), verb.to_owned())],
+            input: Vec::new(),
+        }
     }
 
     /// A call about the container `id`, whose namespace `/run/netns/<id>` and interface is `eth0`.
@@ -206,6 +211,24 @@ impl Plat {
             .set("CNI_IFNAME", "eth0")
             .set("CNI_PATH", "/nowhere")
             .input(conf)
+    }
+
+    /// The same call of a reference plugin, with `host-local` for the addresses that `conf` names itself.
+    pub fn reference(plugin: &str, verb: &str, id: &str, conf: &Value) -> Plat {
+        let mut conf = with(conf.clone(), json!({"type": plugin}));
+        if conf["ipam"]["subnet"].is_string() || conf["ipam"]["ranges"].is_array() {
+            conf["ipam"]["type"] = json!("host-local");
+            conf["ipam"]["dataDir"] = json!("/run/host-local");
+        }
+        let mut call = Plat::call(verb, id, &conf).with_plugins();
+        call.program = tools().join("cni").join(plugin);
+        call
+    }
+
+    /// Lets it find the other plugins, and the programs that they call.
+    pub fn with_plugins(self) -> Plat {
+        let plugins = tools().join("cni");
+        self.set("CNI_PATH", plugins.to_str().unwrap()).set("PATH", &std::env::var("PATH").unwrap())
     }
 
     /// Sets a variable.
@@ -234,7 +257,7 @@ impl Plat {
 
     /// The command, ready to be started.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_plat"));
+        let mut command = Command::new(&self.program);
         command.env_clear().envs(self.variables.iter().cloned());
         command
     }
