@@ -61,6 +61,20 @@ pub enum Allocation {
     Unknown,
 }
 
+/// How the operator chooses the size of the blocks of a range that does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum BlockSizing {
+    /// /24 for IPv4, /64 for IPv6.
+    #[default]
+    Default,
+    /// What the nodes that the range selects can hold.
+    MaxPods,
+    /// A value of a newer version: as `Default`.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
+}
+
 /// Whether pod traffic that leaves the cluster gets the node's address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum MasqueradeMode {
@@ -120,7 +134,7 @@ pub struct Masquerade {
 #[x_kube(
     validation = Rule::new("!isCIDR(self.cidr) || (cidr(self.cidr).ip().family() == 4 ? cidr(self.cidr).prefixLength() >= 8 && cidr(self.cidr).prefixLength() <= 30 : cidr(self.cidr).prefixLength() >= 24 && cidr(self.cidr).prefixLength() <= 124)")
         .message("the range must be /8 to /30 (IPv4) or /24 to /124 (IPv6)").field_path(".cidr"),
-    validation = Rule::new("!isCIDR(self.cidr) || has(self.blockPrefixLength) || cidr(self.cidr).prefixLength() <= (cidr(self.cidr).ip().family() == 4 ? 24 : 64)")
+    validation = Rule::new("!isCIDR(self.cidr) || has(self.blockPrefixLength) || self.blockSizing == 'MaxPods' || cidr(self.cidr).prefixLength() <= (cidr(self.cidr).ip().family() == 4 ? 24 : 64)")
         .message("the range is smaller than the default block (/24, /64): set blockPrefixLength").field_path(".blockPrefixLength"),
     validation = Rule::new("!isCIDR(self.cidr) || !has(self.blockPrefixLength) || (self.blockPrefixLength >= cidr(self.cidr).prefixLength() && self.blockPrefixLength - cidr(self.cidr).prefixLength() <= 24)")
         .message("blocks must not be larger than the range, nor may it hold more than 2^24 of them").field_path(".blockPrefixLength"),
@@ -128,6 +142,8 @@ pub struct Masquerade {
         .message("blocks must be /16 to /30 (IPv4) or /48 to /124 (IPv6)").field_path(".blockPrefixLength"),
     validation = Rule::new("!has(oldSelf.blockPrefixLength) || (has(self.blockPrefixLength) && self.blockPrefixLength == oldSelf.blockPrefixLength)")
         .message("blockPrefixLength is set once: add another ClusterCIDR for blocks of another size").field_path(".blockPrefixLength"),
+    validation = Rule::new("!has(oldSelf.blockPrefixLength) || self.blockSizing == oldSelf.blockSizing")
+        .message("blockSizing says how an unset blockPrefixLength is filled in, and that is set: add another ClusterCIDR").field_path(".blockSizing"),
     validation = Rule::new("!isCIDR(self.cidr) || !has(self.reserved) || self.reserved.all(r, isCIDR(r) && cidr(self.cidr).containsCIDR(r))")
         .message("each reserved range must be a CIDR inside the range").field_path(".reserved")
 )]
@@ -143,10 +159,17 @@ pub struct ClusterCIDRSpec {
     )]
     pub cidr: String,
 
-    /// Prefix length of the blocks: one block per node. The operator fills in 24 (IPv4) or 64 (IPv6)
-    /// when it is not set; afterwards it never changes. IPv6 blocks lease their first 65,534 addresses.
+    /// Prefix length of the blocks: one block per node. The operator fills it in when it is not set, as
+    /// `blockSizing` says; afterwards it never changes. IPv6 blocks lease their first 65,534 addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_prefix_length: Option<i32>,
+
+    /// How an unset `blockPrefixLength` is filled in. `Default`: 24 (IPv4) or 64 (IPv6). `MaxPods`: the
+    /// smallest block that holds the pods of the largest node that the range selects by then
+    /// (`status.allocatable.pods`) and stays below the mark at which a node gets another block; no range is
+    /// cut into more than 65,536 blocks. Waits for the first such node.
+    #[serde(default)]
+    pub block_sizing: BlockSizing,
 
     /// Nodes that get blocks from this range, by their labels; all nodes if not set. A block that was
     /// carved stays when labels change.

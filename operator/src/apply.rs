@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use futures::StreamExt;
 use kube::core::DeserializeGuard;
-use plat_crds::cluster_cidr::ClusterCIDR;
+use plat_crds::cluster_cidr::{BlockSizing, ClusterCIDR};
 use plat_crds::names;
 use plat_crds::pod_cidr::PodCIDR;
 use serde_json::{Value, json};
@@ -130,17 +130,21 @@ fn failure(error: CallError) -> Outcome {
 async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
     match step {
         Step::CreateRange { name, range, block_prefix, quarantine_seconds } => {
-            let object = json!({
+            let mut object = json!({
                 "apiVersion": api_version(), "kind": Kind::ClusterCIDR.as_str(),
                 "metadata": {"name": &**name, "finalizers": [names::CLUSTER_CIDR_FINALIZER]},
-                "spec": {"cidr": range, "blockPrefixLength": block_prefix, "quarantineSeconds": quarantine_seconds},
+                "spec": {"cidr": range, "quarantineSeconds": quarantine_seconds},
             });
+            match block_prefix {
+                Some(length) => object["spec"]["blockPrefixLength"] = json!(length),
+                None => object["spec"]["blockSizing"] = json!(BlockSizing::MaxPods),
+            }
             Ok((Outcome::Done, range_of(server.create(Kind::ClusterCIDR, object).await?)))
         }
-        Step::PrepareRange { object, finalizers, block_prefix } => {
+        Step::PrepareRange { object, finalizers, block_size } => {
             let mut patch = json!({"metadata": with_finalizers(object, finalizers)});
-            if let Some(length) = block_prefix {
-                patch["spec"] = json!({"blockPrefixLength": length});
+            if let Some(size) = block_size {
+                patch["spec"] = json!({"blockPrefixLength": size.prefix});
             }
             let answer = server.patch(Kind::ClusterCIDR, &object.name, Patch::Merge(patch)).await?;
             Ok((Outcome::Done, range_of(answer)))

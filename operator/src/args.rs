@@ -57,6 +57,17 @@ impl Question {
     }
 }
 
+/// How large the blocks of the default ranges are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BlockSizing {
+    /// As the flags for the prefix length say.
+    #[value(name = "Default")]
+    Default,
+    /// What nodes can hold.
+    #[value(name = "MaxPods")]
+    MaxPods,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -76,6 +87,12 @@ pub struct RunArgs {
     /// for dual-stack: at most one per family.
     #[arg(long, env = "PLAT_CLUSTER_CIDR", value_delimiter = ',', value_name = "CIDR")]
     pub cluster_cidr: Vec<String>,
+
+    /// How large the blocks of the default ranges are. Default: as the two flags below say. MaxPods: the
+    /// smallest block that has room for all pods that the largest node can hold, chosen when the first node is
+    /// there; the two flags below are not used.
+    #[arg(long, env = "PLAT_BLOCK_SIZING", default_value = "Default", value_name = "SIZING")]
+    pub block_sizing: BlockSizing,
 
     /// Prefix length of the blocks of the default IPv4 range: one block per node. 16 to 30.
     #[arg(long, env = "PLAT_BLOCK_PREFIX_LENGTH_V4", default_value_t = Family::IPv4.default_block_prefix(), value_name = "BITS",
@@ -160,6 +177,7 @@ impl RunArgs {
     pub fn settings(&self) -> anyhow::Result<Settings> {
         let RunArgs {
             cluster_cidr,
+            block_sizing,
             block_prefix_length_v4,
             block_prefix_length_v6,
             quarantine_seconds,
@@ -172,9 +190,10 @@ impl RunArgs {
         let mut default_ranges: Vec<DefaultRange> = Vec::new();
         for text in cluster_cidr.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
             let range: Block = text.parse().context("--cluster-cidr")?;
-            let block_prefix = match range.family() {
-                Family::IPv4 => *block_prefix_length_v4,
-                Family::IPv6 => *block_prefix_length_v6,
+            let block_prefix = match (block_sizing, range.family()) {
+                (BlockSizing::MaxPods, _) => None,
+                (BlockSizing::Default, Family::IPv4) => Some(*block_prefix_length_v4),
+                (BlockSizing::Default, Family::IPv6) => Some(*block_prefix_length_v6),
             };
             if default_ranges.iter().any(|other| other.range.family() == range.family()) {
                 bail!(
@@ -182,9 +201,9 @@ impl RunArgs {
                     range.family()
                 );
             }
-            if range.subblock_count(block_prefix) == 0 {
+            if let Some(prefix) = block_prefix.filter(|prefix| range.subblock_count(*prefix) == 0) {
                 bail!(
-                    "--cluster-cidr: {range} is smaller than a block of /{block_prefix}; set --block-prefix-length-v4 or -v6"
+                    "--cluster-cidr: {range} is smaller than a block of /{prefix}; set --block-prefix-length-v4 or -v6"
                 );
             }
             default_ranges.push(DefaultRange { range, block_prefix });
@@ -248,8 +267,11 @@ mod tests {
             let settings = run(&args).settings().unwrap();
             let ranges: Vec<_> =
                 settings.default_ranges.iter().map(|d| (d.range.to_string(), d.block_prefix)).collect();
-            assert_eq!(ranges, expected.map(|(range, prefix)| (range.to_owned(), prefix)));
+            assert_eq!(ranges, expected.map(|(range, prefix)| (range.to_owned(), Some(prefix))));
         }
+        let sized_later =
+            run(&["--cluster-cidr=10.244.0.0/26", "--block-sizing=MaxPods"]).settings().unwrap();
+        assert_eq!(sized_later.default_ranges[0].block_prefix, None);
         assert_eq!(run(&[]).settings().unwrap().default_ranges, []);
     }
 
@@ -269,6 +291,7 @@ mod tests {
             ["--quarantine-seconds=59"],
             ["--listen=nowhere"],
             ["--log-format=xml"],
+            ["--block-sizing=maxpods"],
         ] {
             assert!(Cli::try_parse_from(["plat-operator", args[0]]).is_err(), "{args:?}");
         }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
-use plat_crds::cluster_cidr::Allocation;
+use plat_crds::cluster_cidr::{Allocation, BlockSizing};
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{FailedObject, Incident, LostBlocks};
 use plat_crds::pod_cidr::BlockState;
@@ -69,6 +69,9 @@ pub struct NodeFact {
     pub pod_cidrs: Box<[PodCidrText]>,
     /// Whether somebody set `NetworkUnavailable=True`.
     pub network_unavailable: bool,
+    /// How many pods may run on it (`status.allocatable.pods`); `None` if it does not say. A kubelet writes
+    /// it at each start, so it changes no fact while the node runs.
+    pub max_pods: Option<u32>,
     /// Why the object could not be read. Then it only stands for the node's existence.
     pub problem: Option<Box<str>>,
 }
@@ -103,6 +106,8 @@ pub struct RangeFact {
     pub range: Option<Block>,
     /// Prefix length of its blocks; `None` until the operator has filled it in.
     pub block_prefix: Option<u8>,
+    /// How the operator fills it in.
+    pub block_sizing: BlockSizing,
     /// Which nodes it is for.
     pub selector: Selector,
     /// Highest first.
@@ -260,6 +265,7 @@ impl NodeFact {
             addresses: internal_addresses(node),
             pod_cidrs: pod_cidrs(node),
             network_unavailable: condition("NetworkUnavailable") == Some("True"),
+            max_pods: node.status.allocatable.as_ref().and_then(|a| whole_number(a.pods.as_deref()?)),
             problem,
         }
     }
@@ -307,6 +313,7 @@ impl RangeFact {
             deleting: meta.deletion_timestamp.is_some(),
             finalizers: meta.finalizers.clone().unwrap_or_default().into(),
             block_prefix: spec.block_prefix_length.and_then(|length| u8::try_from(length).ok()),
+            block_sizing: spec.block_sizing,
             range,
             selector,
             priority: spec.priority,
@@ -471,6 +478,14 @@ fn pod_cidrs(node: &NodeView) -> Box<[PodCidrText]> {
     texts.map(parse).collect()
 }
 
+/// A count written as a Kubernetes quantity, whose canonical form of 2000 is `2k`.
+fn whole_number(quantity: &str) -> Option<u32> {
+    match quantity.strip_suffix('k') {
+        Some(thousands) => thousands.parse::<u32>().ok()?.checked_mul(1000),
+        None => quantity.parse().ok(),
+    }
+}
+
 fn name_of(meta: &ObjectMeta) -> Name {
     meta.name.as_deref().unwrap_or_default().into()
 }
@@ -499,6 +514,7 @@ mod tests {
             "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"], "taints": [1, 2]},
             "status": {
                 "images": [{"names": ["x"]}],
+                "allocatable": {"pods": "110", "cpu": "3920m", "memory": "7Gi"},
                 "addresses": [
                     {"type": "Hostname", "address": "n1"}, {"type": "InternalIP", "address": "172.30.0.11"},
                     {"type": "InternalIP", "address": "172.30.0.11"}, {"type": "InternalIP", "address": "fd00::11"},
@@ -517,7 +533,22 @@ mod tests {
             node.spec_blocks().map(|b| b.to_string()).collect::<Vec<_>>(),
             ["10.244.1.0/24", "fd00:10:244:1::/64"]
         );
-        assert_eq!((node.labels.get("zone"), node.problem), (Some("a"), None));
+        assert_eq!((node.labels.get("zone"), node.max_pods, node.problem), (Some("a"), Some(110), None));
+    }
+
+    #[test]
+    fn a_number_of_pods_is_read_as_the_api_server_writes_it() {
+        for (text, expected) in [
+            ("110", Some(110)),
+            ("2k", Some(2000)),
+            ("0", Some(0)),
+            ("", None),
+            ("-1", None),
+            ("1.5", None),
+            ("9999999k", None),
+        ] {
+            assert_eq!(whole_number(text), expected, "{text}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use plat_crds::cluster_cidr::{Allocation, ClusterCIDRStatus};
+use plat_crds::cluster_cidr::{Allocation, BlockSizing, ClusterCIDRStatus};
 use plat_crds::condition::{self, READY, Verdict};
 use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
@@ -40,6 +40,7 @@ pub fn node(name: &str) -> NodeFact {
         addresses: ["172.30.0.9".parse().unwrap()].into(),
         pod_cidrs: [].into(),
         network_unavailable: false,
+        max_pods: Some(110),
         problem: None,
     }
 }
@@ -68,6 +69,7 @@ pub fn range(name: &str, cidr: &str) -> RangeFact {
         finalizers: [names::CLUSTER_CIDR_FINALIZER.to_owned()].into(),
         range: Some(range),
         block_prefix: Some(range.family().default_block_prefix()),
+        block_sizing: BlockSizing::Default,
         selector: Selector::default(),
         priority: 0,
         reserved: [].into(),
@@ -124,7 +126,7 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
 
 pub fn settings() -> Settings {
     Settings {
-        default_ranges: vec![DefaultRange { range: block("10.244.0.0/16"), block_prefix: 24 }],
+        default_ranges: vec![DefaultRange { range: block("10.244.0.0/16"), block_prefix: Some(24) }],
         quarantine_seconds: 900,
         node_spec_mirror: true,
         lease_duration: Duration::from_secs(15),

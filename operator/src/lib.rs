@@ -36,6 +36,7 @@ pub mod selector;
 pub mod server;
 #[cfg(test)]
 mod sim;
+pub mod sizing;
 pub mod snapshot;
 pub mod status;
 pub mod step;

@@ -16,7 +16,7 @@ pub struct NodeView {
     /// Pod CIDRs.
     #[serde(default)]
     pub spec: SpecView,
-    /// Addresses and conditions.
+    /// Addresses, conditions and the number of pods.
     #[serde(default)]
     pub status: StatusView,
 }
@@ -42,6 +42,17 @@ pub struct StatusView {
     /// Conditions, of which `Ready` and `NetworkUnavailable` are read.
     #[serde(default)]
     pub conditions: Option<Vec<ConditionView>>,
+    /// What pods may use of the node.
+    #[serde(default)]
+    pub allocatable: Option<AllocatableView>,
+}
+
+/// Part of `Node.status.allocatable`.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct AllocatableView {
+    /// How many pods may run, as a quantity (`110`, `1k`).
+    #[serde(default)]
+    pub pods: Option<String>,
 }
 
 /// One of `Node.status.addresses`.

@@ -7,6 +7,7 @@ use plat_crds::node_network::Incident;
 use crate::apply::{Done, Learnt, Outcome};
 use crate::facts::Name;
 use crate::reason;
+use crate::sizing::Basis;
 use crate::step::{Fault, Kind, NewBlock, ObjectKey, Origin, Step, Why};
 
 /// An Event to be published.
@@ -29,14 +30,24 @@ pub fn of_step(done: &Done) -> Vec<Note> {
     match (&done.step, &done.outcome) {
         (Step::CreateRange { name, range, block_prefix, .. }, Outcome::Done) => {
             let Some(Learnt::Range(fact)) = &done.learnt else { return Vec::new() };
-            let text =
-                format!("created for the operator's --cluster-cidr: {range} in /{block_prefix} blocks");
+            let blocks = match block_prefix {
+                Some(prefix) => format!("/{prefix} blocks"),
+                None => "blocks of what nodes can hold".to_owned(),
+            };
+            let text = format!("created for the operator's --cluster-cidr: {range} in {blocks}");
             vec![normal(
                 ObjectKey::new(Kind::ClusterCIDR, name, &fact.uid),
                 reason::RANGE_CREATED,
                 "Create",
                 text,
             )]
+        }
+        (Step::PrepareRange { object, block_size: Some(size), .. }, Outcome::Done)
+            if size.basis != Basis::Default =>
+        {
+            let text = format!("its blocks are /{}: {}", size.prefix, size.basis);
+            let range = ObjectKey::new(Kind::ClusterCIDR, &object.name, &object.uid);
+            vec![normal(range, reason::BLOCK_SIZE_CHOSEN, "Prepare", text)]
         }
         // A repeated create that turns out to be done was not announced the first time.
         (Step::CreateBlock(new), Outcome::Done | Outcome::AlreadySo) => created(new, done.learnt.as_ref()),
@@ -173,6 +184,7 @@ fn warning(object: ObjectKey, reason: &str, action: &'static str, text: String) 
 mod tests {
     use super::*;
     use crate::fixtures::{NOW, at, block, held_block};
+    use crate::sizing::BlockSize;
     use crate::step::{BlockChange, Version};
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
     use plat_crds::condition::Verdict;
@@ -236,6 +248,24 @@ mod tests {
             );
             assert_eq!(told, [format!("Node n1 {reason}"), format!("PodCIDR b {reason}")]);
         }
+    }
+
+    #[test]
+    fn a_block_size_is_told_with_what_it_was_chosen_for() {
+        let prepared = |basis| Step::PrepareRange {
+            object: version("r"),
+            finalizers: vec![],
+            block_size: Some(BlockSize { prefix: 23, basis }),
+        };
+        let basis = Basis::Nodes { count: 3, pods: 250 };
+        assert_eq!(
+            texts(prepared(basis.clone()), Outcome::Done, None),
+            [
+                "ClusterCIDR r BlockSizeChosen: its blocks are /23: the largest of the 3 nodes that it selects holds up to 250 pods"
+            ]
+        );
+        assert_eq!(texts(prepared(basis), Outcome::Stale("?".into()), None), [] as [&str; 0]);
+        assert_eq!(texts(prepared(Basis::Default), Outcome::Done, None), [] as [&str; 0]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use plat_crds::condition::{self, OVERLAPPING, READY, Verdict};
 
 use crate::facts::RangeFact;
 use crate::reason;
+use crate::sizing::{Sizing, sizing};
 use crate::snapshot::{Facts, Snapshot};
 
 /// Times in objects are cut to whole seconds: a condition may be that much younger than it says.
@@ -105,7 +106,11 @@ pub fn judge(range: &RangeFact, snapshot: &Snapshot) -> Judgement {
             format!("ClusterCIDR {} cannot be read, so overlap is unknown: correct or delete it", other.name);
         refuse(reason::OTHER_UNREADABLE, message)
     } else {
-        accept(range)
+        match sizing(range, snapshot) {
+            Sizing::Wait { why, .. } => refuse(reason::WAITING_FOR_NODE, why),
+            Sizing::Impossible(why) => refuse(reason::RANGE_TOO_SMALL, why),
+            Sizing::Set | Sizing::Choose(_) => accept(range),
+        }
     };
     Judgement { ready, overlapping }
 }

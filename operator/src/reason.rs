@@ -10,6 +10,12 @@ pub const TERMINATING: &str = "Terminating";
 pub const INVALID_SPEC: &str = "InvalidSpec";
 /// ClusterCIDR `Ready=False`: another ClusterCIDR cannot be read, so nobody knows whether they overlap.
 pub const OTHER_UNREADABLE: &str = "OtherRangeUnreadable";
+/// ClusterCIDR `Ready=False`: the size of its blocks is chosen when a node says how many pods it can hold.
+pub const WAITING_FOR_NODE: &str = "WaitingForNode";
+/// ClusterCIDR `Ready=False`: no block of it is large enough for its nodes.
+pub const RANGE_TOO_SMALL: &str = "RangeTooSmall";
+/// Event: the operator has chosen the size of a ClusterCIDR's blocks.
+pub const BLOCK_SIZE_CHOSEN: &str = "BlockSizeChosen";
 /// ClusterCIDR: shares addresses with an older ClusterCIDR.
 pub const OVERLAPS_CLUSTER_CIDR: &str = "OverlapsClusterCIDR";
 /// ClusterCIDR: shares addresses with the cluster's Service range.

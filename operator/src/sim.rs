@@ -429,7 +429,7 @@ impl Cluster {
             late: Vec::new(),
         };
         let settings = Settings {
-            default_ranges: vec![DefaultRange { range: range.parse().unwrap(), block_prefix: 24 }],
+            default_ranges: vec![DefaultRange { range: range.parse().unwrap(), block_prefix: Some(24) }],
             quarantine_seconds: i32::try_from(QUARANTINE).unwrap(),
             lease_duration: Duration::from_secs(LEASE),
             report_wait: Duration::from_secs(30),

@@ -95,8 +95,8 @@ pub struct Settings {
 pub struct DefaultRange {
     /// The range.
     pub range: Block,
-    /// Prefix length of its blocks.
-    pub block_prefix: u8,
+    /// Prefix length of its blocks; `None`: what its nodes can hold (`blockSizing: MaxPods`).
+    pub block_prefix: Option<u8>,
 }
 
 /// How long and how this process came to lead.

@@ -137,7 +137,7 @@ fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -
     let flips = flips(&range.status.conditions, &new.conditions)
         || new.observed_generation != range.status.observed_generation
         || new.quarantine_seconds != range.status.quarantine_seconds
-        || range.status.blocks.is_none();
+        || range.status.blocks.is_none() && new.blocks.is_some();
     let object = version(&range.name, &range.uid, &range.resource_version);
     let step = Step::RangeStatus { object, old: Box::new(range.status.clone()), new: Box::new(new) };
     Some(Write { class: if flips { Class::Flip } else { Class::Counters }, step })
@@ -148,7 +148,7 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
     let mut status = ClusterCIDRStatus { observed_generation: generation, ..range.status.clone() };
     condition::set(&mut status.conditions, &outlook.judgement.ready, generation, &now);
     condition::set(&mut status.conditions, &outlook.judgement.overlapping, generation, &now);
-    if range.range.is_some() {
+    if range.range.is_some() && range.block_prefix.is_some() {
         let mine = snapshot.blocks.values().filter(|block| block.range == range.name);
         let (quarantined, allocated): (Vec<_>, Vec<_>) = mine.partition(|block| block.is_quarantined());
         status.blocks = Some(BlockCounts {

@@ -10,6 +10,7 @@ use plat_crds::{Block, ClusterCIDRStatus, PodCIDRStatus};
 use serde_json::{Map, Value, json};
 
 use crate::facts::Name;
+use crate::sizing::BlockSize;
 
 /// Kinds of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,8 +153,8 @@ pub enum Step {
         name: Name,
         /// The range.
         range: Block,
-        /// Prefix length of its blocks.
-        block_prefix: u8,
+        /// Prefix length of its blocks; `None`: what its nodes can hold (`blockSizing: MaxPods`).
+        block_prefix: Option<u8>,
         /// Quarantine of its blocks.
         quarantine_seconds: i32,
     },
@@ -163,8 +164,8 @@ pub enum Step {
         object: Version,
         /// All finalizers that it then has.
         finalizers: Vec<String>,
-        /// Block size, unless it is set already.
-        block_prefix: Option<u8>,
+        /// Block size, unless it is set already or cannot be told yet.
+        block_size: Option<BlockSize>,
     },
     /// Take our finalizer off a ClusterCIDR.
     ReleaseRange {

@@ -31,6 +31,8 @@ fn accepted() -> Vec<Value> {
         range(json!({"cidr": "fd00::/24", "blockPrefixLength": 48})),
         range(json!({"cidr": "fd00:10:200::/40", "blockPrefixLength": 64})),
         range(json!({"cidr": "10.244.0.0/16", "blockPrefixLength": 16})),
+        range(json!({"cidr": "10.244.0.0/26", "blockSizing": "MaxPods"})),
+        range(json!({"cidr": "10.244.0.0/16", "blockSizing": "MaxPods", "blockPrefixLength": 24})),
         range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.0.0/24", "10.244.255.0/28"]})),
         range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 2}})),
         range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"max": 1}})),
@@ -93,6 +95,11 @@ fn refused() -> Vec<(Value, &'static str)> {
         (range(json!({"cidr": "fd00::/125", "blockPrefixLength": 124})), sizes),
         (range(json!({"cidr": "10.244.0.0/25"})), default_block),
         (range(json!({"cidr": "fd00:10:244::/65"})), default_block),
+        (range(json!({"cidr": "10.244.0.0/25", "blockSizing": "Default"})), default_block),
+        (
+            range(json!({"cidr": "10.244.0.0/16", "blockSizing": "Large"})),
+            "spec.blockSizing: Unsupported value",
+        ),
         (range(json!({"cidr": "10.244.0.0/24", "blockPrefixLength": 23})), count),
         (range(json!({"cidr": "fd00::/24", "blockPrefixLength": 64})), count),
         (range(json!({"cidr": "10.0.0.0/8", "blockPrefixLength": 15})), block_sizes),
@@ -164,6 +171,7 @@ fn changes() -> Vec<(Value, Value, Option<&'static str>)> {
             spec(json!({"cidr": "10.245.0.0/16"})),
             Some("the range cannot be changed: add another ClusterCIDR"),
         ),
+        (range.clone(), spec(json!({"blockSizing": "MaxPods"})), None),
         (range.clone(), spec(json!({"blockPrefixLength": 26})), None),
         (
             range,
@@ -174,7 +182,14 @@ fn changes() -> Vec<(Value, Value, Option<&'static str>)> {
             None,
         ),
         (sized.clone(), spec(json!({"blockPrefixLength": 25})), Some(set_once)),
-        (sized, spec(json!({"blockPrefixLength": null})), Some(set_once)),
+        (sized.clone(), spec(json!({"blockPrefixLength": null})), Some(set_once)),
+        (
+            sized,
+            spec(json!({"blockSizing": "MaxPods"})),
+            Some(
+                "blockSizing says how an unset blockPrefixLength is filled in, and that is set: add another ClusterCIDR",
+            ),
+        ),
         (block.clone(), spec(json!({"cidr": "10.244.10.0/24"})), Some("a block's CIDR cannot be changed")),
         (block.clone(), spec(json!({"clusterCIDR": "other"})), Some("a block stays in its ClusterCIDR")),
         (
@@ -261,7 +276,7 @@ fn defaults_are_filled_in() {
     let range = create(plane, &range(json!({"cidr": "10.244.0.0/16", "masquerade": {}})), DryRun).unwrap();
     assert_eq!(
         range.data["spec"],
-        json!({"cidr": "10.244.0.0/16", "allocation": "Enabled", "blocksPerNode": {"min": 1, "max": 8}, "priority": 0, "quarantineSeconds": 900,
+        json!({"cidr": "10.244.0.0/16", "allocation": "Enabled", "blockSizing": "Default", "blocksPerNode": {"min": 1, "max": 8}, "priority": 0, "quarantineSeconds": 900,
             "masquerade": {"mode": "Enabled"}})
     );
     let block = create(plane, &block("10.244.3.0/24", json!({"routing": {}})), DryRun).unwrap();

@@ -230,10 +230,9 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// The blocks of a range, less everything that is claimed or reserved.
+/// The blocks of a range, less everything that is claimed or reserved; none while their size is not known.
 fn pool(fact: &RangeFact, claims: &Claims) -> Pool {
-    let Some(range) = fact.range else { return Pool::none() };
-    let prefix = fact.block_prefix.unwrap_or_else(|| range.family().default_block_prefix());
+    let (Some(range), Some(prefix)) = (fact.range, fact.block_prefix) else { return Pool::none() };
     let mut pool = Pool::new(range, prefix);
     for (block, _) in claims.overlapping(&range) {
         pool.take(block);

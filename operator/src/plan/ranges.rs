@@ -1,11 +1,13 @@
 //! Default ClusterCIDRs, finalizers and block sizes.
 
+use plat_crds::cluster_cidr::BlockSizing;
 use plat_crds::condition::{self, READY};
 use plat_crds::{Family, names};
 
 use super::Planner;
 use crate::facts::RangeFact;
 use crate::reason;
+use crate::sizing::{Sizing, sizing};
 use crate::snapshot::DefaultRange;
 use crate::step::{Fault, Kind, ObjectKey, Step, Version};
 
@@ -58,12 +60,20 @@ impl Planner<'_> {
 
     fn name_ignored_flag(&mut self, existing: &RangeFact, default: &DefaultRange) {
         let same = existing.range == Some(default.range)
-            && existing.block_prefix.is_none_or(|prefix| prefix == default.block_prefix);
+            && match (existing.block_prefix, default.block_prefix) {
+                (Some(prefix), Some(wanted)) => prefix == wanted,
+                (Some(_), None) => existing.block_sizing == BlockSizing::MaxPods,
+                (None, _) => true,
+            };
         if !same && existing.problem.is_none() {
+            let blocks = match default.block_prefix {
+                Some(prefix) => format!("/{prefix} blocks"),
+                None => "blocks of what nodes can hold".to_owned(),
+            };
             let message = format!(
-                "the operator is told to use {} with /{} blocks, but ClusterCIDR {} exists and is never changed: \
+                "the operator is told to use {} with {blocks}, but ClusterCIDR {} exists and is never changed: \
                  add another ClusterCIDR, or delete this one once no node holds a block of it",
-                default.range, default.block_prefix, existing.name
+                default.range, existing.name
             );
             let object = ObjectKey::new(Kind::ClusterCIDR, &existing.name, &existing.uid);
             self.plan.faults.push(Fault { object, reason: reason::FLAG_IGNORED, message });
@@ -77,13 +87,22 @@ impl Planner<'_> {
     }
 
     fn prepare(&mut self, range: &RangeFact) {
-        let Some(block) = range.range else { return };
+        let block_size = match sizing(range, self.snapshot) {
+            Sizing::Choose(size) => Some(size),
+            Sizing::Wait { at_most, .. } => {
+                at_most.into_iter().for_each(|wait| self.wake_after(wait));
+                None
+            }
+            Sizing::Set | Sizing::Impossible(_) => None,
+        };
+        if range.has_our_finalizer() && block_size.is_none() {
+            return;
+        }
         let mut finalizers = range.finalizers.to_vec();
         if !range.has_our_finalizer() {
             finalizers.push(names::CLUSTER_CIDR_FINALIZER.to_owned());
         }
-        let block_prefix = range.block_prefix.is_none().then(|| block.family().default_block_prefix());
-        self.plan.steps.push(Step::PrepareRange { object: version(range), finalizers, block_prefix });
+        self.plan.steps.push(Step::PrepareRange { object: version(range), finalizers, block_size });
     }
 
     /// The last block may have been created a moment ago: that is seen only by a live LIST, and a create

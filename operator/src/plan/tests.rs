@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use plat_crds::Block;
-use plat_crds::cluster_cidr::Allocation;
+use plat_crds::cluster_cidr::{Allocation, BlockSizing};
 use plat_crds::pod_cidr::BlockState;
 use proptest::prelude::*;
 
@@ -14,8 +14,9 @@ use crate::fixtures::{
     steps,
 };
 use crate::memory::{Memory, Pending, Vanished};
+use crate::plan::Plan;
 use crate::reason;
-use crate::snapshot::{Source, Start, Tenure};
+use crate::snapshot::{DefaultRange, Source, Start, Tenure};
 use crate::step::{BlockChange, Kind, Step, Why};
 
 const V4: &str = "10.244.0.0/16";
@@ -31,7 +32,7 @@ fn with_v4() -> Scene {
 fn the_default_range_is_created_only_where_no_range_of_its_family_exists() {
     let none = scene().plan();
     assert!(
-        matches!(&none.steps[..], [Step::CreateRange { name, range, block_prefix: 24, .. }] if &**name == "default-v4" && *range == block(V4))
+        matches!(&none.steps[..], [Step::CreateRange { name, range, block_prefix: Some(24), .. }] if &**name == "default-v4" && *range == block(V4))
     );
     let other_family = scene().range(range("mine", V6)).plan();
     assert_eq!(steps(&other_family), ["create_range"]);
@@ -62,10 +63,60 @@ fn a_users_range_gets_the_finalizer_and_its_block_size_before_blocks() {
     let bare =
         RangeFact { finalizers: ["other/x".to_owned()].into(), block_prefix: None, ..range("mine", V4) };
     let plan = scene().range(bare).nodes(&["n1"]).all_report().plan();
-    let [Step::PrepareRange { finalizers, block_prefix, .. }] = &plan.steps[..] else {
+    let [Step::PrepareRange { finalizers, block_size: Some(size), .. }] = &plan.steps[..] else {
         panic!("{:?}", plan.steps)
     };
-    assert_eq!((finalizers.len(), *block_prefix), (2, Some(24)));
+    assert_eq!((finalizers.len(), size.prefix), (2, 24));
+}
+
+#[test]
+fn a_range_sized_by_its_nodes_waits_for_the_first_and_is_held_meanwhile() {
+    let bare = || RangeFact {
+        block_prefix: None,
+        block_sizing: BlockSizing::MaxPods,
+        finalizers: [].into(),
+        status: Default::default(),
+        ..range("mine", V4)
+    };
+    let sizes = |plan: &Plan| -> Vec<Option<u8>> {
+        let prepared = plan.steps.iter().filter_map(|step| match step {
+            Step::PrepareRange { block_size, .. } => Some(block_size.as_ref().map(|size| size.prefix)),
+            _ => None,
+        });
+        prepared.collect()
+    };
+    let alone = scene().range(bare()).plan();
+    assert_eq!(sizes(&alone), [None], "the finalizer comes first");
+    let judged = &alone.ranges["mine"];
+    assert_eq!(
+        (judged.judgement.ready.status, judged.judgement.ready.reason),
+        (Some(false), reason::WAITING_FOR_NODE)
+    );
+    assert_eq!(judged.total, 0, "it has no blocks yet");
+
+    let held = || RangeFact { finalizers: range("r", V4).finalizers, ..bare() };
+    assert_eq!(sizes(&scene().range(held()).plan()), [], "there is nothing to write");
+    let silent = NodeFact { max_pods: None, created: at(NOW - 20), ..node("n1") };
+    let waiting = scene().range(held()).node(silent).all_report().plan();
+    assert_eq!((sizes(&waiting), waiting.wake_after), (vec![], Some(Duration::from_secs(40))));
+    let told = scene().range(held()).node(NodeFact { max_pods: Some(32), ..node("n1") }).all_report().plan();
+    assert_eq!(sizes(&told), [Some(26)]);
+    assert!(told.ranges["mine"].judgement.is_good());
+}
+
+#[test]
+fn a_default_range_may_be_sized_by_its_nodes_too() {
+    let by_nodes = || {
+        scene().with(|s| {
+            s.settings.default_ranges = vec![DefaultRange { range: block(V4), block_prefix: None }];
+        })
+    };
+    assert!(matches!(by_nodes().plan().steps[..], [Step::CreateRange { block_prefix: None, .. }]));
+    let sized =
+        RangeFact { block_sizing: BlockSizing::MaxPods, block_prefix: Some(26), ..range("default-v4", V4) };
+    assert_eq!(faults(&by_nodes().range(sized).plan()), [] as [&str; 0]);
+    let fixed = by_nodes().range(range("default-v4", V4)).plan();
+    assert_eq!(faults(&fixed), [format!("default-v4 {}", reason::FLAG_IGNORED)]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! ClusterCIDRs: defaults, overlap, exhaustion, the finalizer.
 
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, PodCIDR, names};
@@ -49,6 +50,41 @@ fn a_users_range_gets_its_default_block_size_and_the_finalizer() {
         assert_eq!(blocks["n1"], ["fd00:1::/64"]);
         let range = cluster.api::<ClusterCIDR>().get("six").await.unwrap();
         assert_eq!(range.spec.block_prefix_length, Some(64));
+    });
+}
+
+#[test]
+fn a_range_sized_by_its_nodes_waits_for_the_first_and_takes_what_the_largest_can_hold() {
+    arena(|cluster| async move {
+        let selector = json!({"matchLabels": {"kubernetes.io/hostname": "big"}});
+        cluster
+            .range("big", json!({"cidr": "10.9.0.0/16", "blockSizing": "MaxPods", "nodeSelector": selector}))
+            .await;
+        cluster.nodes(&["n1"]).await;
+        cluster.patch_node_status("n1", json!({"allocatable": {"pods": "40"}})).await;
+        let _operator = cluster.operator("a", &[V4, "--block-sizing=MaxPods"]);
+        // A range of the family exists, so the default one is not made; and no node is selected by that one yet.
+        let message = cluster.wait_range("big", "Ready", "False", "WaitingForNode").await;
+        assert!(message.contains("the first node that it selects"), "{message}");
+        let waiting = cluster.api::<ClusterCIDR>().get("big").await.unwrap();
+        assert_eq!((waiting.spec.block_prefix_length, waiting.status.unwrap().blocks), (None, None));
+
+        let label = Patch::Merge(json!({"metadata": {"labels": {"kubernetes.io/hostname": "big"}}}));
+        cluster.patch_node_status("n1", json!({"allocatable": {"pods": "2k"}})).await;
+        cluster.api::<Node>().patch("n1", &PatchParams::default(), &label).await.unwrap();
+        assert_eq!(cluster.wait_blocks(&["n1"], 1).await["n1"], ["10.9.0.0/20"]);
+        cluster.wait_event("ClusterCIDR", "big", "BlockSizeChosen").await;
+    });
+}
+
+#[test]
+fn the_default_range_is_sized_by_the_first_node_where_that_is_asked_for() {
+    arena(|cluster| async move {
+        let _operator = cluster.operator("a", &[V4, "--block-sizing=MaxPods"]);
+        cluster.wait_range("default-v4", "Ready", "False", "WaitingForNode").await;
+        cluster.nodes(&["n1"]).await;
+        cluster.patch_node_status("n1", json!({"allocatable": {"pods": "40"}})).await;
+        assert_eq!(cluster.wait_blocks(&["n1"], 1).await["n1"], ["10.244.0.0/26"]);
     });
 }
 
@@ -123,7 +159,7 @@ fn selectors_choose_nodes_and_their_labels_are_copied() {
         cluster.range("edge", json!({"cidr": "10.9.0.0/16", "priority": 1, "nodeSelector": {"matchLabels": {"edge": "yes"}}})).await;
         cluster.nodes(&["n1", "n2"]).await;
         let label = Patch::Merge(json!({"metadata": {"labels": {"edge": "yes"}}}));
-        let nodes = cluster.api::<k8s_openapi::api::core::v1::Node>();
+        let nodes = cluster.api::<Node>();
         nodes.patch("n2", &PatchParams::default(), &label).await.unwrap();
         let _operator = cluster.operator("a", &[]);
         let blocks = cluster.wait_blocks(&["n1", "n2"], 1).await;
