@@ -9,6 +9,7 @@ use std::fmt;
 use std::time::Duration;
 
 use plat_crds::cluster_cidr::BlockSizing;
+use plat_crds::growth::wants_block;
 use plat_crds::{Block, Family};
 
 use crate::facts::{NodeFact, RangeFact};
@@ -142,11 +143,7 @@ pub fn prefix_for(range: &Block, pods: u32) -> Option<u8> {
 /// Whether a node with a block of that capacity still has, when it is full of pods, as many free addresses
 /// as keep it from asking for another block.
 pub fn holds(capacity: u32, pods: u32) -> bool {
-    pods <= capacity && !wants_block(pods, capacity)
-}
-
-fn wants_block(used: u32, capacity: u32) -> bool {
-    capacity.saturating_sub(used) < 16.max(capacity / 5).min(capacity.div_ceil(2))
+    !wants_block([(pods, capacity)])
 }
 
 /// The largest block that a node has in the range by its `spec.podCIDRs`.
