@@ -2,8 +2,9 @@
 //!
 //! The lease comes first ([`crate::acquire`]), so that a process that is killed leaves at worst a lease
 //! without a link, which a DEL or the agent's sweep ends, and never a link with an address that another
-//! pod could get too. Then the link ([`crate::attach`]). Then the lease is confirmed: should the store have
-//! been deleted or rebuilt meanwhile, so that someone else has the address, this ADD gives way.
+//! pod could get too. Then the link, which bears a copy of the lease ([`crate::attach`]). Then, before the pod
+//! gets its addresses, the lease is confirmed: should the store have been deleted or rebuilt meanwhile, so that
+//! someone else has one of them, this ADD gives way.
 
 use crate::acquire::{self, Given, Successor};
 use crate::attach::{self, Attached};
@@ -52,14 +53,15 @@ pub fn add(call: &mut Call, done: &mut Done) -> Result<String, Error> {
     fail::point("lease")?;
     let attached = attach::attach(call, &conf, &mut given, &netns, done)?;
     fail::point("attached")?;
+    // Before the pod has its addresses: the link bears the lease by now, so whoever rebuilds the store sees it.
+    acquire::confirm(&mut call.lock()?, &given.held)?;
+    fail::point("confirm")?;
     // Before the pod can send: nothing that it sends goes unseen, and nothing that it may send is lost.
     acquire::open_rules(call, &given.held, attached.towards_pod())?;
     fail::point("rules")?;
     let mut pod = attach::raise(call, &conf, &given, &netns, &attached)?;
     fail::point("raised")?;
-    acquire::confirm(&mut call.lock()?, &given.held)?;
     attach::await_use(call, &conf, &given, &attached, &mut pod)?;
-    fail::point("confirm")?;
     describe(call, conf, given, &attached).render(call.network.version)
 }
 

@@ -3,7 +3,7 @@
 //! It watches nothing and runs no daemon: the runtime calls it once per verb, with the environment and a
 //! configuration on standard input.
 //! ```text
-//! request ─▶ config ─▶ acquire ─▶ attach ─▶ confirm ─▶ reply
+//! request ─▶ config ─▶ acquire ─▶ attach ─▶ confirm ─▶ raise ─▶ reply
 //! (env)      (stdin)   (lease)    (kernel)  (lease)    (stdout)
 //! ```
 //! | | modules |

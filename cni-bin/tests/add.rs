@@ -173,8 +173,8 @@ fn c38_a_failure_at_any_step_leaves_nothing(at: Datapath) {
     netns("c");
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
     for point in [
-        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "rules", "confirm",
-        "reply",
+        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "confirm", "rules",
+        "raised", "reply",
     ] {
         let answer = Plat::call("ADD", "c", &conf).set("PLAT_FAIL", &format!("{point}:error")).run();
         assert!(answer.error(100).contains(point));
@@ -189,8 +189,8 @@ fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_onc
     // A block of five addresses for pods.
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}})));
     for point in [
-        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "rules", "confirm",
-        "reply",
+        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "confirm", "rules",
+        "raised", "reply",
     ] {
         let id = format!("k-{point}");
         netns(&id);
@@ -693,6 +693,7 @@ fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: 
     let slow = Plat::call("ADD", "slow", &conf)
         .set("PLAT_FAIL", "lease:wait")
         .set("PLAT_FAIL_WAIT", "/run/wait")
+        .set("PLAT_FAIL_TRACE", "/run/trace")
         .start();
     lab::eventually("the lease is recorded", || {
         lab::exists("/run/plat/leases") && lab::leased() == ["10.22.0.2"]
@@ -703,9 +704,33 @@ fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: 
     std::fs::remove_file("/run/wait").unwrap();
     let answer = Answer::of(slow.wait_with_output().unwrap());
     assert!(answer.error(11).contains("quick"));
+    let trace = std::fs::read_to_string("/run/trace").unwrap();
+    let steps: Vec<&str> = trace.lines().collect();
+    assert!(steps.contains(&"attached") && !steps.contains(&"raised"), "two pods had the address: {steps:?}");
     assert_eq!(lab::leased(), ["10.22.0.2"]);
     assert_eq!(lab::host_links().len(), 1);
     assert!(ping("quick", "10.22.0.1"));
+}
+
+#[test]
+fn a_store_that_is_removed_before_the_pod_has_its_addresses_is_rebuilt_from_its_link() {
+    lab::enter();
+    netns("slow");
+    std::fs::write("/run/wait", "").unwrap();
+    let slow = Plat::call("ADD", "slow", &hand_conf())
+        .set("PLAT_FAIL", "confirm:wait")
+        .set("PLAT_FAIL_WAIT", "/run/wait")
+        .set("PLAT_FAIL_TRACE", "/run/trace")
+        .start();
+    lab::eventually("the lease is confirmed", || {
+        std::fs::read_to_string("/run/trace").is_ok_and(|trace| trace.lines().any(|step| step == "confirm"))
+    });
+    std::fs::remove_dir_all("/run/plat").unwrap();
+    let quick = address(&add("quick", &hand_conf()));
+    std::fs::remove_file("/run/wait").unwrap();
+    let slow = address(&Answer::of(slow.wait_with_output().unwrap()).json());
+    assert_ne!(slow, quick);
+    assert_eq!(lab::leased().into_iter().collect::<BTreeSet<_>>(), BTreeSet::from([slow, quick]));
 }
 
 #[test]
