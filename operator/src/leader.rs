@@ -174,6 +174,10 @@ impl Leader {
                 self.memory.create_unknown(new, clock);
                 self.memory.failed(target, false, clock);
             }
+            (Outcome::Unknown(_), Step::DeleteBlock { object, .. }) => {
+                self.memory.release_unknown(&object.uid);
+                self.memory.failed(target, false, clock);
+            }
             (Outcome::Taken(_), _) => self.memory.distrust = true,
             (Outcome::Missing, _) => self.memory.failed(target, true, clock),
             (Outcome::Stale(_) | Outcome::Refused(_) | Outcome::Unknown(_), _) => {

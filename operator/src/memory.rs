@@ -142,9 +142,20 @@ impl Memory {
     pub fn block_released(&mut self, uid: &Name, name: &Name, node: &Name, clock: Clock) {
         self.released.insert(uid.clone());
         self.learned_blocks.gone(name, uid, clock);
+        self.rested(node);
+    }
+
+    /// That node has been gone for a quarantine.
+    fn rested(&mut self, node: &Name) {
         if let Some(since) = self.orphaned.get_mut(node) {
             *since = Duration::ZERO;
         }
+    }
+
+    /// A block was freed by us, or will be, or not: the answer was lost. If its PodCIDR goes while it rests, that
+    /// is no loss either.
+    pub fn release_unknown(&mut self, uid: &Name) {
+        self.released.insert(uid.clone());
     }
 
     /// Notes which reports are of nodes that are gone.
@@ -192,22 +203,27 @@ impl Memory {
         quarantine_of: impl Fn(&BlockFact) -> Duration,
         clock: Clock,
     ) {
-        let unchanged = self.last_seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, blocks));
-        for lost in self.last_seen.iter().filter(|_| !unchanged).flat_map(|seen| seen.values()) {
-            if !blocks.contains_key(&lost.name) && !self.released.remove(&lost.uid) {
+        let before = self.last_seen.replace(blocks.clone()).filter(|seen| !Arc::ptr_eq(seen, blocks));
+        for lost in before.iter().flat_map(|seen| seen.values()) {
+            if blocks.contains_key(&lost.name) {
+                continue;
+            }
+            if self.released.remove(&lost.uid) {
+                self.rested(&lost.node);
+            } else {
                 let until = clock.steady + quarantine_of(lost);
                 let vanished = Vanished { node: lost.node.clone(), range: lost.range.clone(), until };
                 self.vanished.insert(lost.block, vanished);
             }
         }
-        self.last_seen = Some(blocks.clone());
         let exists = |block: &Block| blocks.contains_key(block.object_name().as_str());
         self.vanished.retain(|block, vanished| vanished.until > clock.steady && !exists(block));
         self.pending.retain(|block, pending| pending.until > clock.steady && !exists(block));
         let resting = blocks.values().filter(|b| b.is_quarantined());
         let since = |b: &Arc<BlockFact>| *self.quarantined.get(&b.uid).unwrap_or(&clock.steady);
         self.quarantined = resting.map(|b| (b.uid.clone(), since(b))).collect();
-        self.released.retain(|uid| blocks.values().any(|b| b.uid == *uid));
+        // Back in use, it may be lost like any other.
+        self.released.retain(|uid| blocks.values().any(|b| b.uid == *uid && b.is_quarantined()));
         self.retries.retain(|_, retry| retry.not_before + FORGOTTEN_AFTER > clock.steady);
         self.status_written.retain(|_, at| *at + FORGOTTEN_AFTER > clock.steady);
     }
@@ -425,6 +441,24 @@ mod tests {
         assert_eq!(memory.vanished.len(), 1);
         memory.observe(&facts(&[]), |_| QUARANTINE, clock(903));
         assert_eq!(memory.vanished.len(), 0);
+    }
+
+    #[test]
+    fn a_resting_block_whose_deletion_was_not_answered_is_no_loss_but_one_in_use_again_is() {
+        let resting = BlockFact { state: BlockState::Quarantined, ..versioned("10.244.1.0/24", "1") };
+        let vanished = |then: &[&BlockFact]| {
+            let mut memory = Memory::new(false);
+            memory.observe(&facts(std::slice::from_ref(&resting)), |_| QUARANTINE, clock(0));
+            memory.release_unknown(&resting.uid);
+            for block in then {
+                memory.observe(&facts(std::slice::from_ref(*block)), |_| QUARANTINE, clock(1));
+            }
+            memory.observe(&facts(&[]), |_| QUARANTINE, clock(2));
+            memory.vanished.len()
+        };
+        assert_eq!(vanished(&[]), 0);
+        assert_eq!(vanished(&[&resting]), 0);
+        assert_eq!(vanished(&[&versioned("10.244.1.0/24", "2")]), 1, "its node had come back");
     }
 
     #[test]
