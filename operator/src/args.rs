@@ -166,6 +166,12 @@ pub struct RunArgs {
     #[arg(long, env = "PLAT_REPORT_WAIT_SECONDS", default_value_t = 30, hide = true)]
     pub report_wait_seconds: u64,
 
+    /// How long a watch lasts before it is renewed. One that was silent for five seconds longer has died
+    /// unnoticed, and begins anew.
+    #[arg(long, env = "PLAT_WATCH_SECONDS", default_value_t = 60, hide = true,
+        value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub watch_seconds: u32,
+
     /// How long a leader must itself have seen a block in quarantine before it frees it; never longer than
     /// the quarantine.
     #[arg(long, env = "PLAT_QUARANTINE_WATCH_SECONDS", default_value_t = 60, hide = true)]

@@ -201,29 +201,31 @@ impl Observed {
 /// An incident of a node's report that was not there before.
 pub type NodeIncident = (Name, Incident);
 
-/// Watches everything until dropped. `on_error` is called with the kind at each failure.
+/// Watches everything until dropped, each watch renewed after `seconds`. `on_error` is called with the kind at
+/// each failure.
 pub async fn watch_all(
     client: Client,
+    seconds: u32,
     observed: &Observed,
     incidents: Sender<NodeIncident>,
     since: Timestamp,
     on_error: impl Fn(&'static str),
 ) {
     let on_error = &on_error;
-    let nodes = watch::<NodeView>(&client, observed, on_error, |event| {
+    let nodes = watch::<NodeView>(&client, seconds, observed, on_error, |event| {
         observed.note(|state| {
             state.nodes.apply(event, |object| Some(NodeFact::read(object)), |_, _| Urgency::Now)
         });
     });
-    let ranges = watch::<ClusterCIDR>(&client, observed, on_error, |event| {
+    let ranges = watch::<ClusterCIDR>(&client, seconds, observed, on_error, |event| {
         observed
             .note(|state| state.ranges.apply(event, |object| Some(RangeFact::read(object)), range_urgency));
     });
-    let blocks = watch::<PodCIDR>(&client, observed, on_error, |event| {
+    let blocks = watch::<PodCIDR>(&client, seconds, observed, on_error, |event| {
         observed.note(|state| state.blocks.apply(event, BlockFact::read, block_urgency));
     });
     let mut seen = Seen { since, by_node: BTreeMap::new() };
-    let reports = watch::<NodeNetwork>(&client, observed, on_error, move |event| {
+    let reports = watch::<NodeNetwork>(&client, seconds, observed, on_error, move |event| {
         seen.pass_on(&event, &incidents);
         observed.note(|state| {
             state.reports.apply(event, |object| Some(ReportFact::read(object)), report_urgency)
@@ -263,6 +265,7 @@ impl Seen {
 /// what is gone. One leader can afford the LIST.
 async fn watch<K>(
     client: &Client,
+    seconds: u32,
     observed: &Observed,
     on_error: &impl Fn(&'static str),
     mut take: impl FnMut(Event<DeserializeGuard<K>>),
@@ -271,9 +274,10 @@ async fn watch<K>(
 {
     let kind = kind_of::<K>();
     let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
+    let config = watcher::Config::default().timeout(seconds);
     let mut failures = 0;
     loop {
-        let mut events = std::pin::pin!(watcher(api.clone(), watcher::Config::default()));
+        let mut events = std::pin::pin!(watcher(api.clone(), config.clone()));
         let error = loop {
             let event = tokio::select! {
                 event = events.next() => event,

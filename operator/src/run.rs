@@ -42,6 +42,9 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(3);
 /// A connection that takes longer to come about has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A connection on which nothing came for so much longer than a watch lasts is dead.
+const DEAD_AFTER: Duration = Duration::from_secs(5);
+
 /// Runs until `stop`; an error ends the process, and its successor starts afresh.
 pub async fn run(args: RunArgs, stop: CancellationToken) -> anyhow::Result<()> {
     let settings = args.settings()?;
@@ -65,13 +68,15 @@ async fn work(
     admin: &Admin,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let config = client_config().await?;
+    let mut config = client_config().await?;
     let api_host = config.cluster_url.host().and_then(|host| host.trim_matches(['[', ']']).parse().ok());
+    // The API server ends each watch in time. Where it does not, the connection is dead, and a request that was
+    // sent over it is answered by nobody.
+    config.read_timeout = Some(Duration::from_secs(args.watch_seconds.into()) + DEAD_AFTER);
     // The Lease has a client of its own: no other traffic must hold up its renewal.
     let lease_client = Client::try_from(config.clone()).context("cannot make a Kubernetes client")?;
     let client = Client::try_from(config).context("cannot make a Kubernetes client")?;
-    let pod = args.pod_name.clone().filter(|name| !name.is_empty()).unwrap_or_else(host_name);
-    let identity = format!("{pod}_{}", random_id());
+    let identity = format!("{}_{}", pod_name(args), random_id());
     let elector = Elector::new(
         Api::<Lease>::namespaced(lease_client, &args.namespace),
         names::LEADER_LEASE,
@@ -98,7 +103,7 @@ async fn work(
     admin.health.leads();
     let (since, start) = (Instant::now(), held.start);
     let tenure = move || Tenure { held_for: since.elapsed(), start };
-    let leading = lead(client, api_host, pod, settings, admin, tenure, stop.clone());
+    let leading = lead(client, args, api_host, settings, admin, tenure, stop.clone());
     let overdue = async {
         stop.cancelled().await;
         tokio::time::sleep(STOP_WITHIN).await;
@@ -120,8 +125,8 @@ async fn work(
 /// one under way either.
 async fn lead(
     client: Client,
+    args: &RunArgs,
     api_host: Option<IpAddr>,
-    instance: String,
     settings: Settings,
     admin: &Admin,
     tenure: impl Fn() -> Tenure,
@@ -132,11 +137,12 @@ async fn lead(
     observed.set_foreign(lookup.run(&observed.foreign()).await);
     let (notes, note_queue) = mpsc::channel(QUEUE);
     let (incidents, mut incident_queue) = mpsc::channel(QUEUE);
-    let mut published = std::pin::pin!(publish(client.clone(), instance, note_queue));
+    let mut published = std::pin::pin!(publish(client.clone(), pod_name(args), note_queue));
     // What happened just before this process led may not have been published by the one before.
     let since = Timestamp::now() - settings.lease_duration;
-    let watched =
-        watch_all(client.clone(), &observed, incidents, since, |kind| admin.metrics.watch_error(kind));
+    let watched = watch_all(client.clone(), args.watch_seconds, &observed, incidents, since, |kind| {
+        admin.metrics.watch_error(kind)
+    });
     let looked_up = async {
         loop {
             tokio::time::sleep(FOREIGN_EVERY).await;
@@ -311,6 +317,10 @@ async fn client_config() -> anyhow::Result<Config> {
     // Retries are ours: a create that is repeated unseen would hide whose block it is.
     config.default_retry = false;
     Ok(config)
+}
+
+fn pod_name(args: &RunArgs) -> String {
+    args.pod_name.clone().filter(|name| !name.is_empty()).unwrap_or_else(host_name)
 }
 
 fn host_name() -> String {
