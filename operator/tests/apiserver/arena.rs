@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::future::Future;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -102,7 +102,7 @@ impl Cluster {
 
     /// Starts an operator named `name` with these flags besides `--cluster-cidr 10.244.0.0/16`-like ones.
     pub fn operator(&self, name: &str, flags: &[&str]) -> Operator {
-        Operator::start(self.plane, name, flags)
+        Operator::start(self.plane, &self.plane.admin_kubeconfig(), name, flags)
     }
 
     pub async fn node(&self, name: &str, spec: Value, addresses: &[&str]) -> Node {
@@ -289,7 +289,7 @@ pub struct Operator {
 }
 
 impl Operator {
-    pub fn start(plane: &ControlPlane, name: &str, flags: &[&str]) -> Operator {
+    pub fn start(plane: &ControlPlane, kubeconfig: &Path, name: &str, flags: &[&str]) -> Operator {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let stem = format!("operator-{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let (socket, log) = (
@@ -302,7 +302,7 @@ impl Operator {
         let waits = |flag: &&str| flag.starts_with("--report-wait-seconds");
         let mut command: Command = plane.command(&built);
         command
-            .env("KUBECONFIG", plane.admin_kubeconfig())
+            .env("KUBECONFIG", kubeconfig)
             .args(["--log-level=info,plat_operator=debug,kube_client=off", "--pod-name", name, "--socket"])
             .arg(&socket)
             .args(flags)

@@ -7,9 +7,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod arena;
+mod observer;
+mod proxy;
 
 mod blocks;
 mod faults;
 mod leaders;
+mod outages;
 mod ranges;
 mod scale;
