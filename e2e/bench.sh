@@ -4,6 +4,8 @@
 # standard output and to target/bench/table.md.
 #
 #   RECORD=1   write the table into docs/benchmarks.md, with machine, load and date
+#   ONLY=cni|pods|ipam   that part alone (nothing is recorded)
+#   BENCH_IPAM_NODES=500,2000,5000   numbers of nodes; bench-ipam --help names more of the kind
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $EUID == 0 ]] || { echo "bench: needs root: it makes network namespaces" >&2; exit 1; }
@@ -17,16 +19,29 @@ echo "bench: building ..." >&2
 # Static, as the CNI binary is: a dynamic linker would be no floor.
 RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
   cargo build --release --quiet --target "$triple" -p plat-rig --bin floor --bin bench
+RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
+  cargo build --release --quiet --target "$triple" -p plat-e2e --bin bench-ipam
 mkdir -p "$target/bench"
 load=$(cut -d' ' -f1 /proc/loadavg)
-echo "bench: CNI ADD and DEL, taking turns with the reference plugins and the floor (1 to 2 min) ..." >&2
-"$target/$triple/release/bench" --plat "$images/bin/plat" --floor "$target/$triple/release/floor" \
-  --reference "$tools/cni" --out "$target/bench" "$@" | tee "$target/bench/table.md"
-echo "bench: ten pods at once through kubelet, in turns with the reference plugins (2 min) ..." >&2
-BENCH_OUT=$(realpath "$target/bench") cargo test -q -p plat-e2e --test pod_start -- --ignored >&2
-{ echo; cat "$target/bench/pods.md"; } | tee -a "$target/bench/table.md"
+: >"$target/bench/table.md"
+part() { [[ -z ${ONLY:-} || $ONLY == "$1" ]]; }
+if part cni; then
+  echo "bench: CNI ADD and DEL, taking turns with the reference plugins and the floor (1 to 2 min) ..." >&2
+  "$target/$triple/release/bench" --plat "$images/bin/plat" --floor "$target/$triple/release/floor" \
+    --reference "$tools/cni" --out "$target/bench" "$@" | tee -a "$target/bench/table.md"
+fi
+if part pods; then
+  echo "bench: ten pods at once through kubelet, in turns with the reference plugins (2 min) ..." >&2
+  BENCH_OUT=$(realpath "$target/bench") cargo test -q -p plat-e2e --test pod_start -- --ignored >&2
+  { echo; cat "$target/bench/pods.md"; } | tee -a "$target/bench/table.md"
+fi
+if part ipam; then
+  echo "bench: blocks for nodes, beside kube-controller-manager's node IPAM controller (6 min) ..." >&2
+  { echo; "$target/$triple/release/bench-ipam" --operator "$images/bin/plat-operator" --out "$target/bench"; } |
+    tee -a "$target/bench/table.md"
+fi
 
-if [[ ${RECORD:-} ]]; then
+if [[ ${RECORD:-} && -z ${ONLY:-} ]]; then
   cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
   said="$(date -u +%F), $(nproc) × ${cpu:-$(uname -m)}, Linux $(uname -r), load $load before the run, commit $(git rev-parse --short HEAD)."
   # Between the two markers stands what the last recorded run printed.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Result, ensure};
@@ -18,21 +19,29 @@ use crate::testbed::{images, output};
 pub struct Process(Child);
 
 impl Process {
-    fn start(
+    /// Starts a program of `images/bin`, or any other by its whole path. What it prints goes to `name` in the run
+    /// folder.
+    pub fn start(
         plane: &ControlPlane,
         namespace: &str,
         name: &str,
         program: &str,
         args: &[String],
+        kubeconfig: &Path,
     ) -> Result<Process> {
         let log = File::options().create(true).append(true).open(plane.run_folder().join(name))?;
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig=KILL", "--", "nsenter"]);
         command.arg(format!("--net=/run/netns/{}-{namespace}", plane.name())).arg("--");
         command.arg(images().join("bin").join(program)).args(args);
-        command.env("KUBECONFIG", plane.admin_kubeconfig());
+        command.env("KUBECONFIG", kubeconfig);
         let spawned = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         Ok(Process(spawned))
+    }
+
+    /// Its process ID: the programs before it replace themselves by it.
+    pub fn id(&self) -> u32 {
+        self.0.id()
     }
 
     /// SIGKILL.
@@ -53,7 +62,7 @@ pub fn operator(plane: &ControlPlane, name: &str, flags: &[&str]) -> Result<Proc
     // A namespace that every cluster has.
     let mut args = vec![format!("--pod-name={name}"), socket, "--namespace=default".to_owned()];
     args.extend(flags.iter().map(|flag| (*flag).to_owned()));
-    Process::start(plane, "cp", &format!("{name}.log"), "plat-operator", &args)
+    Process::start(plane, "cp", &format!("{name}.log"), "plat-operator", &args, &plane.admin_kubeconfig())
 }
 
 /// A namespace with an uplink, and folders for an agent.
@@ -102,7 +111,8 @@ impl<'a> BareNode<'a> {
             flag("cni-conf-dir", "conf"),
             flag("socket", "agent.sock"),
         ];
-        Process::start(self.plane, &self.name(), &format!("{}/agent.log", self.name()), "plat-agent", &args)
+        let (log, admin) = (format!("{}/agent.log", self.name()), self.plane.admin_kubeconfig());
+        Process::start(self.plane, &self.name(), &log, "plat-agent", &args, &admin)
     }
 
     /// `ip` in its namespace.

@@ -2,6 +2,7 @@
 //!
 //! | module | gives |
 //! |---|---|
+//! | [`audit`] | who asked the API server for what, counted |
 //! | [`testbed`] | what both kinds of cluster share: its life, its scripts, its network, its API |
 //! | [`bare`] | nodes that are a network namespace with an agent, beside a light cluster |
 //! | [`light`] | etcd and API server alone, ready in 3 s: objects, rights, thousands of nodes |
@@ -14,6 +15,7 @@
 //! The clusters themselves are made by the scripts in `e2e/testbed`, which also work by hand. They need
 //! root, and the programs that `make setup` builds.
 
+pub mod audit;
 pub mod bare;
 pub mod cluster;
 pub mod light;

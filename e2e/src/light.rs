@@ -37,6 +37,11 @@ impl ControlPlane {
         Ok(ControlPlane(Testbed::up(Extent::Core, &[])?))
     }
 
+    /// The same, with an audit log: see [`crate::audit`].
+    pub fn audited() -> Result<ControlPlane> {
+        Ok(ControlPlane(Testbed::up(Extent::Core, &[("AUDIT", "1")])?))
+    }
+
     /// The one that all tests of this process share, with Plat's CRDs.
     ///
     /// # Panics

@@ -19,7 +19,16 @@ start_etcd() {
     --listen-peer-urls http://127.0.0.1:2380 --unsafe-no-fsync --log-level warn
 }
 
+# audit_flags: with AUDIT=1, a line for each request that was answered: by whom, verb, resource.
+audit_flags() {
+  [[ ${AUDIT:-} == 1 ]] || return 0
+  echo '{"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "omitManagedFields": true,
+    "rules": [{"level": "Metadata"}]}' >"$TB_RUN/cp/audit-policy.json"
+  echo "--audit-policy-file=$TB_RUN/cp/audit-policy.json --audit-log-path=$TB_RUN/cp/audit.log"
+}
+
 start_apiserver() {
+  # shellcheck disable=SC2046
   daemon_start cp apiserver kube-apiserver --etcd-servers=http://127.0.0.1:2379 \
     --secure-port=6443 --bind-address=:: --advertise-address=$CP4 --service-cluster-ip-range=$SERVICES4,$SERVICES6 \
     --client-ca-file="$pki/ca.crt" --tls-cert-file="$pki/apiserver.crt" --tls-private-key-file="$pki/apiserver.key" \
@@ -27,7 +36,8 @@ start_apiserver() {
     --kubelet-preferred-address-types=InternalIP --token-auth-file="$pki/tokens.csv" \
     --service-account-issuer=https://kubernetes.default.svc \
     --service-account-key-file="$pki/sa.key" --service-account-signing-key-file="$pki/sa.key" \
-    --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true
+    --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true \
+    $(audit_flags)
   wait_for 90 k get --raw /readyz || { tail -5 "$TB_RUN/cp/apiserver.log" >&2; return 1; }
 }
 

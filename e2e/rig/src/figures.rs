@@ -16,6 +16,12 @@ pub enum Unit {
     /// Mebibytes: less is better.
     #[serde(rename = "MiB")]
     Mebibytes,
+    /// Seconds: less is better.
+    #[serde(rename = "s")]
+    Seconds,
+    /// A plain number: less is better.
+    #[serde(rename = "")]
+    Count,
 }
 
 /// What a figure should reach.
@@ -44,7 +50,7 @@ pub struct Figure {
     pub peer: String,
     /// The peer's figure.
     pub peers_figure: f64,
-    /// Ours divided by the peer's.
+    /// Ours divided by the peer's; 0 where the peer's is 0.
     pub ratio: f64,
     /// Unit of both figures.
     pub unit: Unit,
@@ -62,7 +68,7 @@ impl Figure {
             ours: round(ours),
             peer: peer.to_owned(),
             peers_figure: round(peers_figure),
-            ratio: round(ours / peers_figure),
+            ratio: if peers_figure == 0.0 { 0.0 } else { round(ours / peers_figure) },
             unit,
             goal: None,
         }
@@ -88,6 +94,8 @@ impl Figure {
             Unit::Milliseconds => format!("{value:.2} ms"),
             Unit::PerSecond => format!("{value:.0} /s"),
             Unit::Mebibytes => format!("{value:.2} MiB"),
+            Unit::Seconds => format!("{value:.2} s"),
+            Unit::Count => format!("{value:.1}"),
         }
     }
 

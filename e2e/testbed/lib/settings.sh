@@ -9,6 +9,7 @@
 #   PROXY        kube-proxy mode: nftables (default), iptables, or none for no kube-proxy
 #   POD_CIDRS    what kube-proxy takes for pod addresses (default 10.244.0.0/16,fd00:10:244::/48)
 #   UNDERLAY     l2 (default): all nodes on one bridge; l3: each behind the router in a subnet of its own
+#   AUDIT        1: the API server writes an audit log, <run>/cp/audit.log
 #   SNAPSHOTTER  containerd snapshotter: overlayfs (default) or native
 set -euo pipefail
 
