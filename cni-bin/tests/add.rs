@@ -706,7 +706,7 @@ fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: 
     assert!(answer.error(11).contains("quick"));
     let trace = std::fs::read_to_string("/run/trace").unwrap();
     let steps: Vec<&str> = trace.lines().collect();
-    assert!(steps.contains(&"attached") && !steps.contains(&"raised"), "two pods had the address: {steps:?}");
+    assert!(steps.contains(&"alias") && !steps.contains(&"raised"), "two pods had the address: {steps:?}");
     assert_eq!(lab::leased(), ["10.22.0.2"]);
     assert_eq!(lab::host_links().len(), 1);
     assert!(ping("quick", "10.22.0.1"));
