@@ -50,6 +50,9 @@ impl Pool {
 
     /// Takes every block that shares an address with `other`, of whatever size that is.
     pub fn take(&mut self, other: &Block) {
+        if self.total == 0 {
+            return;
+        }
         let Some(first) = self.range.subblock_index(self.prefix_length, other) else { return };
         // A block larger than the range begins before it: then all of the range is taken.
         let count = if other.covers(&self.range) {
@@ -131,6 +134,14 @@ mod tests {
             let mut pool = Pool::new(block("10.244.0.0/20"), 24);
             pool.take(&block(claim));
             assert_eq!(pool.free(), free, "{claim}");
+        }
+    }
+
+    #[test]
+    fn a_pool_without_blocks_has_nothing_to_take() {
+        for mut pool in [Pool::none(), Pool::new(block("10.244.0.0/26"), 24)] {
+            pool.take(&block("10.244.0.0/24"));
+            assert_eq!((pool.free(), pool.next_free(0)), (0, None));
         }
     }
 

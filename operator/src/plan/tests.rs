@@ -102,6 +102,10 @@ fn a_range_sized_by_its_nodes_waits_for_the_first_and_is_held_meanwhile() {
     let told = scene().range(held()).node(NodeFact { max_pods: Some(32), ..node("n1") }).all_report().plan();
     assert_eq!(sizes(&told), [Some(26)]);
     assert!(told.ranges["mine"].judgement.is_good());
+
+    let beside = RangeFact { selector: selector("pool", "none"), ..held() };
+    let plan = scene().range(beside).range(range("other", "10.9.0.0/16")).nodes(&["n1"]).all_report().plan();
+    assert_eq!(created(&plan), ["n1 10.9.0.0/24 other carved"], "it is in nobody's way");
 }
 
 #[test]
