@@ -3,11 +3,13 @@
 
 use std::net::IpAddr;
 
+use plat_crds::blocks_file::BlocksFile;
 use plat_crds::host_port::HostPort;
 use plat_crds::lease::{Datapath, Guard, HostVeth, Lease, LeasedAddress, NetnsId, Pool, PoolId};
 use plat_crds::{Block, Family};
 
 use crate::add::Done;
+use crate::await_block::Patience;
 use crate::boot::{boot_ms, since_now};
 use crate::call::Call;
 use crate::config::{Attachment, Dns, IpamKind, read_resolv_conf};
@@ -86,17 +88,44 @@ fn given(net: PodNet, style: Style, held: Held) -> Given {
 
 fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Done) -> Result<Given, Error> {
     let dns = read_resolv_conf(conf.resolv_conf.as_deref())?;
-    let lease = blank_lease(call, conf, netns, Pool::Blocks);
     let (run_dir, boot) = (call.network.run_dir.clone(), call.boot.clone());
-    let mut store = call.lock()?;
-    // Read and judged only now: while we waited for the lock, a block may have been drained and given to another
-    // node, or the time come after which none may be leased from.
-    let file = pool::read_blocks(&run_dir)?;
-    let source = pool::from_blocks(&file, &boot, boot_ms())?;
-    let (held, chosen) = reserve(&mut store, conf, lease, &source, done)?;
-    drop(store);
-    let (net, style) = leased_net(conf, &chosen, Style::Host)?;
-    Ok(Given { dns, blocks: pool::all_blocks(&file), mtu: file.mtu, ..given(net, style, held) })
+    let mut patience = Patience::default();
+    loop {
+        let lease = blank_lease(call, conf, netns, Pool::Blocks);
+        let mut store = call.lock()?;
+        // Read and judged only now: while we waited for the lock, a block may have been drained and given to
+        // another node, or the time come after which none may be leased from.
+        let file = pool::read_blocks(&run_dir)?;
+        let source = pool::from_blocks(&file, &boot, boot_ms())?;
+        let full = match reserve(&mut store, conf, lease, &source, done) {
+            Ok((held, chosen)) => {
+                drop(store);
+                let (net, style) = leased_net(conf, &chosen, Style::Host)?;
+                return Ok(Given {
+                    dns,
+                    blocks: pool::all_blocks(&file),
+                    mtu: file.mtu,
+                    ..given(net, style, held)
+                });
+            }
+            Err(error) if may_grow(&mut store, conf, &source, &file) => error,
+            Err(error) => return Err(error),
+        };
+        // Others, whose DELs free addresses, need the lock.
+        drop(store);
+        patience.wait(&run_dir, &file.blocks, full)?;
+    }
+}
+
+/// Whether what an ADD failed for is a full family of which another block may come.
+fn may_grow(store: &mut Locked<'_>, conf: &Attachment, source: &Source, file: &BlocksFile) -> bool {
+    // A requested address is in a block or not, whatever comes.
+    if file.may_grow.is_empty() || !conf.requested_ips.is_empty() {
+        return false;
+    }
+    let Ok(survey) = store.survey("", "") else { return false };
+    let view = StoreView { survey: &survey, pool: PoolId::new(&source.pool, ""), cursors: Vec::new() };
+    pool::full(source, &view).is_some_and(|family| file.may_grow.contains(&family))
 }
 
 fn from_delegate(

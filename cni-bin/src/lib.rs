@@ -21,6 +21,7 @@
 pub mod acquire;
 pub mod add;
 pub mod attach;
+pub mod await_block;
 pub mod bandwidth;
 pub mod boot;
 pub mod bridge;

@@ -161,6 +161,12 @@ fn next(set: &RangeSet, number: u32, taken: &impl Taken) -> Result<Chosen, Error
     }
 }
 
+/// The first family of which no address is free. Pure.
+pub fn full(source: &Source, taken: &impl Taken) -> Option<Family> {
+    let is_full = |set: &&RangeSet| pick(set, None, |a| taken.is_taken(a)).is_none();
+    source.sets.iter().find(is_full).and_then(RangeSet::family)
+}
+
 /// What the store's lock holder reads, as [`choose`] needs it.
 pub struct StoreView<'a> {
     /// One reading of the store.
@@ -198,6 +204,7 @@ mod tests {
             boot_id: "b".into(),
             lease_until: 5000,
             last_contact: "2026-11-24T05:00:00Z".into(),
+            may_grow: Vec::new(),
             mtu: None,
             blocks: blocks
                 .iter()
@@ -262,6 +269,16 @@ mod tests {
         let fake = Fake(["10.244.1.2".parse().unwrap()].into(), None);
         let error = addresses(&source, &[], &fake).unwrap_err();
         assert_eq!((error.code, error.msg.as_str()), (101, "no free address in 10.244.1.0/30"));
+    }
+
+    #[test]
+    fn the_family_that_is_full_is_told_apart() {
+        let blocks = file(&[("10.244.1.0/30", true), ("fd00:1::/126", true)]);
+        let source = from_blocks(&blocks, &boot(), 0).unwrap();
+        let taken = |held: &[&str]| Fake(held.iter().map(|a| a.parse().unwrap()).collect(), None);
+        assert_eq!(full(&source, &taken(&[])), None);
+        assert_eq!(full(&source, &taken(&["10.244.1.2"])), Some(Family::IPv4));
+        assert_eq!(full(&source, &taken(&["fd00:1::2", "fd00:1::3"])), Some(Family::IPv6));
     }
 
     #[test]

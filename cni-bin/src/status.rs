@@ -29,6 +29,7 @@ use crate::{delegate, pick};
 pub fn status(call: &Call) -> Result<(), Error> {
     call.network.require("STATUS", SpecVersion::V1_1_0)?;
     check_store(call)?;
+    let mut may_grow = Vec::new();
     let sets = match call.network.ipam {
         IpamKind::Blocks => {
             let file = pool::read_blocks(&call.network.run_dir).map_err(not_available)?;
@@ -36,7 +37,10 @@ pub fn status(call: &Call) -> Result<(), Error> {
             // At time 0 nothing has run out: an agent that is away is no reason to evict pods, nor is a
             // block that drains.
             match pool::from_blocks(&file, &call.boot, 0) {
-                Ok(source) => Some((source.sets, PoolId::new(&source.pool, ""))),
+                Ok(source) => {
+                    may_grow = file.may_grow;
+                    Some((source.sets, PoolId::new(&source.pool, "")))
+                }
                 Err(error) if !has_block => return Err(not_available(error)),
                 Err(_) => None,
             }
@@ -48,7 +52,9 @@ pub fn status(call: &Call) -> Result<(), Error> {
         }
         IpamKind::None | IpamKind::Delegated(_) => None,
     };
-    if let (true, Some((sets, pool))) = (call.network.full_is_failure, sets) {
+    if let (true, Some((mut sets, pool))) = (call.network.full_is_failure, sets) {
+        // A pool that another block may come for is not full yet.
+        sets.retain(|set| set.family().is_none_or(|family| !may_grow.contains(&family)));
         check_free(call, &sets, pool)?;
     }
     match delegate_of(call) {

@@ -158,6 +158,13 @@ impl Store {
         entries.survey(0).ok().flatten()
     }
 
+    /// The number of leases, of all pools, as the header has it; without the lock, so it may be off by the changes
+    /// of this moment. Reads a few bytes, however many leases there are.
+    pub fn count(&self, boot: &BootId) -> Option<u32> {
+        let header = self.peek()?.1.ok().filter(|header| header.boot_id == boot.bytes)?;
+        Some(header.leases)
+    }
+
     /// That a newer program wrote the file, if one did; without the lock.
     pub fn newer(&self) -> Option<Error> {
         match self.peek()?.1 {

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::Block;
+use crate::block::{Block, Family};
 
 /// The version that this program writes and the highest it reads.
 pub const BLOCKS_FILE_VERSION: u32 = 1;
@@ -33,6 +33,10 @@ pub struct BlocksFile {
     pub mtu: Option<u32>,
     /// The blocks, in the order in which to lease from them.
     pub blocks: Vec<HeldBlock>,
+    /// Families of which the node may soon get another block: an ADD that finds all blocks of such a family full
+    /// waits a while for it. Absent: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub may_grow: Vec<Family>,
 }
 
 /// One block of the node.
@@ -88,7 +92,7 @@ mod tests {
     fn a_file_of_this_version_is_read_and_fields_from_later_are_ignored() {
         let file = BlocksFile::parse(TEXT.as_bytes()).unwrap();
         assert_eq!(file.blocks, [HeldBlock { cidr: "10.244.1.0/24".parse().unwrap(), lease: true }]);
-        assert_eq!(file.mtu, None);
+        assert_eq!((file.mtu, file.may_grow.as_slice()), (None, [].as_slice()));
         assert_eq!(BlocksFile::parse(&serde_json::to_vec(&file).unwrap()).unwrap(), file);
     }
 

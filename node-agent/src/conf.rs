@@ -1,13 +1,12 @@
 //! What the node's files say: the conflist for the container runtime, the blocks file for the CNI binary,
 //! and which configuration the runtime will take. Pure; `files` writes them.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::jiff::Timestamp;
-use plat_crds::block::Block;
-use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile, HeldBlock};
+use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile};
 use plat_crds::cni_conf::{Conflist, PlatPlugin};
 use plat_crds::names::CONFLIST_FILE;
+
+use crate::outlet::Grant;
 
 /// A capability of the container runtime (CNI conventions), and the reference plugin that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,21 +105,16 @@ impl Lease {
 }
 
 /// The text of the blocks file.
-pub fn blocks_file(
-    node: &str,
-    boot_id: &str,
-    own: &BTreeMap<Block, HeldBlock>,
-    lease: &Lease,
-    mtu: Option<u32>,
-) -> String {
+pub fn blocks_file(node: &str, boot_id: &str, grant: &Grant<'_>) -> String {
     let file = BlocksFile {
         version: BLOCKS_FILE_VERSION,
         node: node.to_owned(),
         boot_id: boot_id.to_owned(),
-        lease_until: lease.until_boot_ms,
-        last_contact: lease.last_contact.clone(),
-        mtu,
-        blocks: own.values().cloned().collect(),
+        lease_until: grant.lease.until_boot_ms,
+        last_contact: grant.lease.last_contact.clone(),
+        mtu: grant.mtu,
+        blocks: grant.own.values().cloned().collect(),
+        may_grow: grant.may_grow.to_vec(),
     };
     let mut text = serde_json::to_string_pretty(&file).unwrap_or_default();
     text.push('\n');
@@ -130,6 +124,8 @@ pub fn blocks_file(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plat_crds::block::{Block, Family};
+    use plat_crds::blocks_file::HeldBlock;
     use plat_crds::lease::Datapath;
 
     fn plugin() -> PlatPlugin {
@@ -206,9 +202,11 @@ mod tests {
         let block: Block = "10.244.1.0/24".parse().unwrap();
         let own = [(block, HeldBlock { cidr: block, lease: true })].into();
         let lease = Lease::after(5_000, 1_764_000_000, 840);
-        let text = blocks_file("n1", "boot", &own, &lease, Some(1450));
+        let grant = Grant { own: &own, lease: &lease, mtu: Some(1450), may_grow: &[Family::IPv4] };
+        let text = blocks_file("n1", "boot", &grant);
         let file = BlocksFile::parse(text.as_bytes()).unwrap();
         assert_eq!((file.lease_until, file.mtu, file.blocks.len()), (845_000, Some(1450), 1));
+        assert_eq!(file.may_grow, [Family::IPv4]);
         assert_eq!(file.last_contact, "2025-11-24T16:00:00Z");
         assert_eq!(Lease::of_file(text.as_bytes(), "boot"), Some(lease));
         assert_eq!(Lease::of_file(text.as_bytes(), "another boot"), None);

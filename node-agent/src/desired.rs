@@ -105,12 +105,12 @@ pub fn next_hops(me: &Me, map: Map<'_>) -> BTreeSet<IpAddr> {
 }
 
 /// The blocks of this node: those that objects give it, and those that still have leases and are nobody
-/// else's. Overlapping ones are left out.
+/// else's. Overlapping ones are left out, and released ones are this node's only while they have leases.
 pub fn own_blocks(me: &Me, map: Map<'_>, leased: &BTreeSet<Block>) -> BTreeMap<Block, HeldBlock> {
     let (accepted, _) = overlap::older_first(map.blocks, map.absent);
     let mut own: BTreeMap<Block, HeldBlock> = accepted
         .iter()
-        .filter(|b| b.node == me.node)
+        .filter(|b| b.node == me.node && (!b.released() || leased.contains(&b.block)))
         .map(|b| (b.block, HeldBlock { cidr: b.block, lease: b.state == BlockState::Active }))
         .collect();
     for block in leased {
@@ -515,13 +515,16 @@ mod tests {
     #[test]
     fn a_quarantined_block_has_no_route_but_its_own_pods_keep_theirs() {
         let quarantined = |n| BlockFact { state: BlockState::Quarantined, ..block(n) };
-        let case = case(vec![quarantined(1), quarantined(2)]);
+        let mut case = case(vec![quarantined(1), quarantined(2)]);
+        assert_eq!(case.routes(), Vec::<String>::new());
+        assert_eq!(case.run().0.masquerade.sources, [].into());
+        case.host.leased = [block(1).block].into();
         assert_eq!(
             case.routes(),
             ["10.244.1.0/24 to the pods metric 1120", "unreachable 10.244.1.0/24 metric 65535"]
         );
-        let own = own_blocks(&me(), case.map(), &BTreeSet::new());
-        assert!(own.values().all(|held| !held.lease));
+        let own = own_blocks(&me(), case.map(), &case.host.leased);
+        assert!(own.len() == 1 && own.values().all(|held| !held.lease));
     }
 
     #[test]
@@ -649,8 +652,8 @@ mod tests {
             for fact in case.blocks.values() {
                 let routed = desired.routes.keys().any(|key| key.prefix == fact.block);
                 let faulty = faults.iter().any(|fault| fault.name == fact.name);
-                let left_out = fact.node != "n1"
-                    && (fact.released() || fact.routing.as_ref().is_some_and(|r| r.mode == Some(Mode::None)));
+                let by_policy = fact.routing.as_ref().is_some_and(|r| r.mode == Some(Mode::None));
+                let left_out = fact.released() || (fact.node != "n1" && by_policy);
                 prop_assert_eq!(1, usize::from(routed) + usize::from(faulty) + usize::from(left_out), "{:?}", fact);
                 prop_assert_eq!(faulty, desired.keep.contains(&fact.block));
             }

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use kube::ResourceExt;
 use plat_crds::block::Block;
-use plat_crds::cluster_cidr::MasqueradeMode;
+use plat_crds::cluster_cidr::{Allocation, MasqueradeMode};
 use plat_crds::condition;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::Routing;
@@ -153,6 +153,9 @@ pub struct RangeFact {
     pub masquerade: MasqueradeMode,
     /// Destinations that see the pods' own addresses.
     pub exclude: Vec<IpNet>,
+    /// How many blocks of its family a node may hold that gets another one from it; 0 if it gives out none now.
+    #[serde(default)]
+    pub max_blocks: u32,
 }
 
 impl Fact for BlockFact {
@@ -237,8 +240,18 @@ impl RangeFact {
             quarantine_seconds: u32::try_from(object.spec.quarantine_seconds).unwrap_or_default(),
             routing: object.spec.routing.clone(),
             masquerade: masquerade.mode,
+            max_blocks: max_blocks(object),
             name,
         })
+    }
+}
+
+fn max_blocks(object: &ClusterCIDR) -> u32 {
+    let blocks = object.status.as_ref().and_then(|status| status.blocks.as_ref());
+    let has_free = blocks.is_none_or(|blocks| blocks.free > 0);
+    match object.spec.allocation {
+        Allocation::Enabled if has_free => u32::try_from(object.spec.blocks_per_node.max).unwrap_or_default(),
+        _ => 0,
     }
 }
 

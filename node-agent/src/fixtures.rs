@@ -49,6 +49,7 @@ pub fn range(name: &str) -> RangeFact {
         routing: None,
         masquerade: MasqueradeMode::Enabled,
         exclude: vec![],
+        max_blocks: 8,
     }
 }
 

@@ -79,6 +79,11 @@ impl Usage {
         (self.certainty == Certainty::Counted).then_some(&self.datapaths)
     }
 
+    /// Whether there may be more than were read.
+    pub fn is_outdated(&self) -> bool {
+        self.certainty == Certainty::Outdated
+    }
+
     /// The same, no longer trusted to be all.
     pub fn outdated(self) -> Usage {
         Usage { certainty: Certainty::Outdated, ..self }
@@ -147,6 +152,10 @@ struct Counted {
     at: Duration,
     /// When the store had been written; `None` if it was not there, or could not be read.
     of: Option<SystemTime>,
+    /// Number of leases.
+    leases: u32,
+    /// So many more of them are worth a count out of turn.
+    room: Option<u32>,
 }
 
 /// Whether the leases should be counted again.
@@ -174,9 +183,24 @@ impl Leases {
     pub fn count(&self, now: Duration) -> Count {
         match self.counted {
             Some(counted) if counted.of.is_some() && counted.of == self.written() => Count::Right,
-            Some(counted) if now < counted.at + COUNT_EVERY => Count::DueAt(counted.at + COUNT_EVERY),
+            Some(counted) if now < counted.at + COUNT_EVERY && !self.is_past_room(counted) => {
+                Count::DueAt(counted.at + COUNT_EVERY)
+            }
             _ => Count::Due,
         }
+    }
+
+    /// Asks for a count out of turn once there are so many leases more.
+    pub fn watch_for(&mut self, room: Option<u32>) {
+        if let Some(counted) = &mut self.counted {
+            counted.room = room;
+        }
+    }
+
+    /// By the header of the store alone.
+    fn is_past_room(&self, counted: Counted) -> bool {
+        let Some(room) = counted.room else { return false };
+        self.store.count(&self.boot).is_some_and(|now| now >= counted.leases.saturating_add(room))
     }
 
     fn written(&self) -> Option<SystemTime> {
@@ -202,15 +226,16 @@ impl Leases {
     /// Ends dead leases and counts the others.
     pub fn sweep(&mut self, now: Duration) -> Result<Swept, EndError> {
         // Until it is done, it is to be done again.
-        self.counted = Some(Counted { at: now, of: None });
+        self.counted = Some(Counted { at: now, of: None, leases: 0, room: None });
         // Taken before the count, so that a write during it is not missed.
         let mut written = self.written();
         let report = self.sweeper.sweep(LOCK_WAIT)?;
         if report.rebuilt.is_some() {
             written = self.written();
         }
-        self.counted = Some(Counted { at: now, of: written });
         let count = report.leases.len();
+        let leases = u32::try_from(count).unwrap_or(u32::MAX);
+        self.counted = Some(Counted { at: now, of: written, leases, room: None });
         let rebuilt = report.rebuilt.or(self.rebuilt.take()).filter(|_| count > 0);
         Ok(Swept {
             usage: Usage::of(&report.leases),

@@ -37,6 +37,7 @@ pub mod files;
 #[cfg(test)]
 mod fixtures;
 pub mod folder;
+pub mod growth;
 pub mod incidents;
 pub mod kernel;
 pub mod leases;

@@ -22,13 +22,14 @@ use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
 use crate::fabric::{Admit, Desired, Observed, RouteKey, Sysctl, TableState};
 use crate::folder;
+use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
 use crate::kernel::{host, route, sysctl};
 use crate::leases::{Count, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
-use crate::outlet::Outlet;
+use crate::outlet::{Grant, Outlet};
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
 
@@ -97,6 +98,9 @@ pub enum Rules {
 /// How soon the pods' tables are looked at again if the lease store could not be had.
 const RULES_AGAIN: Duration = Duration::from_millis(500);
 
+/// How soon leases are counted again that could not be.
+const COUNT_AGAIN: Duration = Duration::from_secs(1);
+
 /// One node.
 pub struct Node {
     beliefs: Beliefs,
@@ -161,9 +165,12 @@ impl Node {
         machine.apply(&desired, &observed, &mut outcome);
         let own = desired::own_blocks(&machine.me, map, &host.leased);
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
-        let cni = outlet.write(&own, &lease, host.mtu, &machine.done, &mut outcome)?;
+        let may_grow = machine.growth.may_grow(&own, map, now);
+        let grant = Grant { own: &own, lease: &lease, mtu: host.mtu, may_grow: &may_grow };
+        let cni = outlet.write(&grant, &machine.done, &mut outcome)?;
         machine.keep_record()?;
-        let count_at = machine.recount_leases(now);
+        let count_at = machine.recount_leases(outlet.granted(), now);
+        let grow_at = machine.watch_growth(&own, now);
         machine.restore_pod_routes(&desired, &mut outcome);
         let cni = match &machine.unusable {
             Some(why) if cni.is_ready() => CniState::StoreUnusable(why.clone()),
@@ -176,6 +183,7 @@ impl Node {
             own: &own,
             host: &host,
             usage: &machine.usage,
+            wants: machine.growth.wants(),
             swept: std::mem::take(&mut machine.swept),
             forwarding: machine.forwarding(),
             faults,
@@ -188,7 +196,7 @@ impl Node {
             chained: outlet.chained(),
         };
         let mut report = reporter.report(known, map, pass, culprits);
-        report.next = [report.next, count_at, rules_at].into_iter().flatten().min();
+        report.next = [report.next, count_at, grow_at, rules_at].into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)
@@ -196,6 +204,11 @@ impl Node {
 }
 
 impl Node {
+    /// Whether the leases should be counted, which is done by a pass.
+    pub fn count(&self) -> Count {
+        self.machine.leases.count(Duration::from_millis(boot::boot_ms()))
+    }
+
     /// What there is to report when passes fail again and again; `last` is the last report.
     pub fn failing(&mut self, last: Report, error: &Error) -> Report {
         self.reporter.failing(last, &error.to_string())
@@ -208,6 +221,9 @@ struct Machine {
     kernel: Kernel,
     leases: Leases,
     usage: Usage,
+    /// The blocks of this node that the last count knew to be leased from; `None` before there was one.
+    leased_from: Option<BTreeSet<Block>>,
+    growth: Growth,
     /// What sweeps did that is not reported yet.
     swept: Swept,
     /// Why the lease store cannot be used.
@@ -229,6 +245,8 @@ impl Machine {
             kernel: Kernel::open(sysctl::Sysctls::new(&settings.sysctl_dir, run, SYSCTLS_FILE))?,
             leases: Leases::open(run.path(), boot)?,
             usage: Usage::default(),
+            leased_from: None,
+            growth: Growth::default(),
             swept: Swept::default(),
             unusable: None,
             needed: settings.needed.clone(),
@@ -290,7 +308,26 @@ impl Machine {
 
     /// Counts the leases again if pods came or went; last in a pass, as everything else is more urgent.
     /// Returns when to look again, if it was too early.
-    fn recount_leases(&mut self, now: Duration) -> Option<Duration> {
+    ///
+    /// Once a block is leased from no more, an ADD that read the blocks file before may still hold the store's
+    /// lock. So they are counted under that lock, now that the file says otherwise (`granted`), and until that is
+    /// done nothing counts as free.
+    fn recount_leases(&mut self, granted: Option<BTreeSet<Block>>, now: Duration) -> Option<Duration> {
+        let stopped = match (&self.leased_from, &granted) {
+            (Some(before), Some(now)) => !before.is_subset(now),
+            (_, None) | (None, _) => true,
+        };
+        if stopped {
+            self.sweep_leases(now);
+            if granted.is_none() || self.usage.is_outdated() {
+                self.usage = std::mem::take(&mut self.usage).outdated();
+                return Some(now + COUNT_AGAIN);
+            }
+            self.leased_from = granted;
+            // What stood for that block alone can go now.
+            return Some(now);
+        }
+        self.leased_from = granted;
         match self.leases.count(now) {
             Count::Right => None,
             Count::DueAt(due) => Some(due),
@@ -301,6 +338,25 @@ impl Machine {
                 (before.as_ref() != self.usage.datapaths()).then_some(now)
             }
         }
+    }
+
+    /// Notes which families need another block, and how many more pods make one do so. Returns when to look again.
+    fn watch_growth(&mut self, own: &OwnBlocks, now: Duration) -> Option<Duration> {
+        self.growth.update(own, &self.usage, now);
+        self.leases.watch_for(growth::room(own, &self.usage));
+        self.growth.next(now)
+    }
+
+    /// Blocks with living leases, and those of this node that may have some: nothing is taken from under a pod.
+    fn leased(&self, map: Map<'_>) -> BTreeSet<Block> {
+        let mut leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
+        let counted = |block: &Block| match &self.leased_from {
+            Some(leased_from) => !leased_from.contains(block) && !self.usage.is_outdated(),
+            None => false,
+        };
+        let own = map.blocks.values().filter(|block| block.node == self.me.node && block.released());
+        leased.extend(own.map(|block| block.block).filter(|block| !counted(block)));
+        leased
     }
 
     /// Behind the count: a store that was rebuilt knows pods that nobody knew before.
@@ -339,7 +395,7 @@ impl Machine {
         let own = map.blocks.values().filter(|block| block.node == self.me.node);
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
         let mtu = host::path_mtu(&view, &node, devices);
-        let leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
+        let leased = self.leased(map);
         let own = desired::own_blocks(&self.me, map, &leased);
         let has_v6 = own.keys().any(|block| block.family() == Family::IPv6);
         let ra_links = if has_v6 { self.router_advertised()? } else { BTreeSet::new() };

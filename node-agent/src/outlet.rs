@@ -1,7 +1,9 @@
 //! The way out of the agent to the container runtime: CNI binary, blocks file, conflist, in this order, so
 //! that a runtime that sees the conflist finds the rest.
 
-use plat_crds::block::Block;
+use std::collections::BTreeSet;
+
+use plat_crds::block::{Block, Family};
 use plat_crds::cni_conf::PlatPlugin;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE};
@@ -19,6 +21,19 @@ use crate::node::{Error, OwnBlocks, Settings};
 use crate::objects::Contact;
 use crate::report::CniState;
 
+/// What the CNI binary is allowed.
+#[derive(Clone, Copy)]
+pub struct Grant<'a> {
+    /// The blocks of this node.
+    pub own: &'a OwnBlocks,
+    /// Until when it may lease.
+    pub lease: &'a Lease,
+    /// MTU of new pods.
+    pub mtu: Option<u32>,
+    /// Families of which another block may come.
+    pub may_grow: &'a [Family],
+}
+
 /// The files, and as what they were written last: one that is gone or differs was changed by another.
 pub struct Outlet {
     files: Files,
@@ -34,6 +49,8 @@ pub struct Outlet {
     plugin_done: bool,
     blocks_done: Option<String>,
     conflist_done: Option<String>,
+    /// What may be leased from, by the blocks file that is there; `None` if the last one could not be written.
+    granted: Option<BTreeSet<Block>>,
 }
 
 impl Outlet {
@@ -63,7 +80,13 @@ impl Outlet {
             plugin_done: false,
             blocks_done: None,
             conflist_done: None,
+            granted: None,
         }
+    }
+
+    /// The blocks that the CNI binary leases from since the last [`Outlet::write`]; `None` if that is not known.
+    pub fn granted(&self) -> Option<BTreeSet<Block>> {
+        self.granted.clone()
     }
 
     /// The folder of the node's state.
@@ -98,30 +121,32 @@ impl Outlet {
     /// Writes what differs. An error that only a restart can heal is one; any other is the state.
     pub fn write(
         &mut self,
-        own: &OwnBlocks,
-        lease: &Lease,
-        mtu: Option<u32>,
+        grant: &Grant<'_>,
         done: &Done,
         outcome: &mut Outcome,
     ) -> Result<CniState, Error> {
+        let own = grant.own;
+        self.granted = None;
         for folder in [&self.files.conf, &self.files.bin, &self.files.run] {
             // Any other error is met where a file is written.
             if let Err(error) = folder.ensure() {
                 words(error)?;
             }
         }
-        if let Err(error) = self.install_plugin(outcome) {
+        let installed = self.install_plugin(outcome);
+        // Without a block there is no file to make; but one that an earlier life left must not go on granting,
+        // whatever else fails.
+        let wanted = !own.is_empty() || self.files.run.path().join(BLOCKS_FILE).exists();
+        let written = if wanted { self.write_blocks(grant, outcome) } else { Ok(()) };
+        if let Err(error) = written {
+            return Ok(CniState::BlocksNotWritten(words(error)?));
+        }
+        self.granted = Some(own.values().filter(|held| held.lease).map(|held| held.cidr).collect());
+        if let Err(error) = installed {
             return Ok(CniState::PluginNotInstalled(match error {
                 files::Error::Folder(error) => words(error)?,
                 error => error.to_string(),
             }));
-        }
-        // Without a block there is no file to make; but one that an earlier life left must not go on granting.
-        if own.is_empty() && !self.files.run.path().join(BLOCKS_FILE).exists() {
-            return Ok(CniState::NoBlock);
-        }
-        if let Err(error) = self.write_blocks(own, lease, mtu, outcome) {
-            return Ok(CniState::BlocksNotWritten(words(error)?));
         }
         if own.is_empty() {
             return Ok(CniState::NoBlock);
@@ -130,7 +155,7 @@ impl Outlet {
             return Ok(CniState::Waiting);
         }
         // Nothing would be leased: a runtime that sees no conflist waits, one that sees it fails each pod.
-        if lease.until_boot_ms == 0 {
+        if grant.lease.until_boot_ms == 0 {
             return Ok(CniState::Unconfirmed);
         }
         let chain: Vec<(Feature, Installed)> =
@@ -138,7 +163,7 @@ impl Outlet {
         if let Err(error) = self.write_conflist(&chain, outcome) {
             return Ok(CniState::ConflistNotWritten(words(error)?));
         }
-        Ok(self.state(&chain, lease))
+        Ok(self.state(&chain, grant.lease))
     }
 
     fn install_plugin(&mut self, outcome: &mut Outcome) -> Result<(), files::Error> {
@@ -150,18 +175,12 @@ impl Outlet {
         Ok(())
     }
 
-    fn write_blocks(
-        &mut self,
-        own: &OwnBlocks,
-        lease: &Lease,
-        mtu: Option<u32>,
-        outcome: &mut Outcome,
-    ) -> Result<(), folder::Error> {
+    fn write_blocks(&mut self, grant: &Grant<'_>, outcome: &mut Outcome) -> Result<(), folder::Error> {
         let run = &self.files.run;
         if differs(run, BLOCKS_FILE, self.blocks_done.as_ref())? {
             outcome.repaired(Repair::Blocks, place(run, BLOCKS_FILE));
         }
-        let text = conf::blocks_file(&self.node, &self.boot_id, own, lease, mtu);
+        let text = conf::blocks_file(&self.node, &self.boot_id, grant);
         self.files.write_blocks(&text)?;
         self.blocks_done = Some(text);
         Ok(())

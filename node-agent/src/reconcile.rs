@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::kernel::events::{Events, Wake};
+use crate::leases::Count;
 use crate::node::{Error, Node, Settings};
 use crate::objects::{Ask, Objects};
 use crate::reporter::Report;
@@ -139,11 +140,23 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
             () = links.stop.cancelled() => return Ok(()),
             () = sleep_until(started + PACE) => {}
         }
-        wake = tokio::select! {
-            () = links.stop.cancelled() => return Ok(()),
-            () = changed(&mut links.objects) => events.now()?,
-            news = events.next() => news?,
-            () = sleep_until(until) => Wake::default(),
+        let mut until = until;
+        wake = loop {
+            let news = tokio::select! {
+                () = links.stop.cancelled() => return Ok(()),
+                () = changed(&mut links.objects) => break events.now()?,
+                news = events.next() => news?,
+                () = sleep_until(until) => break Wake::default(),
+            };
+            if !news.is_about_leases() {
+                break news;
+            }
+            // Pods that come and go are no reason for a pass, but for a count now and then.
+            match node.count() {
+                Count::Due => break news,
+                Count::DueAt(due) => until = until.min(Instant::now() + from_now(due)),
+                Count::Right => {}
+            }
         };
         tracing::trace!(?wake, "woken");
     }
@@ -168,6 +181,11 @@ struct Asked {
     contact: Option<Instant>,
 }
 
+/// How long until then, on `CLOCK_BOOTTIME`.
+fn from_now(then: Duration) -> Duration {
+    then.saturating_sub(Duration::from_millis(boot::boot_ms()))
+}
+
 /// Passes the report on; returns when to look again without any news.
 fn conclude(links: &mut Links, asked: &mut Asked, report: Report, took: Duration) -> Instant {
     if report.programmed {
@@ -176,7 +194,7 @@ fn conclude(links: &mut Links, asked: &mut Asked, report: Report, took: Duration
     let now = Instant::now();
     let mut until = now + TICK;
     if let Some(next) = report.next {
-        until = until.min(now + next.saturating_sub(Duration::from_millis(boot::boot_ms())));
+        until = until.min(now + from_now(next));
     }
     for (wanted, last, ask) in [
         (report.wants_list, &mut asked.relist, Ask::Relist),

@@ -42,6 +42,8 @@ pub struct Report {
     pub leases_ended: i64,
     /// How often the lease store was rebuilt, since the agent started.
     pub leases_rebuilt: i64,
+    /// What this node needs at once, as [`crate::growth::Growth::wants`]: a report of it goes out of turn, once.
+    pub wants: Option<String>,
     /// Withdrawals that wait.
     pub held: usize,
     /// Until when new addresses may be leased, in seconds since the epoch; `None` without a lease.
@@ -70,6 +72,8 @@ pub struct Pass<'a> {
     pub host: &'a Host,
     /// Leased addresses.
     pub usage: &'a Usage,
+    /// Which families need another block.
+    pub wants: Option<String>,
     /// What sweeps did.
     pub swept: Swept,
     /// The forward hook.
@@ -156,7 +160,7 @@ impl Reporter {
         let mut faults = std::mem::take(&mut pass.faults);
         faults.append(&mut pass.outcome.faults);
         faults.append(&mut pass.closing.faults);
-        faults.extend(self.own_troubles(map, &pass.outcome));
+        faults.extend(self.own_troubles(map, &pass.outcome, &pass.cni));
 
         faults.extend(known.blocks.faults.values().chain(known.ranges.faults.values()).cloned());
 
@@ -176,6 +180,7 @@ impl Reporter {
             repairs: Repair::ALL.map(|repair| (repair, self.incidents.count(repair))).into(),
             leases_ended: self.incidents.count_of(LEASES_ENDED),
             leases_rebuilt: self.incidents.count_of(LEASES_REBUILT),
+            wants: pass.wants,
             held: pass.held.names.len(),
             lease_until: lease_until(pass.lease),
             own: own.map(|block| (block.name.clone(), block.uid.clone())).collect(),
@@ -216,10 +221,15 @@ impl Reporter {
         self.incidents.leases_rebuilt(&swept.rebuilt, Timestamp::now());
     }
 
-    /// What fails of the node as a whole fails its own blocks.
-    fn own_troubles(&self, map: Map<'_>, outcome: &Outcome) -> Vec<Fault> {
+    /// What fails of the node as a whole fails its own blocks; so does a blocks file that cannot be written, by
+    /// which an old one goes on granting what it should not.
+    fn own_troubles(&self, map: Map<'_>, outcome: &Outcome, cni: &CniState) -> Vec<Fault> {
         let fatal = [Part::Table, Part::Bridge, Part::Gateways, Part::Sysctl];
-        let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)) else {
+        let not_written = match cni {
+            CniState::BlocksNotWritten(why) => Some(why),
+            _ => None,
+        };
+        let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)).or(not_written) else {
             return Vec::new();
         };
         let own = map.blocks.values().filter(|block| block.node == self.node);

@@ -114,6 +114,7 @@ pub fn write_blocks(cidrs: &[&str], change: impl FnOnce(&mut BlocksFile)) {
         boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned(),
         lease_until: u64::MAX,
         last_contact: "2026-11-24T05:00:00Z".to_owned(),
+        may_grow: Vec::new(),
         mtu: None,
         blocks: cidrs.iter().map(|c| HeldBlock { cidr: c.parse().unwrap(), lease: true }).collect(),
     };

@@ -5,11 +5,12 @@
 //! | rtnetlink LINK, IFADDR, ROUTE, RULE, NEXTHOP | routes and links, and what takes routes down silently: a link that goes down or an address that goes away removes IPv4 routes without a word about them |
 //! | rtnetlink NETCONF | forwarding switched on or off |
 //! | nf_tables | any transaction, with the process that made it |
-//! | inotify | the folders of CNI configurations and binaries, and our own |
+//! | inotify | the folders of CNI configurations and binaries, and our own; of the lease store each change |
 //!
 //! Messages are hints, never data: each only wakes the loop, which then looks for itself. What pods come
 //! and go with (their veths on the bridge, link-local addresses) is passed over: it is many messages and
-//! no news. What never tells at all (other sysctls, legacy iptables) is met by the loop's tick.
+//! no news. A change of the lease store leads to a look at the number of leases in its header, and to a pass only
+//! if they are to be counted. What never tells at all (other sysctls, legacy iptables) is met by the loop's tick.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use plat_cni::netlink::Attributes;
-use plat_crds::names::{CNI_TYPE, NFT_PODS_TABLE, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
+use plat_crds::names::{CNI_TYPE, LEASES_FILE, NFT_PODS_TABLE, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
@@ -74,6 +75,8 @@ pub enum Source {
     PodRules,
     /// A file.
     File,
+    /// The lease store: pods came or went.
+    Leases,
     /// Messages were lost.
     Overrun,
 }
@@ -95,6 +98,11 @@ impl Wake {
     /// Whether there is anything to wake for.
     pub fn is_empty(&self) -> bool {
         self.sources.is_empty()
+    }
+
+    /// Whether there is nothing to look at but the number of leases.
+    pub fn is_about_leases(&self) -> bool {
+        self.sources.iter().eq([&Source::Leases])
     }
 
     /// Whether somebody else than the CNI binary may have changed the pods' tables.
@@ -274,7 +282,9 @@ impl Shared {
                     if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
                         state.pending.sources.insert(Source::Overrun);
                     } else if matters(folder, name.as_deref()) {
-                        state.pending.sources.insert(Source::File);
+                        let is_store = name.as_deref() == Some(LEASES_FILE);
+                        let source = if is_store { Source::Leases } else { Source::File };
+                        state.pending.sources.insert(source);
                     }
                 }
                 Err(Errno::WOULDBLOCK) => return Ok(()),

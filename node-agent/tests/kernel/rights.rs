@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use plat_agent::cache::Cache;
 use plat_agent::conf::{self, Lease};
 use plat_agent::folder::Folder;
+use plat_agent::outlet::Grant;
 
 use crate::harness::*;
 
@@ -24,7 +25,11 @@ fn node() -> TestNode {
     // What an earlier life of this boot granted, so that the conflist may be written.
     let boot = plat_cni::boot::BootId::read().unwrap();
     let lease = Lease::after(plat_cni::boot::boot_ms(), 1_764_000_000, 840);
-    let granted = conf::blocks_file("n1", &boot.text, &Default::default(), &lease, None);
+    let granted = conf::blocks_file(
+        "n1",
+        &boot.text,
+        &Grant { own: &Default::default(), lease: &lease, mtu: None, may_grow: &[] },
+    );
     fs::write(node.settings.run_dir.join("blocks.json"), granted).unwrap();
     fs::write(node.file("kubeconfig"), KUBECONFIG).unwrap();
     run("mount -o remount,bind,ro /");

@@ -55,6 +55,7 @@ pub fn run_dir(name: &str, blocks: &[&str], held: u32) -> Result<PathBuf> {
         boot_id: boot_id.clone(),
         lease_until: boot_time_ms() + 3_600_000,
         last_contact: "2026-01-01T00:00:00Z".to_owned(),
+        may_grow: Vec::new(),
         mtu: None,
         blocks: blocks.iter().map(held_block).collect::<Result<_>>()?,
     };
