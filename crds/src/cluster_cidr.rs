@@ -53,7 +53,7 @@ pub enum Allocation {
     /// New blocks are carved.
     #[default]
     Enabled,
-    /// No new blocks; existing ones stay with their nodes.
+    /// No new blocks; existing ones stay with their nodes until they are asked to drain.
     Draining,
     /// A value of a newer version: no new blocks.
     #[serde(other)]
@@ -201,7 +201,8 @@ pub struct ClusterCIDRSpec {
     #[schemars(range(min = 60, max = 604800))]
     pub quarantine_seconds: i32,
 
-    /// `Enabled` (the default): nodes get new blocks. `Draining`: no new blocks; existing ones stay.
+    /// `Enabled` (the default): nodes get new blocks. `Draining`: no new blocks; existing ones stay until they
+    /// are asked to go: `kubectl annotate podcidrs -l plat.network/clustercidr=NAME plat.network/drain=`.
     #[serde(default)]
     pub allocation: Allocation,
 
@@ -266,7 +267,7 @@ pub struct ClusterCIDRStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quarantine_seconds: Option<i32>,
     /// `Ready`: blocks are carved from it. `Exhausted`: none is free. `Overlapping`: it shares addresses
-    /// with an older range, the Service range or a node.
+    /// with an older range, the Service range or a node. `Draining`: no new blocks, and how many are left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -281,6 +282,9 @@ pub struct BlockCounts {
     pub total: i64,
     /// Blocks that nodes hold.
     pub allocated: i64,
+    /// Of those, blocks that are draining: no new leases, and free once their last one has ended.
+    #[serde(default)]
+    pub draining: i64,
     /// Released blocks that wait before reuse.
     pub quarantined: i64,
     /// Blocks that can still be carved; neither held, quarantined nor reserved.

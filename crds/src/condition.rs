@@ -13,6 +13,11 @@ pub const OVERLAPPING: &str = "Overlapping";
 pub const CONVERGED: &str = "Converged";
 /// PodCIDR: `node.spec.podCIDRs` of its node says something else (the field is write-once).
 pub const NODE_SPEC_CONFLICT: &str = "NodeSpecConflict";
+/// PodCIDR: no new leases, and it goes once the last one has ended; `False` while it was asked for but its
+/// node has no other block yet. ClusterCIDR: its `allocation` is `Draining`. Absent otherwise.
+pub const DRAINING: &str = "Draining";
+/// PodCIDR: its node is almost full and gets no further block. Absent otherwise.
+pub const GROWTH_BLOCKED: &str = "GrowthBlocked";
 /// NodeNetwork: every wanted route is in the kernel.
 pub const ROUTES_READY: &str = "RoutesReady";
 /// NodeNetwork: the nftables table is in the kernel.
@@ -73,6 +78,20 @@ pub fn set(conditions: &mut Vec<Condition>, verdict: &Verdict, generation: Optio
             conditions[at] = next;
         }
         Err(at) => conditions.insert(at, next),
+    }
+}
+
+/// Sets the verdict of that type, or takes the condition away where there is none.
+pub fn set_or_remove(
+    conditions: &mut Vec<Condition>,
+    type_: &str,
+    verdict: Option<&Verdict>,
+    generation: Option<i64>,
+    now: &Time,
+) {
+    match verdict {
+        Some(verdict) => set(conditions, verdict, generation, now),
+        None => conditions.retain(|condition| condition.type_ != type_),
     }
 }
 

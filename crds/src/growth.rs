@@ -17,12 +17,24 @@ pub fn watermark(capacity: u32) -> u64 {
 /// Whether a node needs one more block of a family, given the used addresses and the capacity of each of its
 /// `Active` blocks of that family. Without any block it needs its first, which is not this question: `false`.
 pub fn wants_block(blocks: impl IntoIterator<Item = (u32, u32)>) -> bool {
-    let (mut free, mut largest) = (0, 0);
+    let (free, watermark) = room(blocks);
+    free < watermark
+}
+
+/// Whether a node with these blocks alone does well enough to give back others that are empty: half as much
+/// again is free as the watermark asks for, so that a few pods more do not ask for a block at once.
+pub fn spares_others(blocks: impl IntoIterator<Item = (u32, u32)>) -> bool {
+    let (free, watermark) = room(blocks);
+    free > 0 && free.saturating_mul(2) >= watermark.saturating_mul(3)
+}
+
+fn room(blocks: impl IntoIterator<Item = (u32, u32)>) -> (u64, u64) {
+    let (mut free, mut largest) = (0u64, 0);
     for (used, capacity) in blocks {
         free += u64::from(capacity.saturating_sub(used));
         largest = capacity.max(largest);
     }
-    free < watermark(largest)
+    (free, watermark(largest))
 }
 
 #[cfg(test)]
@@ -51,6 +63,22 @@ mod tests {
             (&[(u32::MAX, u32::MAX), (0, u32::MAX)], false),
         ] {
             assert_eq!(wants_block(blocks.iter().copied()), wants, "{blocks:?}");
+        }
+    }
+
+    #[test]
+    fn a_node_gives_back_only_what_it_will_not_ask_for_at_once() {
+        for (rest, spares) in [
+            (&[][..], false),
+            (&[(178, 253)], true),
+            (&[(179, 253)], false),
+            (&[(3, 13)], false),
+            (&[(2, 13)], true),
+            (&[(0, 1)], false),
+            (&[(0, 1), (0, 1)], true),
+        ] {
+            assert_eq!(spares_others(rest.iter().copied()), spares, "{rest:?}");
+            assert!(!spares || !wants_block(rest.iter().copied()), "{rest:?}");
         }
     }
 

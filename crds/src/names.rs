@@ -12,6 +12,8 @@ pub const CLUSTER_CIDR_FINALIZER: &str = "plat.network/blocks";
 pub const LABEL_CLUSTER_CIDR: &str = "plat.network/clustercidr";
 /// Label of a PodCIDR: the name of the node that holds it (cut at 63 bytes, the limit of a label value).
 pub const LABEL_NODE: &str = "plat.network/node";
+/// Annotation of a PodCIDR, the users': move its node's pods off the block. Its value does not matter.
+pub const ANNOTATION_DRAIN: &str = "plat.network/drain";
 /// Server-side-apply field manager of the operator.
 pub const OPERATOR_MANAGER: &str = "plat-operator";
 /// Server-side-apply field manager of every agent; constant, as a node name could exceed the limit of 128 bytes.

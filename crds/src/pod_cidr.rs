@@ -17,7 +17,7 @@ pub enum BlockState {
     Active,
     /// Its leases stay and it is routed; new pods get addresses from another block.
     Draining,
-    /// Its node is gone: nobody routes to it, nobody leases from it, and it rests before reuse.
+    /// Its node is gone or has given it back: nobody routes to it, nobody leases from it, and it rests before reuse.
     Quarantined,
     /// A state of a newer version: routed, not leased from.
     #[serde(other)]
@@ -91,7 +91,7 @@ pub struct PodCIDRSpec {
     pub node_addresses: Vec<String>,
 
     /// `Active`: leased from and routed. `Draining`: routed, not leased from. `Quarantined`: its node is
-    /// gone and it rests before reuse. Written by the operator.
+    /// gone or has given it back, and it rests before reuse. Written by the operator.
     #[serde(default)]
     pub state: BlockState,
 
@@ -122,7 +122,8 @@ pub struct PodCIDRStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routing: Option<EffectiveRouting>,
     /// `Ready`: its node has programmed itself and leases from it. `Converged`: every live node carries
-    /// it. `NodeSpecConflict`: the Node's podCIDRs say something else.
+    /// it. `NodeSpecConflict`: the Node's podCIDRs say something else. `Draining`: it goes once its last lease
+    /// has ended, or why not yet. `GrowthBlocked`: its node is almost full and gets no further block.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

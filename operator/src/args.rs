@@ -176,6 +176,10 @@ pub struct RunArgs {
     /// the quarantine.
     #[arg(long, env = "PLAT_QUARANTINE_WATCH_SECONDS", default_value_t = 60, hide = true)]
     pub quarantine_watch_seconds: u64,
+
+    /// How long a node must have been able to spare a block before it is given back.
+    #[arg(long, env = "PLAT_SURPLUS_SECONDS", default_value_t = 600, hide = true)]
+    pub surplus_seconds: u64,
 }
 
 impl RunArgs {
@@ -191,6 +195,7 @@ impl RunArgs {
             cleanup,
             report_wait_seconds,
             quarantine_watch_seconds,
+            surplus_seconds,
             ..
         } = self;
         let mut default_ranges: Vec<DefaultRange> = Vec::new();
@@ -221,6 +226,7 @@ impl RunArgs {
             lease_duration: self.timing()?.duration,
             report_wait: Duration::from_secs(*report_wait_seconds),
             quarantine_watch: Duration::from_secs(*quarantine_watch_seconds),
+            surplus_after: Duration::from_secs(*surplus_seconds),
             cleanup: *cleanup,
         })
     }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
-use plat_crds::cluster_cidr::{Allocation, BlockSizing};
+use plat_crds::cluster_cidr::{Allocation, BlockSizing, BlocksPerNode};
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{FailedObject, Incident, LostBlocks};
 use plat_crds::pod_cidr::BlockState;
@@ -114,6 +114,8 @@ pub struct RangeFact {
     pub priority: i32,
     /// Parts that are never handed out.
     pub reserved: Box<[Block]>,
+    /// How many blocks of its family a node has.
+    pub blocks_per_node: BlocksPerNode,
     /// How long a released block rests.
     pub quarantine_seconds: i32,
     /// Whether new blocks are carved.
@@ -155,6 +157,8 @@ pub struct BlockFact {
     pub state: BlockState,
     /// When a quarantined block becomes free.
     pub release_after: Option<Timestamp>,
+    /// Whether its annotation asks for its pods to move off it.
+    pub drain: bool,
     /// The users' policy.
     pub routing: Option<Box<Routing>>,
     /// All its labels.
@@ -318,6 +322,7 @@ impl RangeFact {
             selector,
             priority: spec.priority,
             reserved,
+            blocks_per_node: spec.blocks_per_node,
             quarantine_seconds: spec.quarantine_seconds,
             allocation: spec.allocation,
             routing: spec.routing.clone().map(Box::new),
@@ -329,6 +334,16 @@ impl RangeFact {
     /// Whether our finalizer holds it.
     pub fn has_our_finalizer(&self) -> bool {
         self.finalizers.iter().any(|f| f == names::CLUSTER_CIDR_FINALIZER)
+    }
+
+    /// Blocks that a node has from the start.
+    pub fn min_blocks(&self) -> usize {
+        usize::try_from(self.blocks_per_node.min).unwrap_or(0).max(1)
+    }
+
+    /// Blocks that a node has at most.
+    pub fn max_blocks(&self) -> usize {
+        usize::try_from(self.blocks_per_node.max).unwrap_or(0).max(self.min_blocks())
     }
 
     /// Whether blocks of one fixed size may come from it: the finalizer keeps the range until its last
@@ -388,6 +403,7 @@ impl BlockFact {
             addresses: Box::default(),
             state: BlockState::Unknown,
             release_after: None,
+            drain: meta.annotations.iter().flatten().any(|(key, _)| key == names::ANNOTATION_DRAIN),
             routing: None,
             labels,
             status: None,

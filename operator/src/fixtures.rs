@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use plat_crds::cluster_cidr::{Allocation, BlockSizing, ClusterCIDRStatus};
+use plat_crds::cluster_cidr::{Allocation, BlockSizing, BlocksPerNode, ClusterCIDRStatus};
 use plat_crds::condition::{self, READY, Verdict};
 use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
@@ -73,6 +73,7 @@ pub fn range(name: &str, cidr: &str) -> RangeFact {
         selector: Selector::default(),
         priority: 0,
         reserved: [].into(),
+        blocks_per_node: BlocksPerNode::default(),
         quarantine_seconds: 900,
         allocation: Allocation::Enabled,
         routing: None,
@@ -103,6 +104,7 @@ pub fn held_block(cidr: &str, range: &str, node: &str) -> BlockFact {
         addresses: ["172.30.0.9".parse().unwrap()].into(),
         state: BlockState::Active,
         release_after: None,
+        drain: false,
         routing: None,
         labels: labels(&[(names::LABEL_CLUSTER_CIDR, range), (names::LABEL_NODE, node)]),
         status: None,
@@ -124,6 +126,12 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
     }
 }
 
+/// Everybody's agent has applied everything.
+pub fn digest_of(world: &World) -> Digest {
+    let blocks = world.blocks.values().map(|b| (&*b.uid, b.generation));
+    Digest::of(blocks.chain(world.ranges.values().map(|r| (&*r.uid, r.generation))))
+}
+
 pub fn settings() -> Settings {
     Settings {
         default_ranges: vec![DefaultRange { range: block("10.244.0.0/16"), block_prefix: Some(24) }],
@@ -132,6 +140,7 @@ pub fn settings() -> Settings {
         lease_duration: Duration::from_secs(15),
         report_wait: Duration::from_secs(30),
         quarantine_watch: Duration::from_secs(60),
+        surplus_after: Duration::from_secs(600),
         cleanup: false,
     }
 }

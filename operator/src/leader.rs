@@ -151,6 +151,7 @@ impl Leader {
         }
         let writes = status::writes(&snapshot, &plan);
         let chosen = status::choose(writes, &plan, &mut self.memory, clock);
+        self.memory.observe_spare(&plan.spare, clock);
         (plan, chosen)
     }
 

@@ -7,6 +7,7 @@
 //! | `vanished` | PodCIDRs that went without being released | deleted by hand, or etcd was restored: their node may still use them |
 //! | `told` | PodCIDRs that agents tell were lost | etcd was put back to a time before their nodes joined: only the other nodes remember them |
 //! | `quarantined` | since when this leader has seen each quarantine | a block is not freed on somebody else's clock alone |
+//! | `spare_since` | since when a node has been able to spare each block | it is given back after a while only |
 //! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
 //! | `cursors` | where carving goes on in each range | the status that carries it is written rarely |
 //! | `ledger` | which sums of objects were when | see [`crate::ledger`] |
@@ -55,6 +56,8 @@ pub struct Memory {
     pub untold: Option<Duration>,
     /// PodCIDR uid → when this leader first saw its quarantine.
     pub quarantined: BTreeMap<Name, Duration>,
+    /// PodCIDR uid → since when its node could spare it.
+    pub spare_since: BTreeMap<Name, Duration>,
     /// Name of a gone node with a NodeNetwork → when this leader first saw that it is gone.
     pub orphaned: BTreeMap<Name, Duration>,
     /// ClusterCIDR uid → index after the last carved block.
@@ -117,6 +120,7 @@ impl Memory {
             told: BTreeMap::new(),
             untold: None,
             quarantined: BTreeMap::new(),
+            spare_since: BTreeMap::new(),
             orphaned: BTreeMap::new(),
             cursors: BTreeMap::new(),
             ledger: Ledger::default(),
@@ -156,6 +160,14 @@ impl Memory {
     /// is no loss either.
     pub fn release_unknown(&mut self, uid: &Name) {
         self.released.insert(uid.clone());
+    }
+
+    /// Notes which blocks their nodes could spare by the latest plan.
+    pub fn observe_spare(&mut self, spare: &BTreeSet<Name>, clock: Clock) {
+        self.spare_since.retain(|uid, _| spare.contains(uid));
+        for uid in spare {
+            self.spare_since.entry(uid.clone()).or_insert(clock.steady);
+        }
     }
 
     /// Notes which reports are of nodes that are gone.

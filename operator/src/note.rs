@@ -59,10 +59,28 @@ pub fn of_step(done: &Done) -> Vec<Note> {
                 Why::Readopt => {
                     (reason::BLOCK_READOPTED, format!("node {node} is back and keeps block {}", object.name))
                 }
-                Why::Drain => (
+                Why::Asked => (
                     reason::BLOCK_DRAINING,
                     format!(
-                        "node {node} has an older block of this family: no new leases from {}",
+                        "block {} is asked to drain: node {node} leases new addresses from another",
+                        object.name
+                    ),
+                ),
+                Why::Surplus => (
+                    reason::BLOCK_DRAINING,
+                    format!(
+                        "node {node} does not need block {} any more: no new leases from it",
+                        object.name
+                    ),
+                ),
+                Why::Resume => (
+                    reason::BLOCK_RESUMED,
+                    format!("node {node} leases from block {} again: it drains no longer", object.name),
+                ),
+                Why::InUse => (
+                    reason::BLOCK_DRAINING,
+                    format!(
+                        "node {node} reports leases in block {}, which was in quarantine: it is routed again and drains",
                         object.name
                     ),
                 ),
@@ -238,7 +256,12 @@ mod tests {
         for (why, reason) in [
             (Why::NodeGone, "BlockQuarantined: node n1 is gone: block b rests until 2027-01-15T08:00:00Z"),
             (Why::Readopt, "BlockReadopted: node n1 is back and keeps block b"),
-            (Why::Drain, "BlockDraining: node n1 has an older block of this family: no new leases from b"),
+            (
+                Why::Asked,
+                "BlockDraining: block b is asked to drain: node n1 leases new addresses from another",
+            ),
+            (Why::Surplus, "BlockDraining: node n1 does not need block b any more: no new leases from it"),
+            (Why::Resume, "BlockResumed: node n1 leases from block b again: it drains no longer"),
         ] {
             let (node, node_uid, change) = ("n1".into(), "u".into(), change.clone());
             let told = texts(

@@ -13,7 +13,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use plat_crds::node_network::Incident;
-use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use plat_crds::{ClusterCIDR, Family, NodeNetwork, PodCIDR, growth};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
@@ -347,13 +347,22 @@ fn block_urgency(old: Option<&BlockFact>, new: Option<&BlockFact>) -> Urgency {
     if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
 }
 
-/// What is held or lost matters at once, as does a report that goes away; sums and counters can wait.
+/// What is held or lost matters at once, as do a node that fills up and a report that goes away; sums and other
+/// counters can wait.
 fn report_urgency(old: Option<&ReportFact>, new: Option<&ReportFact>) -> Urgency {
     let held = |fact: &ReportFact| {
         let held: Vec<_> = fact.held.iter().map(|held| held.block).collect();
-        (fact.reported, held, fact.lost.clone())
+        (fact.reported, held, fact.lost.clone(), Family::ALL.map(|family| fills_up(fact, family)))
     };
     if old.map(held) == new.map(held) { Urgency::Soon } else { Urgency::Now }
+}
+
+/// Whether a node is past the watermark by its own report, draining blocks counted like the others: only the plan
+/// knows which those are, and this is about when it is made.
+fn fills_up(report: &ReportFact, family: Family) -> bool {
+    let held = report.held.iter().filter(|held| held.block.family() == family);
+    let used = |used: i64| u32::try_from(used).unwrap_or(u32::MAX);
+    growth::wants_block(held.filter_map(|held| Some((used(held.used?), held.block.capacity()))))
 }
 
 #[cfg(test)]

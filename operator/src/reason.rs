@@ -55,6 +55,22 @@ pub const FAILED_ON_NODE: &str = "FailedOnNode";
 pub const LISTED: &str = "Listed";
 /// PodCIDR `NodeSpecConflict=False`: `node.spec.podCIDRs` is empty.
 pub const NOT_SET: &str = "NotSet";
+/// PodCIDR `NodeSpecConflict=False`: a further block of a node, of which the field names only the first.
+pub const FURTHER_BLOCK: &str = "FurtherBlock";
+/// PodCIDR `NodeSpecConflict=False`: the node was moved off the block that `node.spec.podCIDRs` goes on naming.
+pub const MOVED: &str = "Moved";
+/// PodCIDR `Draining=True`: its annotation asks for it.
+pub const ASKED: &str = "Asked";
+/// PodCIDR `Draining=True`: its node does not need it.
+pub const SURPLUS: &str = "Surplus";
+/// PodCIDR `Draining=False`: asked for, but no block can take its place.
+pub const NO_REPLACEMENT: &str = "NoReplacement";
+/// PodCIDR `Draining=False`: asked for, and its node gets another block first.
+pub const REPLACEMENT_COMES: &str = "ReplacementComes";
+/// ClusterCIDR `Draining=True`: nodes hold blocks of it.
+pub const BLOCKS_LEFT: &str = "BlocksLeft";
+/// ClusterCIDR `Draining=True`: no node holds a block of it.
+pub const NO_BLOCKS_LEFT: &str = "NoBlocksLeft";
 /// PodCIDR `NodeSpecConflict=True`: `node.spec.podCIDRs` says something else.
 pub const DIFFERS: &str = "Differs";
 
@@ -66,9 +82,11 @@ pub const BLOCK_ADOPTED: &str = "BlockAdopted";
 pub const BLOCK_RECREATED: &str = "BlockRecreated";
 /// Event: a returning node got its block back.
 pub const BLOCK_READOPTED: &str = "BlockReadopted";
-/// Event: a second block of one family is taken out of use.
+/// Event: a block is not leased from any more, as it was asked to drain or its node does not need it.
 pub const BLOCK_DRAINING: &str = "BlockDraining";
-/// Event: the block's node is gone.
+/// Event: a draining block is leased from again.
+pub const BLOCK_RESUMED: &str = "BlockResumed";
+/// Event: the block's node is gone, or has given it back.
 pub const BLOCK_QUARANTINED: &str = "BlockQuarantined";
 /// Event: the block is free again.
 pub const BLOCK_RELEASED: &str = "BlockReleased";
@@ -85,6 +103,8 @@ pub const UNREADABLE: &str = "Unreadable";
 pub const NO_RANGE: &str = "NoClusterCIDR";
 /// Fault: the ClusterCIDRs that select the node are not ready.
 pub const RANGE_NOT_READY: &str = "ClusterCIDRNotReady";
+/// Fault and PodCIDR `GrowthBlocked=True`: the node is almost full and has as many blocks as its range allows.
+pub const BLOCKS_PER_NODE_REACHED: &str = "BlocksPerNodeReached";
 /// Fault: the node has no InternalIP, so nobody can route to it.
 pub const NO_ADDRESS: &str = "NodeHasNoAddress";
 /// Fault: `node.spec.podCIDRs` lies in no ClusterCIDR, or does not fit the one it lies in.

@@ -86,6 +86,8 @@ pub struct Settings {
     /// How long a leader must itself have seen a block in quarantine before it frees it; never longer
     /// than the quarantine.
     pub quarantine_watch: Duration,
+    /// How long a node must have been able to spare a block before it is given back.
+    pub surplus_after: Duration,
     /// Let go of everything instead of managing it (before the product is removed).
     pub cleanup: bool,
 }

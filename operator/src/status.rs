@@ -5,14 +5,18 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use plat_crds::cluster_cidr::BlockCounts;
-use plat_crds::condition::{self, CONVERGED, EXHAUSTED, NODE_SPEC_CONFLICT, READY, Verdict};
+use plat_crds::cluster_cidr::{Allocation, BlockCounts};
+use plat_crds::condition::{
+    self, CONVERGED, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, READY, Verdict,
+};
+use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
 use plat_crds::routing::{self, Mode};
-use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
+use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
 
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
 use crate::memory::Memory;
+use crate::plan::holding::{self, Holding};
 use crate::plan::{Plan, RangeOutlook};
 use crate::ranges::quarantine_that_holds;
 use crate::reason;
@@ -63,7 +67,7 @@ pub fn writes(snapshot: &Snapshot, plan: &Plan) -> Vec<Write> {
         .values()
         .filter_map(|range| range_write(range, plan.ranges.get(&range.name)?, snapshot));
     let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
-    ranges.chain(readable.filter_map(|block| block_write(block, &carriers, snapshot))).collect()
+    ranges.chain(readable.filter_map(|block| block_write(block, &carriers, plan, snapshot))).collect()
 }
 
 /// Chooses what to write now: flips first, then whatever has waited longest, within the budget, and not
@@ -151,9 +155,13 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
     if range.range.is_some() && range.block_prefix.is_some() {
         let mine = snapshot.blocks.values().filter(|block| block.range == range.name);
         let (quarantined, allocated): (Vec<_>, Vec<_>) = mine.partition(|block| block.is_quarantined());
+        let draining = allocated.iter().filter(|block| block.state == BlockState::Draining).count();
+        let drained = draining_range(range, allocated.len(), draining);
+        condition::set_or_remove(&mut status.conditions, DRAINING, drained.as_ref(), generation, &now);
         status.blocks = Some(BlockCounts {
             total: signed(outlook.total),
             allocated: signed(allocated.len() as u64),
+            draining: signed(draining as u64),
             quarantined: signed(quarantined.len() as u64),
             free: signed(outlook.free),
         });
@@ -162,6 +170,27 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
         condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
     }
     status
+}
+
+/// How far a range is drained that hands out no more blocks.
+fn draining_range(range: &RangeFact, allocated: usize, draining: usize) -> Option<Verdict> {
+    if range.allocation == Allocation::Enabled {
+        return None;
+    }
+    let (reason, message) = match allocated {
+        0 => (reason::NO_BLOCKS_LEFT, "no node holds a block of it: it can be deleted".to_owned()),
+        _ => (
+            reason::BLOCKS_LEFT,
+            format!(
+                "nodes hold {allocated} of its blocks, of which {draining} drain; to move the others: \
+                 kubectl annotate podcidrs -l {}={} {}=",
+                names::LABEL_CLUSTER_CIDR,
+                range.name,
+                names::ANNOTATION_DRAIN
+            ),
+        ),
+    };
+    Some(Verdict::new(DRAINING, Some(true), reason, message))
 }
 
 fn exhausted(outlook: &RangeOutlook) -> Verdict {
@@ -176,8 +205,8 @@ fn exhausted(outlook: &RangeOutlook) -> Verdict {
     }
 }
 
-fn block_write(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> Option<Write> {
-    let new = block_status(block, carriers, snapshot);
+fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> Option<Write> {
+    let new = block_status(block, carriers, plan, snapshot);
     let old = block.status.as_deref().cloned().unwrap_or_default();
     if new == old {
         return None;
@@ -199,7 +228,7 @@ fn block_write(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> O
     Some(Write { class, step })
 }
 
-fn block_status(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> PodCIDRStatus {
+fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> PodCIDRStatus {
     let (generation, now) = (Some(block.generation), Time(snapshot.clock.wall));
     let (node, report) = (snapshot.nodes.get(&block.node), snapshot.reports.get(&block.node));
     let mut status = block.status.as_deref().cloned().unwrap_or_default();
@@ -212,7 +241,11 @@ fn block_status(block: &BlockFact, carriers: &Carriers, snapshot: &Snapshot) -> 
     set(&ready(block, node.map(|n| &**n), report.map(|r| &**r)));
     set(&carriers.converged(block, snapshot));
     if let Some(node) = node {
-        set(&node_spec_conflict(block, node));
+        set(&node_spec_conflict(block, node, carriers.blocks_of.get(&*node.name).map_or(&[], Vec::as_slice)));
+    }
+    for type_ in [DRAINING, GROWTH_BLOCKED] {
+        let verdict = plan.verdicts.get(&block.name).into_iter().flatten().find(|v| v.type_ == type_);
+        condition::set_or_remove(&mut status.conditions, type_, verdict, generation, &now);
     }
     status
 }
@@ -235,7 +268,8 @@ fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>
     let name = &block.node;
     let verdict = |status, reason, message: String| Verdict::new(READY, status, reason, message);
     if block.is_quarantined() || node.is_none() {
-        let message = format!("node {name} is gone: nobody leases from the block or routes to it");
+        let what = if node.is_none() { "is gone" } else { "has given the block back" };
+        let message = format!("node {name} {what}: nobody leases from it or routes to it");
         return verdict(Some(false), reason::QUARANTINED, message);
     }
     if node.is_some_and(|node| node.health == Health::Lost) {
@@ -255,7 +289,13 @@ fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>
     verdict(Some(true), reason::PROGRAMMED, String::new())
 }
 
-fn node_spec_conflict(block: &BlockFact, node: &NodeFact) -> Verdict {
+/// Whether the block's node was moved to it from the one that `node.spec.podCIDRs` names.
+pub fn was_moved(block: &BlockFact) -> bool {
+    let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    condition::find(conditions, NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
+}
+
+fn node_spec_conflict(block: &BlockFact, node: &NodeFact, others: &[&BlockFact]) -> Verdict {
     let verdict =
         |status, reason, message: String| Verdict::new(NODE_SPEC_CONFLICT, Some(status), reason, message);
     if node.pod_cidrs.is_empty() {
@@ -264,7 +304,20 @@ fn node_spec_conflict(block: &BlockFact, node: &NodeFact) -> Verdict {
     if node.spec_blocks().any(|spec| spec == block.block) {
         return verdict(false, reason::LISTED, String::new());
     }
+    let own = Holding::of(others, block.block.family(), &node.uid);
+    if own.main().is_some_and(|main| main.uid != block.uid) {
+        return verdict(false, reason::FURTHER_BLOCK, String::new());
+    }
     let listed = node.spec_blocks().map(|spec| spec.to_string()).collect::<Vec<_>>().join(", ");
+    let mut family = others.iter().filter(|other| other.block.family() == block.block.family());
+    if family.any(|other| was_moved(other) || node.spec_blocks().any(|spec| spec == other.block)) {
+        let message = format!(
+            "node {} was moved to this block; its spec.podCIDRs goes on saying [{listed}], as it is write-once. Pods do not depend on it. \
+             Where it matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again",
+            node.name
+        );
+        return verdict(false, reason::MOVED, message);
+    }
     let message = format!(
         "node {} has spec.podCIDRs [{listed}], which is write-once and does not name this block; pods use this block. \
          If the field matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again",
@@ -279,11 +332,14 @@ struct Carriers<'a> {
     live: Vec<(u64, &'a str)>,
     /// Object name → a live node that could not apply it, and why.
     failed: BTreeMap<&'a str, (&'a str, &'a str)>,
+    /// Node name → its blocks.
+    blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
 }
 
 impl<'a> Carriers<'a> {
     fn of(snapshot: &'a Snapshot) -> Carriers<'a> {
-        let mut carriers = Carriers { live: Vec::new(), failed: BTreeMap::new() };
+        let blocks_of = holding::by_node(snapshot);
+        let mut carriers = Carriers { live: Vec::new(), failed: BTreeMap::new(), blocks_of };
         for node in snapshot.nodes.values().filter(|node| node.health == Health::Ready) {
             let report = snapshot.reports.get(&node.name);
             carriers.live.push((number(report.map(|r| &**r), snapshot).unwrap_or(0), &node.name));
@@ -391,7 +447,7 @@ mod tests {
 
     fn status_of(scene: &Scene, name: &str) -> PodCIDRStatus {
         let snapshot = scene.snapshot();
-        block_status(&snapshot.blocks[name], &Carriers::of(&snapshot), &snapshot)
+        block_status(&snapshot.blocks[name], &Carriers::of(&snapshot), &scene.plan(), &snapshot)
     }
 
     fn verdict(status: &PodCIDRStatus, type_: &str) -> (String, String) {
@@ -505,6 +561,54 @@ mod tests {
     }
 
     #[test]
+    fn a_move_and_further_blocks_are_no_conflict_with_the_node_spec() {
+        let listed = NodeFact { pod_cidrs: spec(&["10.244.1.0/24"]), ..node("n1") };
+        let further = BlockFact { created: at(NOW - 9), ..held_block("10.244.3.0/24", "default-v4", "n1") };
+        let scene = two_nodes().node(listed).block(further.clone());
+        let conflict = |scene: &Scene| {
+            let (status, reason) = verdict(&status_of(scene, "10-244-3-0-24"), NODE_SPEC_CONFLICT);
+            assert_eq!(status, "False", "{reason}");
+            reason
+        };
+        assert_eq!(conflict(&scene), reason::FURTHER_BLOCK);
+        for state in [BlockState::Active, BlockState::Draining, BlockState::Quarantined] {
+            let old = BlockFact { drain: true, state, ..held_block("10.244.1.0/24", "default-v4", "n1") };
+            let moved = scene.clone().block(old);
+            assert_eq!(conflict(&moved), reason::MOVED, "{state:?}");
+            assert_eq!(moved.plan().faults, []);
+            let status = status_of(&moved, "10-244-3-0-24");
+            let after = BlockFact { status: Some(Box::new(status)), ..further.clone() };
+            let gone = moved.block(after).with(|s| {
+                std::sync::Arc::make_mut(&mut s.world.blocks).remove("10-244-1-0-24");
+            });
+            assert_eq!(conflict(&gone), reason::MOVED, "the old block is gone: {state:?}");
+            assert_eq!(gone.plan().faults, []);
+        }
+    }
+
+    #[test]
+    fn a_range_that_drains_says_how_much_is_left() {
+        let draining = RangeFact { allocation: Allocation::Draining, ..range("default-v4", "10.244.0.0/16") };
+        let told = |scene: &Scene| {
+            let range = &scene.world.ranges["default-v4"];
+            let status = range_status(range, &scene.plan().ranges["default-v4"], &scene.snapshot());
+            let condition = condition::find(&status.conditions, DRAINING).cloned();
+            (status.blocks.unwrap().draining, condition.map(|c| (c.reason, c.message)))
+        };
+        assert_eq!(told(&two_nodes()), (0, None));
+        let drained =
+            BlockFact { state: BlockState::Draining, ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let (draining_blocks, condition) = told(&two_nodes().range(draining.clone()).block(drained));
+        let (reason, message) = condition.unwrap();
+        assert_eq!((draining_blocks, reason.as_str()), (1, reason::BLOCKS_LEFT));
+        assert_eq!(
+            message,
+            "nodes hold 2 of its blocks, of which 1 drain; to move the others: kubectl annotate podcidrs -l plat.network/clustercidr=default-v4 plat.network/drain="
+        );
+        assert_eq!(told(&scene().range(draining)).1.unwrap().0, reason::NO_BLOCKS_LEFT);
+    }
+
+    #[test]
     fn a_quarantined_block_is_not_ready() {
         let resting =
             BlockFact { state: BlockState::Quarantined, ..held_block("10.244.9.0/24", "default-v4", "gone") };
@@ -563,7 +667,10 @@ mod tests {
             .block(BlockFact { state: BlockState::Quarantined, ..held_block("10.244.1.0/24", "r", "gone") });
         let plan = scene.plan();
         let status = range_status(&scene.world.ranges["r"], &plan.ranges["r"], &scene.snapshot());
-        assert_eq!(status.blocks, Some(BlockCounts { total: 4, allocated: 1, quarantined: 1, free: 1 }));
+        assert_eq!(
+            status.blocks,
+            Some(BlockCounts { total: 4, allocated: 1, draining: 0, quarantined: 1, free: 1 })
+        );
         assert!(!condition::is_true(&status.conditions, EXHAUSTED));
         let full = scene.node(node("n2")).block(held_block("10.244.2.0/24", "r", "n2"));
         let status = range_status(&full.world.ranges["r"], &full.plan().ranges["r"], &full.snapshot());

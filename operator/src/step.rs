@@ -114,8 +114,14 @@ pub enum Why {
     Refresh,
     /// Its node returned.
     Readopt,
-    /// It is a second block of its family: no new leases.
-    Drain,
+    /// Its annotation asks for it to drain, and its node has another one.
+    Asked,
+    /// Its node does not need it: no new leases.
+    Surplus,
+    /// It drained, and is needed again or not asked to go any more.
+    Resume,
+    /// It was in quarantine, and its node reports a lease in it: routed again.
+    InUse,
     /// Its node is gone (checked live before the write).
     NodeGone,
     /// It was drained, and its last lease has ended.
@@ -195,7 +201,7 @@ pub enum Step {
         object: Version,
         /// Its former node.
         node: Name,
-        /// Whether the node must be gone; a drained second block of a living node need not wait for that.
+        /// Whether the node must be gone; a drained block of a living node need not wait for that.
         confirm_gone: bool,
     },
     /// Write blocks into an empty `node.spec.podCIDRs`.

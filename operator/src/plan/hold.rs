@@ -5,14 +5,14 @@
 //!    ▲                      │
 //!    └──node of that name───┘
 //! ```
-//! A second block of one family (two leaders once raced) goes Active → Draining → (last lease ended)
-//! Quarantined → deleted.
+//! What goes while its node stays is decided in [`super::drain`].
 
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::names;
 use plat_crds::pod_cidr::BlockState;
 
 use super::Planner;
+use super::drain::Next;
 use crate::facts::{BlockFact, NodeFact};
 use crate::ranges::quarantine_of;
 use crate::step::{BlockChange, Step, Version, Why};
@@ -26,20 +26,29 @@ impl Planner<'_> {
         for block in snapshot.blocks.values().filter(|b| b.problem.is_none() && !b.deleting) {
             match snapshot.nodes.get(&block.node) {
                 Some(node) if node.problem.is_some() => {}
-                Some(node) if self.is_own(block, node) => self.keep(block, node),
-                Some(node) => self.retire(block, node),
+                Some(node) => self.settle(block, node),
                 None => self.let_go(block),
             }
         }
     }
 
-    fn is_own(&self, block: &BlockFact, node: &NodeFact) -> bool {
-        self.held_block(&node.name, block.block.family()).is_some_and(|own| own.uid == block.uid)
+    fn settle(&mut self, block: &BlockFact, node: &NodeFact) {
+        match self.next(block, node) {
+            Next::Stay => self.keep(block, node, block.state, Why::Refresh),
+            Next::Be(state, why) => self.keep(block, node, state, why),
+            // Its quarantine begins under the node's present uid, or it would look like that of a node that left.
+            Next::Quarantine if block.node_uid.as_ref() != Some(&node.uid) => {
+                self.keep(block, node, block.state, Why::Refresh);
+            }
+            Next::Quarantine => self.change(block, node, self.quarantine(block), Why::Unused),
+            Next::Rest if self.is_empty(block) => self.free_in_time(block, false),
+            Next::Rest => {}
+        }
     }
 
-    fn keep(&mut self, block: &BlockFact, node: &NodeFact) {
-        let returned = block.is_quarantined() || block.node_uid.as_ref() != Some(&node.uid);
+    fn keep(&mut self, block: &BlockFact, node: &NodeFact, state: BlockState, why: Why) {
         let mut change = BlockChange::default();
+        let why = if block.node_uid.as_ref() == Some(&node.uid) { why } else { Why::Readopt };
         if block.node_uid.as_ref() != Some(&node.uid) {
             change.node_uid = Some(node.uid.clone());
         }
@@ -48,39 +57,16 @@ impl Planner<'_> {
         if !node.addresses.is_empty() && block.addresses != node.addresses {
             change.addresses = Some(node.addresses.to_vec());
         }
-        if matches!(block.state, BlockState::Quarantined | BlockState::Draining) {
-            change.state = Some(BlockState::Active);
+        if block.state != state {
+            change.state = Some(state);
         }
         if block.release_after.is_some() {
             change.release_after = Some(None);
         }
         change.labels = self.label_changes(block, node);
         if !change.is_empty() {
-            self.change(block, node, change, if returned { Why::Readopt } else { Why::Refresh });
+            self.change(block, node, change, why);
         }
-    }
-
-    fn retire(&mut self, block: &BlockFact, node: &NodeFact) {
-        match block.state {
-            BlockState::Active => {
-                let change = BlockChange { state: Some(BlockState::Draining), ..BlockChange::default() };
-                self.change(block, node, change, Why::Drain);
-            }
-            BlockState::Draining if self.is_unused(block) => {
-                self.change(block, node, self.quarantine(block), Why::Unused);
-            }
-            BlockState::Quarantined => self.free_in_time(block, false),
-            BlockState::Draining | BlockState::Unknown => {}
-        }
-    }
-
-    /// Whether the node has seen that the block drains, and has surely no lease in it any more.
-    fn is_unused(&self, block: &BlockFact) -> bool {
-        let Some(report) = self.snapshot.reports.get(&block.node) else { return false };
-        let ledger = &self.snapshot.memory.ledger;
-        let seen = report.applied.and_then(|digest| ledger.number_of(digest));
-        ledger.carries(seen, &block.uid)
-            && report.held.iter().all(|held| !held.block.overlaps(&block.block) || held.used == Some(0))
     }
 
     fn let_go(&mut self, block: &BlockFact) {

@@ -5,12 +5,17 @@
 //! |---|---|
 //! | `ranges` | default ClusterCIDRs, finalizers, block sizes |
 //! | `hold` | existing blocks: keep, update, quarantine, re-adopt, free |
-//! | `place` | nodes without a block: re-create, adopt, carve |
+//! | `place` | nodes that need a block: re-create, adopt, carve |
+//! | `holding`, `grow` | how many blocks a node has, and when it gets another or gives one back |
+//! | `drain` | blocks that go while their node stays |
 //! | `nodes` | mirror into the Node, `NetworkUnavailable`, NodeNetworks, faults of nodes |
 //!
 //! Every map is ordered and nothing reads a clock, so equal snapshots give equal plans.
 
+mod drain;
+mod grow;
 mod hold;
+pub mod holding;
 mod nodes;
 mod place;
 mod ranges;
@@ -21,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use plat_crds::cluster_cidr::Allocation;
+use plat_crds::condition::Verdict;
 use plat_crds::{Block, Family, names};
 
 use crate::claims::Claims;
@@ -47,6 +53,10 @@ pub struct Plan {
     pub nodes_without_block: usize,
     /// ClusterCIDR uid → index after the last block carved by this plan.
     pub cursors: BTreeMap<Name, u64>,
+    /// Uids of PodCIDRs that their nodes could give back now: [`crate::memory`] knows for how long.
+    pub spare: BTreeSet<Name>,
+    /// PodCIDR name → the conditions that it has only for a time.
+    pub verdicts: BTreeMap<Name, Vec<Verdict>>,
 }
 
 /// A range as the plan leaves it.
@@ -77,6 +87,7 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
         planner.hold_blocks();
         planner.place_nodes();
         planner.serve_nodes();
+        planner.tell_of_blocks();
     }
     planner.finish()
 }
@@ -93,6 +104,8 @@ struct Planner<'a> {
     told_of: BTreeMap<&'a str, Vec<Block>>,
     /// Label keys that selectors name, but for our own.
     selected_keys: BTreeSet<&'a str>,
+    /// Why a node gets no block of a family, or no further one.
+    refused: BTreeMap<(Name, Family), (&'static str, String)>,
     plan: Plan,
 }
 
@@ -133,13 +146,6 @@ impl<'a> Planner<'a> {
             cursor: cursor(fact, snapshot),
         };
         let ranges = snapshot.ranges.iter().map(|(name, fact)| (name.clone(), candidate(fact))).collect();
-        let mut blocks_of: BTreeMap<&str, Vec<&BlockFact>> = BTreeMap::new();
-        for block in snapshot.blocks.values() {
-            blocks_of.entry(&block.node).or_default().push(block);
-        }
-        for blocks in blocks_of.values_mut() {
-            blocks.sort_by_key(|block| (block.is_quarantined(), block.created, block.block));
-        }
         let mut vanished_of: BTreeMap<&str, Vec<Block>> = BTreeMap::new();
         for (block, vanished) in &snapshot.memory.vanished {
             vanished_of.entry(&vanished.node).or_default().push(*block);
@@ -155,10 +161,11 @@ impl<'a> Planner<'a> {
             snapshot,
             claims,
             ranges,
-            blocks_of,
+            blocks_of: holding::by_node(snapshot),
             vanished_of,
             told_of,
             selected_keys,
+            refused: BTreeMap::new(),
             plan: Plan::default(),
         }
     }
@@ -207,13 +214,13 @@ impl<'a> Planner<'a> {
     /// has a block of, whatever the selectors say by now.
     fn families_of(&self, node: &NodeFact) -> Vec<Family> {
         let selected = |family| self.ranges.values().any(|range| range.selects(node, family));
-        let held = |family| self.held_block(&node.name, family).is_some();
+        let held = |family| self.held_block(node, family).is_some();
         Family::ALL.into_iter().filter(|family| held(*family) || selected(*family)).collect()
     }
 
-    /// The block of a family that is a node's own, also while it is in quarantine; others are left over.
-    fn held_block(&self, node: &str, family: Family) -> Option<&'a BlockFact> {
-        self.blocks_of.get(node)?.iter().copied().find(|block| block.block.family() == family)
+    /// The block of a family that is a node's own, also while it is in quarantine; it may have more.
+    fn held_block(&self, node: &NodeFact, family: Family) -> Option<&'a BlockFact> {
+        self.holding(node, family).main()
     }
 
     fn finish(mut self) -> Plan {

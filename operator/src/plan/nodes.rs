@@ -10,6 +10,7 @@ use crate::claims::Claim;
 use crate::facts::{BlockFact, NodeFact, PodCidrText, ReportFact};
 use crate::ranges::quarantine_over;
 use crate::reason;
+use crate::status::was_moved;
 use crate::step::Step;
 
 /// NodeNetworks created in one pass. Each of them shows up in the watch and so brings about the next pass.
@@ -28,25 +29,35 @@ impl<'a> Planner<'a> {
         self.plan.steps.extend(creates);
         for node in snapshot.nodes.values().filter(|node| node.problem.is_none()) {
             self.name_node_faults(node);
-            let blocks = self.all_blocks_of(node);
-            if let Some(blocks) = blocks {
+            let (blocks, lacking) = self.primary_blocks(node);
+            if blocks.is_empty() {
+                continue;
+            }
+            if lacking.is_empty() {
                 self.mirror(node, &blocks);
+            }
+            // A family that has run out does not hold back the other.
+            if lacking.iter().all(|family| self.refused.contains_key(&(node.name.clone(), *family))) {
                 self.clear_network_unavailable(node, &blocks);
             }
         }
         self.delete_stale_reports();
     }
 
-    /// The node's blocks, primary family first; `None` unless it has one of every family.
-    fn all_blocks_of(&self, node: &NodeFact) -> Option<Vec<&'a BlockFact>> {
+    /// The node's blocks, one of each family, the primary family first; and the families that it has none of.
+    fn primary_blocks(&self, node: &NodeFact) -> (Vec<&'a BlockFact>, Vec<Family>) {
         let mut families = self.families_of(node);
         let primary = node.addresses.first().map(Family::of);
         families.sort_by_key(|family| Some(*family) != primary);
-        let blocks: Option<Vec<_>> =
-            families.iter().map(|family| self.held_block(&node.name, *family)).collect();
-        blocks.filter(|blocks| {
-            !blocks.is_empty() && blocks.iter().all(|b| b.problem.is_none() && !b.is_quarantined())
-        })
+        let (mut blocks, mut lacking) = (Vec::new(), Vec::new());
+        for family in families {
+            let block = self.held_block(node, family);
+            match block.filter(|block| block.problem.is_none() && !block.is_quarantined()) {
+                Some(block) => blocks.push(block),
+                None => lacking.push(family),
+            }
+        }
+        (blocks, lacking)
     }
 
     /// `node.spec.podCIDRs` can be written once only: all families together, and in the right order.
@@ -129,8 +140,9 @@ impl<'a> Planner<'a> {
     /// Names a `spec.podCIDRs` entry that is not one of the node's blocks. Before the node has a block of
     /// that family it may still be adopted.
     fn name_pod_cidr_fault(&mut self, node: &NodeFact, block: &Block) {
-        let own = self.held_block(&node.name, block.family());
-        if own.is_some_and(|own| own.block == *block) {
+        let own = self.held_block(node, block.family());
+        let mut all = self.blocks_of.get(&*node.name).into_iter().flatten();
+        if all.any(|own| own.block == *block) || own.is_some_and(was_moved) {
             return;
         }
         if let Some((taken, other)) = self.other_owner(node, block) {

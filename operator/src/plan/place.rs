@@ -1,10 +1,12 @@
 //! Nodes without a block of some family: give back what they hold, else what `node.spec.podCIDRs` says,
-//! else carve. All of the first two go before any carving.
+//! else carve. All of the first two go before any carving, and nodes without a block before those that need
+//! one more ([`super::grow`]).
 
 use std::cmp::Reverse;
 
 use plat_crds::{Block, Family};
 
+use super::grow::MAX_PER_FAMILY;
 use super::{Candidate, Planner};
 use crate::claims::Claim;
 use crate::facts::{Health, Name, NodeFact};
@@ -48,11 +50,17 @@ impl<'a> Planner<'a> {
             lacking.into_iter().filter(|(node, family)| !self.give_back(node, *family)).collect();
         let lacking: Vec<_> =
             lacking.into_iter().filter(|(node, family)| !self.adopt(node, *family)).collect();
-        if lacking.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&lacking) {
+        nodes.iter().for_each(|node| self.give_back_further(node));
+        let mut needs: Vec<_> = lacking.into_iter().map(|(node, family)| (node, family, 0)).collect();
+        for node in &nodes {
+            let growing = self.growing(node).into_iter().map(|(family, kept)| (*node, family, kept));
+            needs.extend(growing.filter(|(node, family, _)| !self.repeat_pending(node, *family)));
+        }
+        if needs.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&needs) {
             return;
         }
-        for (node, family) in lacking {
-            self.carve(node, family);
+        for (node, family, kept) in needs {
+            self.carve(node, family, kept);
         }
     }
 
@@ -61,7 +69,7 @@ impl<'a> Planner<'a> {
         let families = self.families_of(node);
         let lacking: Vec<_> = families
             .iter()
-            .filter(|family| self.held_block(&node.name, **family).is_none())
+            .filter(|family| self.held_block(node, **family).is_none())
             .map(|family| (node, *family))
             .collect();
         // A default range that is about to be created may well select it.
@@ -79,9 +87,8 @@ impl<'a> Planner<'a> {
     }
 
     /// Repeats a create whose outcome is unknown (the same block: the name is a lock on it; if somebody has
-    /// claimed it since, the node waits until the create is read back or can have no effect any more), or
-    /// re-creates the lost PodCIDR of a block that the node holds.
-    fn give_back(&mut self, node: &NodeFact, family: Family) -> bool {
+    /// claimed it since, the node waits until the create is read back or can have no effect any more).
+    fn repeat_pending(&mut self, node: &NodeFact, family: Family) -> bool {
         let pending = self.snapshot.memory.pending.iter();
         let mut pending =
             pending.filter(|(block, pending)| block.family() == family && pending.node == node.name);
@@ -94,18 +101,38 @@ impl<'a> Planner<'a> {
             }
             return true;
         }
-        for (block, claim) in self.held(node, family) {
-            let range = self.ranges.values().find(|range| {
-                range.judgement.is_good() && range.fact.is_prepared() && range.pool.index(&block).is_some()
-            });
-            if let Some(range) = range.map(|range| range.fact.name.clone())
-                && self.has_best_claim(node, &block, claim)
-            {
-                self.create(node, block, range, Origin::Recreated);
-                return true;
+        false
+    }
+
+    /// Repeats a create, or re-creates the lost PodCIDR of a block that the node holds.
+    fn give_back(&mut self, node: &NodeFact, family: Family) -> bool {
+        self.repeat_pending(node, family)
+            || self.held(node, family).into_iter().any(|(block, claim)| self.recreate(node, block, claim))
+    }
+
+    /// Re-creates the lost PodCIDRs of a node that has another block: of those that it has leases in.
+    fn give_back_further(&mut self, node: &NodeFact) {
+        let snapshot = self.snapshot;
+        let Some(report) = snapshot.reports.get(&node.name) else { return };
+        for held in report.held.iter().filter(|held| held.used != Some(0)) {
+            let mut own = self.blocks_of.get(&*node.name).into_iter().flatten();
+            let known = own.any(|block| block.block == held.block);
+            if !known && self.holding(node, held.block.family()).in_use() < MAX_PER_FAMILY {
+                self.recreate(node, held.block, Strength::Held);
             }
         }
-        false
+    }
+
+    fn recreate(&mut self, node: &NodeFact, block: Block, claim: Strength) -> bool {
+        let range = self.ranges.values().find(|range| {
+            range.judgement.is_good() && range.fact.is_prepared() && range.pool.index(&block).is_some()
+        });
+        let Some(range) = range.map(|range| range.fact.name.clone()) else { return false };
+        let best = self.has_best_claim(node, &block, claim);
+        if best {
+            self.create(node, block, range, Origin::Recreated);
+        }
+        best
     }
 
     /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw, one
@@ -163,19 +190,18 @@ impl<'a> Planner<'a> {
         self.snapshot.nodes.get(other).is_none_or(|other| age(other) < age(node))
     }
 
-    fn carve(&mut self, node: &NodeFact, family: Family) {
-        let mut ranges: Vec<&Candidate> =
-            self.ranges.values().filter(|range| range.selects(node, family)).collect();
-        ranges.sort_by_key(|range| (Reverse(range.fact.priority), range.fact.name.clone()));
+    /// Carves a block for a node that keeps so many already.
+    fn carve(&mut self, node: &NodeFact, family: Family, kept: usize) {
+        let ranges = self.choices(node, family);
         let mut waits = false;
-        let mut chosen = None;
-        for range in ranges.iter().filter(|range| range.allocates()) {
+        let (mut chosen, mut wait_for) = (None, None);
+        for range in ranges.iter().filter(|range| range.allocates() && kept < range.fact.max_blocks()) {
             match stands(range.fact, self.snapshot) {
                 Standing::Stands => {
                     chosen = range.pool.next_free(range.cursor).map(|index| (range.fact.name.clone(), index));
                 }
                 Standing::Wait(wait) => {
-                    self.plan.wake_at_the_latest(wait);
+                    wait_for = Some(wait);
                     waits = true;
                 }
                 Standing::NotWritten => waits = true,
@@ -185,11 +211,13 @@ impl<'a> Planner<'a> {
                 break;
             }
         }
-        match chosen {
-            Some((range, index)) => self.carve_from(node, range, index),
-            None if waits => {}
-            None => {
-                let (reason, message) = why_not(node, family, &ranges);
+        let why_not = (chosen.is_none() && !waits).then(|| why_not(node, family, kept, &ranges));
+        wait_for.into_iter().for_each(|wait| self.wake_after(wait));
+        match (chosen, why_not) {
+            (Some((range, index)), _) => self.carve_from(node, range, index),
+            (None, None) => {}
+            (None, Some((reason, message))) => {
+                self.refused.insert((node.name.clone(), family), (reason, message.clone()));
                 self.fault(node, reason, message);
             }
         }
@@ -240,11 +268,11 @@ impl<'a> Planner<'a> {
     }
 
     /// While an agent misses more blocks than it can name, any block may be one of them.
-    fn must_wait_for_the_lost(&mut self, lacking: &[(&NodeFact, Family)]) -> bool {
+    fn must_wait_for_the_lost(&mut self, needs: &[(&NodeFact, Family, usize)]) -> bool {
         let now = self.snapshot.clock.steady;
         let Some(until) = self.snapshot.memory.untold.filter(|until| *until > now) else { return false };
         let seconds = (until - now).as_secs();
-        for (node, family) in lacking {
+        for (node, family, _) in needs {
             let message = format!(
                 "node {} gets no {family} block yet: more PodCIDRs were lost than agents can name (etcd put back to a backup?), and any block may be one of them; carving goes on once they are back, at the latest in {seconds} s",
                 node.name
@@ -260,27 +288,40 @@ fn age(node: &NodeFact) -> (k8s_openapi::jiff::Timestamp, Name) {
     (node.created, node.name.clone())
 }
 
-/// Why no range has a block for a node.
-fn why_not(node: &NodeFact, family: Family, ranges: &[&Candidate]) -> (&'static str, String) {
-    let names = |ranges: Vec<&&Candidate>| {
+/// Why no range has a block for a node that keeps so many already.
+fn why_not(node: &NodeFact, family: Family, kept: usize, ranges: &[&Candidate]) -> (&'static str, String) {
+    let names = |ranges: &[&&Candidate]| {
         ranges.iter().map(|r| r.fact.name.to_string()).collect::<Vec<_>>().join(", ")
     };
-    let full: Vec<_> = ranges.iter().filter(|range| range.allocates()).collect();
+    let gets = match kept {
+        0 => format!("node {} gets no {family} block", node.name),
+        1 => format!("node {} gets no second {family} block", node.name),
+        _ => format!("node {} gets no {family} block beside its {kept}", node.name),
+    };
+    let allocating = ranges.iter().filter(|range| range.allocates());
+    let (full, reached): (Vec<_>, Vec<_>) = allocating.partition(|range| kept < range.fact.max_blocks());
     if !full.is_empty() {
         let message = format!(
-            "node {} gets no {family} block: every block of ClusterCIDR {} is held, quarantined or reserved; add a ClusterCIDR",
-            node.name,
-            names(full)
+            "{gets}: every block of ClusterCIDR {} is held, quarantined or reserved; add a ClusterCIDR",
+            names(&full)
         );
         return (reason::RANGE_EXHAUSTED, message);
+    }
+    if !reached.is_empty() {
+        let message = format!(
+            "{gets}: it is almost full, and blocksPerNode.max of ClusterCIDR {} allows no more; raise that, or run fewer pods on it",
+            names(&reached)
+        );
+        return (reason::BLOCKS_PER_NODE_REACHED, message);
     }
     let refused = ranges.iter().map(|range| {
         format!("{} ({}: {})", range.fact.name, range.judgement.ready.reason, range.judgement.ready.message)
     });
-    let message = format!(
-        "node {} gets no {family} block: no new ones are carved from ClusterCIDR {}",
-        node.name,
-        refused.collect::<Vec<_>>().join(", ")
-    );
-    (reason::RANGE_NOT_READY, message)
+    let refused = match ranges.is_empty() {
+        true => "no ClusterCIDR of that family selects it; add one".to_owned(),
+        false => {
+            format!("no new ones are carved from ClusterCIDR {}", refused.collect::<Vec<_>>().join(", "))
+        }
+    };
+    (reason::RANGE_NOT_READY, format!("{gets}: {refused}"))
 }

@@ -8,7 +8,7 @@ use plat_crds::cluster_cidr::{Allocation, BlockSizing};
 use plat_crds::pod_cidr::BlockState;
 use proptest::prelude::*;
 
-use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, RangeFact, ReportFact};
+use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, RangeFact};
 use crate::fixtures::{
     NOW, Scene, at, block, created, faults, held_block, labels, node, range, report, scene, selector, spec,
     steps,
@@ -349,7 +349,8 @@ fn nothing_that_anybody_claims_is_carved() {
             s.memory.vanished.insert(block("10.244.5.0/24"), Vanished { node, range, until });
         })
         .all_report();
-    assert_eq!(created(&scene.plan()), ["n1 10.244.6.0/24 default-v4 carved"]);
+    let own_lost_block = "n2 10.244.2.0/24 default-v4 recreated".to_owned();
+    assert_eq!(created(&scene.plan()), ["n1 10.244.6.0/24 default-v4 carved".to_owned(), own_lost_block]);
 }
 
 #[test]
@@ -739,48 +740,6 @@ fn unreadable_nodes_and_blocks_are_left_as_they_are() {
     );
 }
 
-#[test]
-fn a_second_block_of_a_family_is_drained_then_quarantined_then_freed() {
-    let two = |second: fn(&mut BlockFact), held: &[(&str, i64)]| {
-        let mut younger = held_block("10.244.2.0/24", "default-v4", "n1");
-        younger.created = at(NOW - 1);
-        second(&mut younger);
-        let mut scene = holding(|_| {}).node(node("n1")).block(younger).report(report("n1", held));
-        scene.memory.ledger.update(&scene.world.ranges, &scene.world.blocks);
-        let digest = plat_crds::digest::Digest::of(
-            scene
-                .world
-                .blocks
-                .values()
-                .map(|b| (&*b.uid, b.generation))
-                .chain(scene.world.ranges.values().map(|r| (&*r.uid, r.generation))),
-        );
-        scene.report(ReportFact { applied: Some(digest), ..report("n1", held) })
-    };
-    assert_eq!(change_of(&two(|_| {}, &[])).unwrap().0, Why::Drain);
-    assert_eq!(
-        change_of(&two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 1)])),
-        None,
-        "a pod still has a lease"
-    );
-    assert_eq!(
-        change_of(&two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)])).unwrap().0,
-        Why::Unused
-    );
-    let counted = two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)]);
-    let mut report_of_n1 = (*counted.world.reports["n1"]).clone();
-    report_of_n1.held.iter_mut().for_each(|held| held.used = None);
-    let uncounted = counted.report(report_of_n1);
-    assert_eq!(change_of(&uncounted), None, "the node cannot tell whether a pod has a lease");
-    let unseen = two(|b| b.state = BlockState::Draining, &[("10.244.2.0/24", 0)]).report(report("n1", &[]));
-    assert_eq!(change_of(&unseen), None, "the node has not seen that it drains");
-    let over =
-        two(|b| (b.state, b.release_after) = (BlockState::Quarantined, Some(at(NOW - 1))), &[]).with(|s| {
-            s.memory.quarantined.insert("uid-10.244.2.0/24".into(), Duration::ZERO);
-        });
-    assert_eq!(steps(&over.plan()), ["delete_block"]);
-}
-
 // ---- nodes ----
 
 fn mirrored(scene: &Scene) -> Vec<String> {
@@ -837,6 +796,28 @@ fn network_unavailable_is_cleared_once_the_blocks_are_ready() {
     );
     assert_eq!(steps(&holding(|b| b.status = status(false)).node(marked()).plan()), [] as [&str; 0]);
     assert_eq!(steps(&holding(|b| b.status = status(true)).node(node("n1")).plan()), [] as [&str; 0]);
+}
+
+#[test]
+fn a_family_that_has_run_out_does_not_hold_back_the_other() {
+    for (mine, gone) in [("10.244.1.0/24", V6), ("fd00:10:244:1::/64", V4)] {
+        let mut ready = held_block(mine, "good", "n1");
+        let mut status = plat_crds::PodCIDRStatus::default();
+        let verdict = plat_crds::condition::Verdict::new("Ready", Some(true), "R", "");
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(NOW));
+        plat_crds::condition::set(&mut status.conditions, &verdict, None, &now);
+        ready.status = Some(Box::new(status));
+        let marked = NodeFact { network_unavailable: true, ..node("n1") };
+        let good = range("good", if gone == V6 { V4 } else { V6 });
+        let scene = scene().node(marked).range(good).range(range("other", gone)).block(ready).all_report();
+        let one_family = scene.plan();
+        assert_eq!(steps(&one_family), ["create_block"], "the other family's block comes at once");
+        let full = RangeFact { reserved: [block(gone)].into(), ..range("other", gone) };
+        let plan = scene.range(full).plan();
+        assert_eq!(steps(&plan), ["clear_network_unavailable"]);
+        assert_eq!(faults(&plan), [format!("n1 {}", reason::RANGE_EXHAUSTED)]);
+        assert!(!plan.steps.iter().any(|step| matches!(step, Step::MirrorToNode { .. })), "write-once");
+    }
 }
 
 #[test]
@@ -948,14 +929,15 @@ proptest! {
     }
 
     #[test]
-    fn no_node_gets_a_second_block_of_a_family(scene in any_scene()) {
+    fn no_node_gets_a_second_block_of_a_family_but_one_that_it_has_leases_in(scene in any_scene()) {
         let plan = scene.plan();
-        let holders: BTreeSet<String> = all_blocks(&scene).into_iter().map(|(_, node)| node).collect();
-        let mut given = BTreeSet::new();
+        let mut holders: BTreeSet<String> = all_blocks(&scene).into_iter().map(|(_, node)| node).collect();
         for step in &plan.steps {
             if let Step::CreateBlock(new) = step {
-                prop_assert!(!holders.contains(&*new.node));
-                prop_assert!(given.insert(new.node.clone()));
+                let report = scene.world.reports.get(&new.node);
+                let held = report.and_then(|report| report.held.iter().find(|held| held.block == new.block));
+                let leased = held.is_some_and(|held| held.used != Some(0)) && new.origin == crate::step::Origin::Recreated;
+                prop_assert!(holders.insert(new.node.to_string()) || leased, "{new:?}");
             }
         }
     }
@@ -996,10 +978,11 @@ proptest! {
         // A restart: nothing remembered, cursors lost. Only a node that waited for a disputed create to have
         // no effect any more may get a block now.
         let waiting: BTreeSet<_> = scene.memory.pending.values().map(|pending| pending.node.clone()).collect();
+        let disputed: BTreeSet<_> = scene.memory.pending.keys().copied().collect();
         scene.memory = Memory::new(false);
         for step in scene.plan().steps {
             if let Step::CreateBlock(new) = step {
-                prop_assert!(waiting.contains(&new.node), "{new:?}");
+                prop_assert!(waiting.contains(&new.node) || disputed.contains(&new.block), "{new:?}");
             }
         }
     }
