@@ -20,6 +20,7 @@ use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR, condition};
 use plat_e2e::light::ControlPlane;
 use plat_e2e::wait::{holds, wait_until_async};
+use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -342,9 +343,26 @@ impl Operator {
 
     /// SIGTERM, and how it ends.
     pub async fn terminate(mut self) -> ExitStatus {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.signal(Signal::TERM);
         self.wait_end().await
+    }
+
+    /// SIGSTOP: it does nothing, and does not know it.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT: it goes on as if nothing had been.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     pub async fn wait_end(&mut self) -> ExitStatus {

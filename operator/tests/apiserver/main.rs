@@ -15,4 +15,5 @@ mod faults;
 mod leaders;
 mod outages;
 mod ranges;
+mod rivals;
 mod scale;

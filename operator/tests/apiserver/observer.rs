@@ -77,6 +77,11 @@ impl Observer {
         self.seen.lock().unwrap().allocations
     }
 
+    /// Those of them that another node had before.
+    pub fn changes_of_hands(&self) -> usize {
+        self.seen.lock().unwrap().changes_of_hands
+    }
+
     /// Panics if anything was wrong up to now.
     pub fn check(&self) {
         let seen = self.seen.lock().unwrap();
