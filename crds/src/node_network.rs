@@ -149,11 +149,22 @@ pub struct Applied {
     /// compares it with its own sum: equal means that this node carries everything.
     #[schemars(length(max = 16))]
     pub digest: String,
-    /// Names of objects that could not be applied; at most 16.
+    /// The same sum over all objects that this node has acted on, also those that it could not apply. It
+    /// proves what the node has withdrawn, however many other objects fail.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub seen_digest: Option<String>,
+    /// Number of objects that could not be applied, if `failed` does not name them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed_count: Option<i64>,
+    /// Names of objects that could not be applied, routes that could not be withdrawn first; at most 16.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub failed: Vec<FailedObject>,
 }
+
+/// [`FailedObject::reason`] of a route that should have been withdrawn and is still in the kernel.
+pub const NOT_WITHDRAWN: &str = "NotWithdrawn";
 
 /// An object that could not be applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]

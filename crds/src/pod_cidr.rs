@@ -54,6 +54,7 @@ pub enum BlockState {
     printcolumn(name = "Converged", type_ = "string", json_path = r#".status.conditions[?(@.type=="Converged")].status"#, priority = 1, description = "Whether every live node carries it"),
     printcolumn(name = "ClusterCIDR", type_ = "string", json_path = ".spec.clusterCIDR", priority = 1, description = "Range that it was carved from"),
     printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].reason"#, priority = 1, description = "Why it is ready or not"),
+    printcolumn(name = "Message", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].message"#, priority = 1, description = "The same in words; what a quarantined block still waits for"),
     validation = Rule::new("self.metadata.name == self.spec.cidr.replace('.', '-').replace(':', '-').replace('/', '-')")
         .message("the name must be the CIDR with '.', ':' and '/' replaced by '-': it is the lock on the block")
 )]
@@ -95,7 +96,8 @@ pub struct PodCIDRSpec {
     #[serde(default)]
     pub state: BlockState,
 
-    /// When a quarantined block becomes free, RFC 3339. Written by the operator.
+    /// Until when a quarantined block rests, RFC 3339. It becomes free then, once every live node has reported
+    /// that it withdrew its route to it. Written by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release_after: Option<Time>,
 

@@ -148,7 +148,7 @@ pub fn apply(
             Step::DeleteRoute(key) if outcome.failed(&key) => {}
             Step::DeleteRoute(key) => {
                 if let Err(error) = route::delete(&mut kernel.route, &key) {
-                    tracing::warn!(route = %key, %error, "a route that should go is still there");
+                    outcome.faults.push(not_withdrawn(&key, &error.to_string()));
                 }
             }
             Step::WriteSysctl(sysctl) => match kernel.sysctls.write(&sysctl) {
@@ -225,6 +225,13 @@ fn set_route(
         };
         outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
     }
+}
+
+/// The operator frees no block that a node still routes to, so what stays is a fault of the block.
+fn not_withdrawn(key: &RouteKey, error: &str) -> Fault {
+    let name = key.prefix.object_name();
+    let message = format!("PodCIDR '{name}': route {key} should go and is still there: {error}");
+    Fault::block(name, Reason::NotWithdrawn, message)
 }
 
 fn ensure_gateways(kernel: &mut Kernel, blocks: &BTreeSet<Block>, before: &Done, outcome: &mut Outcome) {

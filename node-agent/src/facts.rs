@@ -11,6 +11,7 @@ use kube::ResourceExt;
 use plat_crds::block::Block;
 use plat_crds::cluster_cidr::{Allocation, MasqueradeMode};
 use plat_crds::condition;
+use plat_crds::node_network::NOT_WITHDRAWN;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::Routing;
 use plat_crds::{ClusterCIDR, PodCIDR};
@@ -55,13 +56,15 @@ pub enum Reason {
     ForeignRoute,
     /// The kernel refused a route.
     KernelRefused,
+    /// The kernel keeps a route that should go.
+    NotWithdrawn,
     /// An `unreachable` route for the range would cut off an address that this node needs.
     RangeHoldsNeededAddress,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Reason; 8] = [
+    pub const ALL: [Reason; 9] = [
         Reason::Unreadable,
         Reason::Overlapping,
         Reason::UnusablePolicy,
@@ -69,6 +72,7 @@ impl Reason {
         Reason::NotOnLink,
         Reason::ForeignRoute,
         Reason::KernelRefused,
+        Reason::NotWithdrawn,
         Reason::RangeHoldsNeededAddress,
     ];
 
@@ -82,6 +86,7 @@ impl Reason {
             Reason::NotOnLink => "NotOnLink",
             Reason::ForeignRoute => "ForeignRoute",
             Reason::KernelRefused => "KernelRefused",
+            Reason::NotWithdrawn => NOT_WITHDRAWN,
             Reason::RangeHoldsNeededAddress => "RangeHoldsNeededAddress",
         }
     }

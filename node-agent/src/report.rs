@@ -154,13 +154,25 @@ fn applied(known: &Objects, faults: &[Fault]) -> Applied {
     let mut count = 0;
     add(&known.blocks, Kind::PodCIDR, &failed, &mut digest, &mut count);
     add(&known.ranges, Kind::ClusterCIDR, &failed, &mut digest, &mut count);
-    let named = faults.iter().filter(|fault| fault.reason.fails());
-    let failed = named.take(MAX_REPORTED).map(|fault| FailedObject {
+    let (mut seen, mut all) = (Digest::default(), 0);
+    add(&known.blocks, Kind::PodCIDR, &BTreeSet::new(), &mut seen, &mut all);
+    add(&known.ranges, Kind::ClusterCIDR, &BTreeSet::new(), &mut seen, &mut all);
+    let mut named: Vec<&Fault> = faults.iter().filter(|fault| fault.reason.fails()).collect();
+    named.sort_by_key(|fault| (fault.reason != Reason::NotWithdrawn, *fault));
+    named.dedup_by_key(|fault| (fault.kind, &fault.name));
+    let total = named.len();
+    let named = named.into_iter().take(MAX_REPORTED).map(|fault| FailedObject {
         name: fault.name.clone(),
         reason: fault.reason.as_str().to_owned(),
         message: fault.message.chars().take(512).collect(),
     });
-    Applied { count, digest: digest.to_string(), failed: failed.collect() }
+    Applied {
+        count,
+        digest: digest.to_string(),
+        seen_digest: Some(seen.to_string()),
+        failed_count: (total > MAX_REPORTED).then(|| i64::try_from(total).unwrap_or(i64::MAX)),
+        failed: named.collect(),
+    }
 }
 
 fn add<F: Fact>(
@@ -331,6 +343,7 @@ mod tests {
     use crate::facts::RangeFact;
     use crate::fixtures::{objects, range};
     use k8s_openapi::jiff::Timestamp;
+    use plat_crds::node_network::NOT_WITHDRAWN;
 
     fn known() -> Objects {
         objects(vec![], vec![range("a"), RangeFact { generation: 2, ..range("b") }])
@@ -359,6 +372,26 @@ mod tests {
     }
 
     #[test]
+    fn a_route_that_stays_is_named_first_and_what_was_seen_does_not_depend_on_what_fails() {
+        let mut faults: Vec<Fault> =
+            (0..99).map(|n| Fault::block(format!("b{n}"), Reason::NotOnLink, "x")).collect();
+        faults.extend([
+            Fault::range("b", Reason::ForeignRoute, "x"),
+            Fault::range("b", Reason::NotOnLink, "y"),
+        ]);
+        faults.push(Fault::block("z", Reason::NotWithdrawn, "stays"));
+        let findings = Findings { faults, ..Findings::default() };
+        let applied = report(&findings).applied.unwrap();
+        assert_eq!(
+            (applied.failed[0].name.as_str(), applied.failed[0].reason.as_str()),
+            ("z", NOT_WITHDRAWN)
+        );
+        assert_eq!(applied.failed_count, Some(101), "an object counts once");
+        assert_eq!(applied.seen_digest, Some(Digest::of([("uid-a", 1), ("uid-b", 2)]).to_string()));
+        assert_eq!(condition(&findings, ROUTES_READY).status, "False");
+    }
+
+    #[test]
     fn an_unreadable_object_is_named_and_not_counted() {
         let fault = Fault::range("a", Reason::Unreadable, "bad");
         let findings = Findings { faults: vec![fault], ..Findings::default() };
@@ -371,8 +404,9 @@ mod tests {
     fn lists_are_bounded_as_the_api_server_wants_them() {
         let faults = (0..99).map(|n| Fault::block(format!("b{n}"), Reason::NotOnLink, "x".repeat(9999)));
         let status = report(&Findings { faults: faults.collect(), ..Findings::default() });
-        let failed = status.applied.unwrap().failed;
-        assert_eq!((failed.len(), failed[0].message.len()), (16, 512));
+        let applied = status.applied.unwrap();
+        assert_eq!((applied.failed.len(), applied.failed[0].message.len()), (16, 512));
+        assert_eq!(applied.failed_count, Some(99));
         assert!(status.conditions.iter().all(|c| c.message.chars().count() <= 1024));
         let block = |n| LostBlock { cidr: format!("10.244.{n}.0/24"), node_name: format!("n{n}") };
         let lost = report(&Findings { lost: (0..99).map(block).collect(), ..Findings::default() }).lost;

@@ -161,7 +161,7 @@ async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
             let patch = Patch::Merge(block_patch(object, change));
             Ok((Outcome::Done, block_of(server.patch(Kind::PodCIDR, &object.name, patch).await?)))
         }
-        Step::DeleteBlock { object, node, confirm_gone } => {
+        Step::DeleteBlock { object, node, confirm_gone, .. } => {
             if *confirm_gone && exists(server, node).await? {
                 return Ok((Outcome::Stale(format!("node {node} exists")), None));
             }
@@ -379,7 +379,12 @@ mod tests {
             let (node, node_uid, change) = ("n1".into(), "u1".into(), change.clone());
             Step::ChangeBlock { object: version(), node, node_uid, change, why }
         };
-        let delete = |confirm_gone| Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone };
+        let delete = |confirm_gone| Step::DeleteBlock {
+            object: version(),
+            node: "n1".into(),
+            confirm_gone,
+            unproven: None,
+        };
         let alive = Script { nodes: vec!["n1"], ..Script::default() };
         for step in [gone(Why::NodeGone), delete(true)] {
             assert!(matches!(outcome(step, &alive).await, Outcome::Stale(_)));
@@ -402,7 +407,8 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_does_not_come_is_no_proof_that_the_node_is_gone() {
         let away = Script { fail: Some(CallError::Unknown("timeout".into())), ..Script::default() };
-        let delete = Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone: true };
+        let delete =
+            Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone: true, unproven: None };
         assert_eq!(outcome(delete, &away).await, Outcome::Unknown("timeout".into()));
         assert_eq!(*away.asked.borrow(), ["get n1"]);
     }

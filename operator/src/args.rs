@@ -180,6 +180,12 @@ pub struct RunArgs {
     /// How long a node must have been able to spare a block before it is given back.
     #[arg(long, env = "PLAT_SURPLUS_SECONDS", default_value_t = 600, hide = true)]
     pub surplus_seconds: u64,
+
+    /// How long a block whose quarantine is over waits for every live node to report that it withdrew its
+    /// route, in seconds. Then it is freed all the same, and an Event names the nodes. 0 to 86400.
+    #[arg(long, env = "PLAT_WITHDRAWAL_DEADLINE_SECONDS", default_value_t = 600, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub withdrawal_deadline_seconds: u64,
 }
 
 impl RunArgs {
@@ -196,6 +202,7 @@ impl RunArgs {
             report_wait_seconds,
             quarantine_watch_seconds,
             surplus_seconds,
+            withdrawal_deadline_seconds,
             ..
         } = self;
         let mut default_ranges: Vec<DefaultRange> = Vec::new();
@@ -227,6 +234,7 @@ impl RunArgs {
             report_wait: Duration::from_secs(*report_wait_seconds),
             quarantine_watch: Duration::from_secs(*quarantine_watch_seconds),
             surplus_after: Duration::from_secs(*surplus_seconds),
+            withdrawal_deadline: Duration::from_secs(*withdrawal_deadline_seconds),
             cleanup: *cleanup,
         })
     }

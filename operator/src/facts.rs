@@ -180,8 +180,12 @@ pub struct ReportFact {
     pub reported: bool,
     /// What is in the node's kernel.
     pub applied: Option<Digest>,
+    /// What the node has acted on, also where it failed; `None` from agents of before.
+    pub seen: Option<Digest>,
     /// Objects that could not be applied.
     pub failed: Box<[FailedObject]>,
+    /// Whether more failed than it could name.
+    pub names_not_all: bool,
     /// Blocks that the node leases from or has leases in.
     pub held: Box<[Held]>,
     /// PodCIDRs that the node knew and that went without having been released.
@@ -431,7 +435,9 @@ impl ReportFact {
             uid: uid_of(meta),
             reported: status.is_some_and(|s| s.reported_at.is_some()),
             applied: applied.and_then(|a| a.digest.parse().ok()),
+            seen: applied.and_then(|a| a.seen_digest.as_ref()?.parse().ok()),
             failed: applied.map(|a| a.failed.clone()).unwrap_or_default().into(),
+            names_not_all: applied.is_some_and(|a| a.failed_count.is_some()),
             held: held
                 .iter()
                 .filter_map(|h| Some(Held { block: h.cidr.parse().ok()?, used: h.used }))

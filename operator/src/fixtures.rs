@@ -118,7 +118,9 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
         uid: format!("uid-nn-{node}").as_str().into(),
         reported: true,
         applied: Some(Digest::default()),
+        seen: None,
         failed: [].into(),
+        names_not_all: false,
         held: held.iter().map(|(cidr, used)| Held { block: block(cidr), used: Some(*used) }).collect(),
         lost: Lost::default(),
         unready: None,
@@ -141,6 +143,7 @@ pub fn settings() -> Settings {
         report_wait: Duration::from_secs(30),
         quarantine_watch: Duration::from_secs(60),
         surplus_after: Duration::from_secs(600),
+        withdrawal_deadline: Duration::from_secs(600),
         cleanup: false,
     }
 }

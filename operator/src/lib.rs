@@ -13,6 +13,7 @@
 pub mod apply;
 pub mod args;
 pub mod budget;
+pub mod carriers;
 pub mod claims;
 pub mod facts;
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! | `quarantined` | since when this leader has seen each quarantine | a block is not freed on somebody else's clock alone |
 //! | `spare_since` | since when a node has been able to spare each block | it is given back after a while only |
 //! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
+//! | `mute` | since when this leader has known a node without a report | it may have an agent that has yet to write it |
 //! | `cursors` | where carving goes on in each range | the status that carries it is written rarely |
 //! | `ledger` | which sums of objects were when | see [`crate::ledger`] |
 //!
@@ -60,6 +61,8 @@ pub struct Memory {
     pub spare_since: BTreeMap<Name, Duration>,
     /// Name of a gone node with a NodeNetwork → when this leader first saw that it is gone.
     pub orphaned: BTreeMap<Name, Duration>,
+    /// Name of a node without a report → when this leader first saw it so.
+    pub mute: BTreeMap<Name, Duration>,
     /// ClusterCIDR uid → index after the last carved block.
     pub cursors: BTreeMap<Name, u64>,
     /// Which sums of objects were when.
@@ -122,6 +125,7 @@ impl Memory {
             quarantined: BTreeMap::new(),
             spare_since: BTreeMap::new(),
             orphaned: BTreeMap::new(),
+            mute: BTreeMap::new(),
             cursors: BTreeMap::new(),
             ledger: Ledger::default(),
             budget: Budget::new(STATUS_WRITES_PER_SECOND),
@@ -170,11 +174,15 @@ impl Memory {
         }
     }
 
-    /// Notes which reports are of nodes that are gone.
+    /// Notes which reports are of nodes that are gone, and which nodes have none.
     pub fn observe_reports(&mut self, nodes: &Facts<NodeFact>, reports: &Facts<ReportFact>, clock: Clock) {
         let gone = reports.keys().filter(|name| !nodes.contains_key(*name));
         let since = |name: &Name| *self.orphaned.get(name).unwrap_or(&clock.steady);
         self.orphaned = gone.map(|name| (name.clone(), since(name))).collect();
+        let reported = |name: &Name| reports.get(name).is_some_and(|report| report.reported);
+        let mute = nodes.keys().filter(|name| !reported(name));
+        let since = |name: &Name| *self.mute.get(name).unwrap_or(&clock.steady);
+        self.mute = mute.map(|name| (name.clone(), since(name))).collect();
     }
 
     /// Notes which lost blocks agents tell of. Each is taken for its quarantine from when this leader first

@@ -5,6 +5,7 @@ use plat_crds::condition::{self, EXHAUSTED, NODE_SPEC_CONFLICT, OVERLAPPING, REA
 use plat_crds::node_network::Incident;
 
 use crate::apply::{Done, Learnt, Outcome};
+use crate::carriers::Silent;
 use crate::facts::Name;
 use crate::reason;
 use crate::sizing::Basis;
@@ -98,14 +99,9 @@ pub fn of_step(done: &Done) -> Vec<Note> {
             };
             both(block, node, node_uid, reason, "Hold", text)
         }
-        (Step::DeleteBlock { object, node, .. }, Outcome::Done) => {
-            let text = format!("block {} of former node {node} is free", object.name);
-            vec![normal(
-                ObjectKey::new(Kind::PodCIDR, &object.name, &object.uid),
-                reason::BLOCK_RELEASED,
-                "Release",
-                text,
-            )]
+        (Step::DeleteBlock { object, node, unproven, .. }, Outcome::Done) => {
+            let block = ObjectKey::new(Kind::PodCIDR, &object.name, &object.uid);
+            vec![released(block, node, unproven.as_ref())]
         }
         (Step::RangeStatus { object, old, new }, Outcome::Done) => {
             let range = ObjectKey::new(Kind::ClusterCIDR, &object.name, &object.uid);
@@ -157,6 +153,19 @@ fn created(new: &NewBlock, learnt: Option<&Learnt>) -> Vec<Note> {
         ),
     };
     both(ObjectKey::new(Kind::PodCIDR, &name, &uid), node, &new.node_uid, reason, "Allocate", text)
+}
+
+fn released(block: ObjectKey, node: &Name, unproven: Option<&Silent>) -> Note {
+    let text = format!("block {} of former node {node} is free", block.name);
+    match unproven {
+        None => normal(block, reason::BLOCK_RELEASED, "Release", text),
+        Some(silent) => {
+            let text = format!(
+                "{text}, though {silent} have not reported in time that they withdrew their route to it: see the log of plat-agent there"
+            );
+            warning(block, reason::BLOCK_RELEASED_UNPROVEN, "Release", text)
+        }
+    }
 }
 
 fn range_flips(range: &ObjectKey, old: &[Condition], new: &[Condition]) -> Vec<Note> {
@@ -297,11 +306,21 @@ mod tests {
         {
             assert_eq!(texts(create(Origin::Carved), outcome, None), [] as [&str; 0]);
         }
-        let released = Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true };
+        let released =
+            Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true, unproven: None };
         assert_eq!(texts(released.clone(), Outcome::AlreadySo, None), [] as [&str; 0]);
         assert_eq!(
             texts(released, Outcome::Done, None),
             ["PodCIDR b BlockReleased: block b of former node n1 is free"]
+        );
+        let unproven = Some(Silent { count: 4, live: 9, named: vec!["n7".into()] });
+        let released =
+            Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true, unproven };
+        let [told] = &texts(released, Outcome::Done, None)[..] else { panic!() };
+        assert!(
+            told.starts_with("PodCIDR b BlockReleasedUnproven:")
+                && told.contains("4 of 9 live nodes (n7, …)"),
+            "{told}"
         );
     }
 

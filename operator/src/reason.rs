@@ -43,7 +43,9 @@ pub const NOT_TAKEN_UP: &str = "NotTakenUp";
 pub const AGENT_NOT_READY: &str = "AgentNotReady";
 /// PodCIDR `Ready=Unknown`: Kubernetes has lost contact with the node.
 pub const NODE_LOST: &str = "NodeLost";
-/// PodCIDR `Ready=False`: its node is gone and it rests before reuse.
+/// PodCIDR `Ready=False`: its node is gone; it is about to be quarantined.
+pub const NODE_GONE: &str = "NodeGone";
+/// PodCIDR `Ready=False`: its node is gone and it rests before reuse; the message says what it waits for.
 pub const QUARANTINED: &str = "Quarantined";
 /// PodCIDR `Converged=True`: every live node carries it.
 pub const CARRIED: &str = "CarriedByAllNodes";
@@ -90,6 +92,8 @@ pub const BLOCK_RESUMED: &str = "BlockResumed";
 pub const BLOCK_QUARANTINED: &str = "BlockQuarantined";
 /// Event: the block is free again.
 pub const BLOCK_RELEASED: &str = "BlockReleased";
+/// Event: the block is free again, though live nodes did not say in time that they withdrew their route.
+pub const BLOCK_RELEASED_UNPROVEN: &str = "BlockReleasedUnproven";
 /// Event: `node.spec.podCIDRs` and the node's blocks differ.
 pub const NODE_SPEC_CONFLICT: &str = "NodeSpecConflict";
 /// Event: the default ClusterCIDR was created.

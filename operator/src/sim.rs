@@ -32,6 +32,8 @@ use crate::step::Kind;
 
 const QUARANTINE: u64 = 60;
 const LEASE: u64 = 15;
+/// How long silent nodes are waited for.
+const DEADLINE: Duration = Duration::from_secs(90);
 
 /// xorshift64*: small, seeded, good enough to be surprising.
 #[derive(Clone)]
@@ -70,6 +72,12 @@ struct Etcd {
     mishap: Mishap,
     /// Creates that were sent, whose sender has given up, and that arrive at that second.
     late: Vec<(u64, Value)>,
+    /// Node → the version of everything that its agent has acted on.
+    acted: BTreeMap<String, u64>,
+    /// Node without a report → since when.
+    mute: BTreeMap<String, u64>,
+    /// Uid of a quarantined block → the version at which it became so.
+    quarantined: BTreeMap<String, u64>,
 }
 
 /// What goes wrong besides lost requests, late caches, crashes and pauses.
@@ -118,6 +126,9 @@ impl Etcd {
         if kind == Kind::PodCIDR {
             self.creates += 1;
             self.check_new_block(&object);
+        }
+        if kind == Kind::NodeNetwork {
+            self.mute.insert(key.1.clone(), self.second);
         }
         Ok(self.put(key, object))
     }
@@ -213,7 +224,31 @@ impl Etcd {
             self.remove(&key);
             return Ok(new);
         }
-        Ok(self.put(key, new))
+        let becomes_quarantined =
+            new["spec"]["state"] == "Quarantined" && old["spec"]["state"] != "Quarantined";
+        let new = self.put(key, new);
+        if becomes_quarantined {
+            self.quarantined.insert(new["metadata"]["uid"].to_string(), self.version);
+        }
+        Ok(new)
+    }
+
+    /// Nobody but a node that is silent past the deadline can route a freed block to its former node.
+    fn check_freed_block(&self, object: &Value) {
+        let since = self.quarantined.get(&object["metadata"]["uid"].to_string());
+        let Some(since) = since.filter(|_| object["spec"]["state"] == "Quarantined") else { return };
+        let release: Timestamp = object["spec"]["releaseAfter"].as_str().unwrap().parse().unwrap();
+        if self.wall() >= release.checked_add(DEADLINE).unwrap() {
+            return;
+        }
+        for (node, acted) in &self.acted {
+            let has_agent = self.mute.get(node).is_none_or(|mute| self.second < mute + DEADLINE.as_secs());
+            assert!(
+                acted > since || !has_agent || !self.objects.contains_key(&(Kind::Node, node.clone())),
+                "{} is freed while {node} may still route to it (acted on {acted} of {since})",
+                object["metadata"]["name"]
+            );
+        }
     }
 
     fn delete(
@@ -361,7 +396,16 @@ impl Server for Connection {
     }
 
     async fn delete(&self, kind: Kind, name: &str, only: Preconditions<'_>) -> Result<(), CallError> {
-        self.call(true, |etcd| etcd.delete(kind, name, Some(only.uid), only.resource_version)).await
+        self.call(true, |etcd| {
+            let object = etcd.objects.get(&(kind, name.to_owned())).cloned();
+            let done = etcd.delete(kind, name, Some(only.uid), only.resource_version);
+            object
+                .filter(|_| kind == Kind::PodCIDR && done.is_ok())
+                .iter()
+                .for_each(|o| etcd.check_freed_block(o));
+            done
+        })
+        .await
     }
 }
 
@@ -427,6 +471,9 @@ impl Cluster {
             creates: 0,
             mishap,
             late: Vec::new(),
+            acted: BTreeMap::new(),
+            mute: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
         };
         let settings = Settings {
             default_ranges: vec![DefaultRange { range: range.parse().unwrap(), block_prefix: Some(24) }],
@@ -434,6 +481,7 @@ impl Cluster {
             lease_duration: Duration::from_secs(LEASE),
             report_wait: Duration::from_secs(30),
             quarantine_watch: Duration::from_secs(60),
+            withdrawal_deadline: DEADLINE,
             ..settings()
         };
         Cluster {
@@ -540,6 +588,11 @@ impl Cluster {
         let addresses = json!([{"type": "InternalIP", "address": "172.30.0.9"}]);
         let node = json!({"metadata": {"name": name}, "spec": {}, "status": {"addresses": addresses, "conditions": [{"type": "Ready", "status": "True"}]}});
         if etcd.create(Kind::Node, node).is_ok() {
+            // Its watches catch up before its kubelet is Ready.
+            let version = etcd.version;
+            etcd.acted.insert(name.to_owned(), version);
+            let second = etcd.second;
+            etcd.mute.entry(name.to_owned()).or_insert(second);
             self.live_nodes.insert(name.to_owned());
             // Back in time, it goes on with its block; later, its pods have ended and so has its hold on it. A
             // block that is in quarantine it may use again only once it is given back.
@@ -574,6 +627,8 @@ impl Cluster {
         if !self.live_nodes.contains(name) {
             return;
         }
+        let version = etcd.version;
+        etcd.acted.insert(name.to_owned(), version);
         let draining: BTreeSet<Block> =
             etcd.blocks().iter().filter(|b| b.state == BlockState::Draining).map(|b| b.block).collect();
         let mine = etcd.in_use.iter().filter(|(_, (user, _))| user == name);
@@ -589,11 +644,10 @@ impl Cluster {
         let applied = json!({"count": 1, "digest": Digest::of(objects).to_string()});
         let time = etcd.wall();
         let status = json!({"reportedAt": time, "heldBlocks": held, "applied": applied});
-        let _ = etcd.patch(
-            Kind::NodeNetwork,
-            name,
-            Patch::MergeStatus(json!({"metadata": {}, "status": status})),
-        );
+        let patch = Patch::MergeStatus(json!({"metadata": {}, "status": status}));
+        if etcd.patch(Kind::NodeNetwork, name, patch).is_ok() {
+            etcd.mute.remove(name);
+        }
     }
 
     /// Somebody deletes the PodCIDR of a living node that has reported that it holds it.

@@ -88,6 +88,9 @@ pub struct Settings {
     pub quarantine_watch: Duration,
     /// How long a node must have been able to spare a block before it is given back.
     pub surplus_after: Duration,
+    /// How long a block whose quarantine is over waits for live nodes to report that they withdrew their
+    /// route to it.
+    pub withdrawal_deadline: Duration,
     /// Let go of everything instead of managing it (before the product is removed).
     pub cleanup: bool,
 }

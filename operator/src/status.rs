@@ -1,23 +1,21 @@
 //! Statuses of ranges and blocks, and which of them are written now. Pure.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plat_crds::cluster_cidr::{Allocation, BlockCounts};
-use plat_crds::condition::{
-    self, CONVERGED, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, READY, Verdict,
-};
+use plat_crds::condition::{self, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, READY, Verdict};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
 use plat_crds::routing::{self, Mode};
 use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
 
+use crate::carriers::Carriers;
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
 use crate::memory::Memory;
-use crate::plan::holding::{self, Holding};
-use crate::plan::{Plan, RangeOutlook};
+use crate::plan::holding::Holding;
+use crate::plan::{Plan, RangeOutlook, release};
 use crate::ranges::quarantine_that_holds;
 use crate::reason;
 use crate::snapshot::{Clock, Snapshot, Source};
@@ -238,8 +236,11 @@ fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &
     status.used = held.and_then(|held| held.used).or(status.used);
     status.routing = effective_routing(block, snapshot.ranges.get(&block.range).map(|r| &**r));
     let mut set = |verdict: &Verdict| condition::set(&mut status.conditions, verdict, generation, &now);
-    set(&ready(block, node.map(|n| &**n), report.map(|r| &**r)));
-    set(&carriers.converged(block, snapshot));
+    set(&match block.is_quarantined() {
+        true => resting(block, node.is_some(), carriers, snapshot),
+        false => ready(block, node.map(|n| &**n), report.map(|r| &**r)),
+    });
+    set(&carriers.converged(block));
     if let Some(node) = node {
         set(&node_spec_conflict(block, node, carriers.blocks_of.get(&*node.name).map_or(&[], Vec::as_slice)));
     }
@@ -264,13 +265,18 @@ fn effective_routing(block: &BlockFact, range: Option<&RangeFact>) -> Option<Eff
     })
 }
 
+/// What a quarantined block still waits for.
+fn resting(block: &BlockFact, node_exists: bool, carriers: &Carriers, snapshot: &Snapshot) -> Verdict {
+    let why = if node_exists { "its node has given it back" } else { "its node is gone" };
+    let message = release::waits_for(block, carriers, snapshot);
+    Verdict::new(READY, Some(false), reason::QUARANTINED, format!("{why}; {message}"))
+}
+
 fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>) -> Verdict {
     let name = &block.node;
     let verdict = |status, reason, message: String| Verdict::new(READY, status, reason, message);
-    if block.is_quarantined() || node.is_none() {
-        let what = if node.is_none() { "is gone" } else { "has given the block back" };
-        let message = format!("node {name} {what}: nobody leases from it or routes to it");
-        return verdict(Some(false), reason::QUARANTINED, message);
+    if node.is_none() {
+        return verdict(Some(false), reason::NODE_GONE, format!("node {name} is gone"));
     }
     if node.is_some_and(|node| node.health == Health::Lost) {
         return verdict(None, reason::NODE_LOST, format!("Kubernetes has lost contact with node {name}"));
@@ -326,77 +332,6 @@ fn node_spec_conflict(block: &BlockFact, node: &NodeFact, others: &[&BlockFact])
     verdict(true, reason::DIFFERS, message)
 }
 
-/// What the nodes carry, prepared for one question per block.
-struct Carriers<'a> {
-    /// The sums that live nodes reported, the furthest behind first; unknown ones are 0.
-    live: Vec<(u64, &'a str)>,
-    /// Object name → a live node that could not apply it, and why.
-    failed: BTreeMap<&'a str, (&'a str, &'a str)>,
-    /// Node name → its blocks.
-    blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
-}
-
-impl<'a> Carriers<'a> {
-    fn of(snapshot: &'a Snapshot) -> Carriers<'a> {
-        let blocks_of = holding::by_node(snapshot);
-        let mut carriers = Carriers { live: Vec::new(), failed: BTreeMap::new(), blocks_of };
-        for node in snapshot.nodes.values().filter(|node| node.health == Health::Ready) {
-            let report = snapshot.reports.get(&node.name);
-            carriers.live.push((number(report.map(|r| &**r), snapshot).unwrap_or(0), &node.name));
-            for failed in report.iter().flat_map(|report| &report.failed) {
-                carriers.failed.entry(&failed.name).or_insert((&node.name, &failed.message));
-            }
-        }
-        carriers.live.sort_unstable();
-        carriers
-    }
-
-    /// Every live node carries the block, and so does its own, live or not yet. Once that was so it stays so
-    /// until the block changes or a node says that it failed: a node that joins programs everything before
-    /// it is Ready, and must not unsettle every block for a moment.
-    fn converged(&self, block: &BlockFact, snapshot: &Snapshot) -> Verdict {
-        let verdict = |status, reason, message| Verdict::new(CONVERGED, Some(status), reason, message);
-        if let Some((node, why)) = self.failed.get(&*block.name) {
-            return verdict(false, reason::FAILED_ON_NODE, format!("node {node} could not apply it: {why}"));
-        }
-        let ledger = &snapshot.memory.ledger;
-        let own = snapshot.reports.get(&block.node).and_then(|report| number(Some(report), snapshot));
-        let own_carries = block.is_quarantined() || ledger.carries(own, &block.uid);
-        let behind = self.live.partition_point(|(number, _)| !ledger.carries(Some(*number), &block.uid));
-        if was_converged(block) || (own_carries && behind == 0) {
-            return verdict(true, reason::CARRIED, String::new());
-        }
-        let message = match self.live.first().filter(|_| behind > 0) {
-            Some((_, first)) => {
-                format!("{behind} of {} live nodes do not carry it yet, such as {first}", self.live.len())
-            }
-            None => format!("its own node {} does not carry it yet", block.node),
-        };
-        verdict(false, reason::SPREADING, message)
-    }
-}
-
-fn was_converged(block: &BlockFact) -> bool {
-    let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    condition::find(conditions, CONVERGED)
-        .is_some_and(|c| c.status == "True" && c.observed_generation == Some(block.generation))
-}
-
-/// The number of the sum that a node carries, counting what it could not apply as carried: one object that
-/// fails, and is named for it, must not make all others look as if they had not arrived.
-fn number(report: Option<&ReportFact>, snapshot: &Snapshot) -> Option<u64> {
-    let report = report?;
-    let mut sum = report.applied?;
-    for failed in &report.failed {
-        let block = snapshot.blocks.get(failed.name.as_str()).map(|b| (&b.uid, b.generation));
-        let range = || snapshot.ranges.get(failed.name.as_str()).map(|r| (&r.uid, r.generation));
-        if let Some((uid, generation)) = block.or_else(range) {
-            sum.add(uid, generation);
-        }
-    }
-    snapshot.memory.ledger.number_of(sum)
-}
-
 /// Whether a condition appears, or changes its status or reason. Words alone do not count.
 fn flips(old: &[Condition], new: &[Condition]) -> bool {
     new.iter().any(|c| {
@@ -418,6 +353,7 @@ mod tests {
     use crate::facts::Fact;
     use crate::fixtures::{NOW, Scene, at, block, held_block, node, range, report, scene, spec};
     use crate::memory::Memory;
+    use plat_crds::condition::CONVERGED;
     use plat_crds::digest::Digest;
     use plat_crds::node_network::FailedObject;
     use plat_crds::pod_cidr::BlockState;
@@ -499,8 +435,8 @@ mod tests {
         let (scene, sum) = seen(two_nodes());
         let converged = |scene: &Scene| verdict(&status_of(scene, "10-244-1-0-24"), CONVERGED).1;
         assert_eq!(converged(&scene), reason::SPREADING);
-        let one = scene.clone().report(reported("n1", &[], sum));
-        assert_eq!(converged(&one), reason::SPREADING, "n2 is live and silent");
+        let one = scene.clone().report(reported("n1", &[], sum)).report(report("n2", &[]));
+        assert_eq!(converged(&one), reason::SPREADING, "n2 is live and behind");
         let both = one.clone().report(reported("n2", &[], sum));
         assert_eq!(converged(&both), reason::CARRIED);
         let not_live = one.clone().node(NodeFact { health: Health::NotReady, ..node("n2") });
@@ -508,6 +444,10 @@ mod tests {
         let own =
             scene.report(reported("n2", &[], sum)).node(NodeFact { health: Health::NotReady, ..node("n1") });
         assert_eq!(converged(&own), reason::SPREADING, "but its own node is");
+        let joining = own.report(report("n1", &[("10.244.1.0/24", 0)]));
+        assert_eq!(converged(&joining), reason::CARRIED, "until it leases from the block, whatever its sum");
+        let virtual_node = joining.node(node("virtual"));
+        assert_eq!(converged(&virtual_node), reason::CARRIED, "a node without an agent is not waited for");
         let message =
             condition::find(&status_of(&one, "10-244-1-0-24").conditions, CONVERGED).unwrap().message.clone();
         assert!(message.contains("1 of 2 live nodes") && message.contains("n2"), "{message}");
@@ -520,7 +460,7 @@ mod tests {
         let status = status_of(&both, "10-244-1-0-24");
         let written =
             BlockFact { status: Some(Box::new(status)), ..held_block("10.244.1.0/24", "default-v4", "n1") };
-        let joined = both.clone().block(written.clone()).node(node("n3"));
+        let joined = both.clone().block(written.clone()).node(node("n3")).report(report("n3", &[]));
         assert_eq!(verdict(&status_of(&joined, "10-244-1-0-24"), CONVERGED).1, reason::CARRIED);
         let changed = joined.clone().block(BlockFact { generation: 2, ..written });
         assert_eq!(verdict(&status_of(&changed, "10-244-1-0-24"), CONVERGED).1, reason::SPREADING);
@@ -779,7 +719,7 @@ mod tests {
     #[test]
     fn a_status_waits_for_another_write_to_the_same_object() {
         let object = version(&"b0".into(), &"u000".into(), "1");
-        let step = Step::DeleteBlock { object, node: "n".into(), confirm_gone: true };
+        let step = Step::DeleteBlock { object, node: "n".into(), confirm_gone: true, unproven: None };
         let plan = Plan { steps: vec![step], ..Plan::default() };
         let clock = Clock { wall: at(NOW), steady: Duration::ZERO };
         assert_eq!(

@@ -9,6 +9,7 @@ use plat_crds::pod_cidr::BlockState;
 use plat_crds::{Block, ClusterCIDRStatus, PodCIDRStatus};
 use serde_json::{Map, Value, json};
 
+use crate::carriers::Silent;
 use crate::facts::Name;
 use crate::sizing::BlockSize;
 
@@ -203,6 +204,8 @@ pub enum Step {
         node: Name,
         /// Whether the node must be gone; a drained block of a living node need not wait for that.
         confirm_gone: bool,
+        /// Live nodes that have not proven in time that they withdrew their route.
+        unproven: Option<Silent>,
     },
     /// Write blocks into an empty `node.spec.podCIDRs`.
     MirrorToNode {

@@ -14,8 +14,9 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::apply::Done;
+use crate::apply::{Done, Outcome};
 use crate::leader::{Pass, World};
+use crate::step::Step;
 
 /// `/livez` fails if the loop has not turned for so long: far longer than any call may take.
 const STALL: Duration = Duration::from_secs(60);
@@ -56,6 +57,8 @@ pub struct Metrics {
     is_leader: Gauge,
     nodes: Gauge,
     nodes_without_block: Gauge,
+    blocks_awaiting_withdrawal: Gauge,
+    blocks_released_unproven: Counter,
     blocks: Family<BlockLabels, Gauge>,
     range_ready: Family<RangeLabels, Gauge>,
     faults: Family<ReasonLabels, Gauge>,
@@ -76,6 +79,8 @@ impl Default for Metrics {
             is_leader: Gauge::default(),
             nodes: Gauge::default(),
             nodes_without_block: Gauge::default(),
+            blocks_awaiting_withdrawal: Gauge::default(),
+            blocks_released_unproven: Counter::default(),
             blocks: Family::default(),
             range_ready: Family::default(),
             faults: Family::default(),
@@ -104,6 +109,16 @@ impl Metrics {
             "plat_operator_nodes_without_block",
             "Nodes that lack a block of some family",
             self.nodes_without_block.clone(),
+        );
+        registry.register(
+            "plat_operator_blocks_awaiting_withdrawal",
+            "Quarantined blocks whose time is over and that wait for nodes to withdraw their route",
+            self.blocks_awaiting_withdrawal.clone(),
+        );
+        registry.register(
+            "plat_operator_blocks_released_unproven",
+            "Blocks freed at the deadline, though live nodes had not reported that they withdrew their route",
+            self.blocks_released_unproven.clone(),
         );
         registry.register(
             "plat_operator_blocks",
@@ -161,6 +176,9 @@ impl Metrics {
     /// Notes a finished step.
     pub fn step(&self, done: &Done) {
         self.steps.get_or_create(&StepLabels { step: done.step.name(), outcome: done.outcome.name() }).inc();
+        if let (Step::DeleteBlock { unproven: Some(_), .. }, Outcome::Done) = (&done.step, &done.outcome) {
+            self.blocks_released_unproven.inc();
+        }
     }
 
     /// Notes a failure of a watch.
@@ -179,6 +197,7 @@ impl Metrics {
         self.passes.observe(took.as_secs_f64());
         self.nodes.set(signed(world.nodes.len()));
         self.nodes_without_block.set(signed(pass.plan.nodes_without_block));
+        self.blocks_awaiting_withdrawal.set(signed(pass.plan.awaiting_withdrawal));
         self.status_backlog.set(signed(pass.status_backlog));
         self.faults.clear();
         for fault in &pass.plan.faults {

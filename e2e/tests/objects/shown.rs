@@ -77,7 +77,7 @@ fn tables_show_the_map_at_a_glance_and_more_when_wide() {
     );
     assert_eq!(
         table(plane, &["pcidr", "10-99-3-0-24", "-o", "wide"]),
-        "NAME NODE CIDR STATE USED CAPACITY READY AGE VIA MODE CONVERGED CLUSTERCIDR REASON\n\
+        "NAME NODE CIDR STATE USED CAPACITY READY AGE VIA MODE CONVERGED CLUSTERCIDR REASON MESSAGE\n\
          10-99-3-0-24 shown 10.99.3.0/24 Active 7 253 True <age> 172.30.0.11 Direct False shown Programmed\n"
     );
     assert_eq!(

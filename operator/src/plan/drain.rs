@@ -275,6 +275,7 @@ mod tests {
             });
             says(scene, held).with(|s| {
                 s.memory.quarantined.insert(format!("uid-{OLD}").as_str().into(), Duration::ZERO);
+                s.settings.withdrawal_deadline = Duration::ZERO;
             })
         };
         assert_eq!(fate(&resting(&[(OLD, 1), (NEW, 0)])), Some((Why::InUse, Some(BlockState::Draining))));

@@ -1,7 +1,7 @@
 //! Existing blocks: keep them with their nodes, and let go of them only slowly.
 //!
 //! ```text
-//! Active ──node gone──▶ Quarantined ──time over, watched, node still gone──▶ deleted
+//! Active ──node gone──▶ Quarantined ──time over, watched, withdrawn, node still gone──▶ deleted
 //!    ▲                      │
 //!    └──node of that name───┘
 //! ```
@@ -93,33 +93,8 @@ impl Planner<'_> {
         }
     }
 
-    fn release_time(&self, block: &BlockFact) -> Timestamp {
+    pub(super) fn release_time(&self, block: &BlockFact) -> Timestamp {
         self.snapshot.clock.wall_after(quarantine_of(&self.snapshot.ranges, &block.range))
-    }
-
-    /// Frees a block whose quarantine is over by the wall clock and has been watched by this leader for a
-    /// while: a wrong clock alone, ours or a former leader's, frees nothing at once.
-    fn free_in_time(&mut self, block: &BlockFact, confirm_gone: bool) {
-        let clock = self.snapshot.clock;
-        let Some(release_after) = block.release_after else {
-            let change =
-                BlockChange { release_after: Some(Some(self.release_time(block))), ..BlockChange::default() };
-            let node_uid = block.node_uid.clone().unwrap_or_default();
-            let (object, node) = (version(block), block.node.clone());
-            self.plan.steps.push(Step::ChangeBlock { object, node, node_uid, change, why: Why::Refresh });
-            return;
-        };
-        let quarantine = quarantine_of(&self.snapshot.ranges, &block.range);
-        let to_watch = self.snapshot.settings.quarantine_watch.min(quarantine);
-        let seen_since = self.snapshot.memory.quarantined.get(&block.uid).copied().unwrap_or(clock.steady);
-        let watched = clock.steady.saturating_sub(seen_since);
-        let wait = clock.until(release_after).max(to_watch.saturating_sub(watched));
-        if wait.is_zero() {
-            let (object, node) = (version(block), block.node.clone());
-            self.plan.steps.push(Step::DeleteBlock { object, node, confirm_gone });
-        } else {
-            self.wake_after(wait);
-        }
     }
 
     fn change(&mut self, block: &BlockFact, node: &NodeFact, change: BlockChange, why: Why) {
@@ -161,7 +136,7 @@ fn label_value(name: &str) -> String {
     cut.trim_end_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned()
 }
 
-fn version(block: &BlockFact) -> Version {
+pub(super) fn version(block: &BlockFact) -> Version {
     Version {
         name: block.name.clone(),
         uid: block.uid.clone(),

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `ranges` | default ClusterCIDRs, finalizers, block sizes |
 //! | `hold` | existing blocks: keep, update, quarantine, re-adopt, free |
+//! | `release` | quarantined blocks: what they wait for, and when they are freed |
 //! | `place` | nodes that need a block: re-create, adopt, carve |
 //! | `holding`, `grow` | how many blocks a node has, and when it gets another or gives one back |
 //! | `drain` | blocks that go while their node stays |
@@ -19,9 +20,11 @@ pub mod holding;
 mod nodes;
 mod place;
 mod ranges;
+pub mod release;
 #[cfg(test)]
 mod tests;
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -29,6 +32,7 @@ use plat_crds::cluster_cidr::Allocation;
 use plat_crds::condition::Verdict;
 use plat_crds::{Block, Family, names};
 
+use crate::carriers::Carriers;
 use crate::claims::Claims;
 use crate::facts::{BlockFact, Name, NodeFact, RangeFact};
 use crate::pool::Pool;
@@ -51,6 +55,8 @@ pub struct Plan {
     pub wake_after: Option<Duration>,
     /// Nodes that lack a block of some family.
     pub nodes_without_block: usize,
+    /// Quarantined blocks whose time is over and that wait for nodes to withdraw their route.
+    pub awaiting_withdrawal: usize,
     /// ClusterCIDR uid → index after the last block carved by this plan.
     pub cursors: BTreeMap<Name, u64>,
     /// Uids of PodCIDRs that their nodes could give back now: [`crate::memory`] knows for how long.
@@ -106,6 +112,8 @@ struct Planner<'a> {
     selected_keys: BTreeSet<&'a str>,
     /// Why a node gets no block of a family, or no further one.
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
+    /// Made when the first block asks.
+    carriers: OnceCell<Carriers<'a>>,
     plan: Plan,
 }
 
@@ -166,6 +174,7 @@ impl<'a> Planner<'a> {
             told_of,
             selected_keys,
             refused: BTreeMap::new(),
+            carriers: OnceCell::new(),
             plan: Plan::default(),
         }
     }

@@ -696,6 +696,7 @@ fn a_block_is_freed_when_its_time_is_over_and_this_leader_has_watched_for_a_minu
             s.memory
                 .quarantined
                 .insert("uid-10.244.1.0/24".into(), s.clock.steady - Duration::from_secs(watched));
+            s.settings.withdrawal_deadline = Duration::ZERO;
         });
         let plan = scene.plan();
         (steps(&plan).contains(&"delete_block"), plan.wake_after.map(|wait| wait.as_secs()))
@@ -715,6 +716,7 @@ fn a_short_quarantine_is_watched_for_no_longer_than_itself() {
         .range(short)
         .with(|s| {
             s.settings.quarantine_watch = Duration::from_secs(600);
+            s.settings.withdrawal_deadline = Duration::ZERO;
             s.memory.quarantined.insert("uid-10.244.1.0/24".into(), s.clock.steady - Duration::from_secs(60));
         });
     assert!(steps(&scene.plan()).contains(&"delete_block"));

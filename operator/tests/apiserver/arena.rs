@@ -300,15 +300,19 @@ impl Operator {
         // For measurements, another build of the same program.
         let built =
             std::env::var("PLAT_OPERATOR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_plat-operator").to_owned());
-        let waits = |flag: &&str| flag.starts_with("--report-wait-seconds");
+        // Nodes here are Ready and have no agents: nobody would end the wait for their reports.
+        let defaults = ["--report-wait-seconds=1", "--withdrawal-deadline-seconds=0"];
+        let given = |default: &&&str| {
+            let name = default.split('=').next().unwrap_or_default();
+            flags.iter().any(|flag| flag.starts_with(name))
+        };
         let mut command: Command = plane.command(&built);
         command
             .env("KUBECONFIG", kubeconfig)
             .args(["--log-level=info,plat_operator=debug,kube_client=off", "--pod-name", name, "--socket"])
             .arg(&socket)
             .args(flags)
-            // Nodes here are Ready and have no agents, so nobody would end the wait for their reports.
-            .args(["--report-wait-seconds=1"].iter().filter(|_| !flags.iter().any(waits)))
+            .args(defaults.iter().filter(|default| !given(default)))
             .stdout(File::create(&log).unwrap())
             .stderr(Stdio::inherit());
         Operator { child: command.spawn().unwrap(), socket, log }

@@ -15,5 +15,6 @@ mod faults;
 mod leaders;
 mod outages;
 mod ranges;
+mod release;
 mod rivals;
 mod scale;
