@@ -127,6 +127,7 @@ pub struct Masquerade {
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Allocation", type_ = "string", json_path = ".spec.allocation", priority = 1, description = "Enabled or Draining"),
     printcolumn(name = "Quarantined", type_ = "integer", json_path = ".status.blocks.quarantined", priority = 1, description = "Released blocks that wait before reuse"),
+    printcolumn(name = "Topology", type_ = "string", json_path = ".spec.topologyKey", priority = 1, description = "Node label whose values' blocks lie together"),
     printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].reason"#, priority = 1, description = "Why it is ready or not"),
     validation = Rule::new("size(self.metadata.name) <= 63").message("the name must not be longer than 63 characters: it becomes a label value")
 )]
@@ -182,6 +183,16 @@ pub struct ClusterCIDRSpec {
     #[serde(default)]
     #[schemars(range(min = -1000000, max = 1000000))]
     pub priority: i32,
+
+    /// Label of Nodes, such as `topology.kubernetes.io/zone`, whose value says which nodes' blocks lie
+    /// together: in one aligned stretch per value that doubles when it is full, as long as the range allows,
+    /// so that a router or a firewall names a zone by one prefix. Blocks that exist stay where they are when
+    /// the key or a node's label changes. Nodes without the label are a group of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 317))]
+    #[x_kube(validation = Rule::new(r"self.matches('^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$')")
+        .message("must be a label key such as topology.kubernetes.io/zone"))]
+    pub topology_key: Option<String>,
 
     /// Parts of the range that are never handed out. At most 64.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -266,12 +277,42 @@ pub struct ClusterCIDRStatus {
     /// has reported that it knows, so that lowering it frees no block that a node which is cut off leases from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quarantine_seconds: Option<i32>,
+    /// What the nodes of each value of `spec.topologyKey` hold, by value; of more than 64, those with most
+    /// blocks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub groups: Vec<TopologyGroup>,
     /// `Ready`: blocks are carved from it. `Exhausted`: none is free. `Overlapping`: it shares addresses
     /// with an older range, the Service range or a node. `Draining`: no new blocks, and how many are left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// Most entries of [`ClusterCIDRStatus::groups`]: every agent watches ClusterCIDRs, so they stay small.
+pub const MAX_GROUPS: usize = 64;
+/// Most entries of [`TopologyGroup::prefixes`].
+pub const MAX_PREFIXES: usize = 4;
+
+/// The blocks of the nodes with one value of the topology label.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TopologyGroup {
+    /// Value of the label; absent for the nodes without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 63))]
+    pub value: Option<String>,
+    /// Its blocks, those in quarantine too.
+    pub blocks: i64,
+    /// Its blocks outside the first of `prefixes`: 0 if one prefix names them all.
+    pub outside: i64,
+    /// Number of prefixes that it takes to name all its blocks and none of another group.
+    pub prefix_count: i64,
+    /// These prefixes, those with most blocks first. At most 4.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 4), inner(length(max = 43)))]
+    pub prefixes: Vec<String>,
 }
 
 /// Blocks of a range, counted.

@@ -22,10 +22,13 @@ use plat_crds::{
 
 use crate::node_view::NodeView;
 use crate::selector::{Labels, Selector};
+use crate::stretch::Stretch;
 
 /// An object's name or uid, shared between facts and steps.
 pub type Name = Arc<str>;
 
+/// Taint of a node that its cloud controller has not looked at yet.
+const UNINITIALIZED: &str = "node.cloudprovider.kubernetes.io/uninitialized";
 /// PodCIDRs carry at most so many node addresses (the CRD's bound).
 const MAX_ADDRESSES: usize = 8;
 
@@ -69,6 +72,9 @@ pub struct NodeFact {
     pub pod_cidrs: Box<[PodCidrText]>,
     /// Whether somebody set `NetworkUnavailable=True`.
     pub network_unavailable: bool,
+    /// Whether its cloud has yet to say more of it, such as its zone: it has the taint
+    /// `node.cloudprovider.kubernetes.io/uninitialized`, which goes when that is written.
+    pub uninitialized: bool,
     /// How many pods may run on it (`status.allocatable.pods`); `None` if it does not say. A kubelet writes
     /// it at each start, so it changes no fact while the node runs.
     pub max_pods: Option<u32>,
@@ -110,6 +116,8 @@ pub struct RangeFact {
     pub block_sizing: BlockSizing,
     /// Which nodes it is for.
     pub selector: Selector,
+    /// Node label whose value says which nodes' blocks lie together.
+    pub topology_key: Option<Name>,
     /// Highest first.
     pub priority: i32,
     /// Parts that are never handed out.
@@ -273,6 +281,7 @@ impl NodeFact {
             addresses: internal_addresses(node),
             pod_cidrs: pod_cidrs(node),
             network_unavailable: condition("NetworkUnavailable") == Some("True"),
+            uninitialized: node.spec.taints.iter().flatten().any(|taint| taint.key == UNINITIALIZED),
             max_pods: node.status.allocatable.as_ref().and_then(|a| whole_number(a.pods.as_deref()?)),
             problem,
         }
@@ -324,6 +333,7 @@ impl RangeFact {
             block_sizing: spec.block_sizing,
             range,
             selector,
+            topology_key: spec.topology_key.as_deref().map(Into::into),
             priority: spec.priority,
             reserved,
             blocks_per_node: spec.blocks_per_node,
@@ -333,6 +343,12 @@ impl RangeFact {
             status: object.status.clone().unwrap_or_default(),
             problem: problem.map(Into::into),
         }
+    }
+
+    /// The prefix that covers a stretch of its blocks.
+    pub fn prefix(&self, stretch: &Stretch) -> Option<Block> {
+        let length = self.block_prefix?.checked_sub(u8::try_from(stretch.level()).ok()?)?;
+        self.range?.subblock(length, stretch.first() >> stretch.level())
     }
 
     /// Whether our finalizer holds it.
@@ -533,7 +549,7 @@ mod tests {
     fn a_node_becomes_a_small_fact() {
         let node = NodeFact::read(&guarded(json!({
             "metadata": {"name": "n1", "uid": "u1", "labels": {"zone": "a"}, "creationTimestamp": "2026-01-02T03:04:05Z"},
-            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"], "taints": [1, 2]},
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"], "taints": [{"key": "x", "effect": "NoSchedule"}, {"key": "node.cloudprovider.kubernetes.io/uninitialized", "value": "true"}]},
             "status": {
                 "images": [{"names": ["x"]}],
                 "allocatable": {"pods": "110", "cpu": "3920m", "memory": "7Gi"},
@@ -556,6 +572,7 @@ mod tests {
             ["10.244.1.0/24", "fd00:10:244:1::/64"]
         );
         assert_eq!((node.labels.get("zone"), node.max_pods, node.problem), (Some("a"), Some(110), None));
+        assert!(node.uninitialized);
     }
 
     #[test]

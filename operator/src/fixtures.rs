@@ -40,6 +40,7 @@ pub fn node(name: &str) -> NodeFact {
         addresses: ["172.30.0.9".parse().unwrap()].into(),
         pod_cidrs: [].into(),
         network_unavailable: false,
+        uninitialized: false,
         max_pods: Some(110),
         problem: None,
     }
@@ -71,6 +72,7 @@ pub fn range(name: &str, cidr: &str) -> RangeFact {
         block_prefix: Some(range.family().default_block_prefix()),
         block_sizing: BlockSizing::Default,
         selector: Selector::default(),
+        topology_key: None,
         priority: 0,
         reserved: [].into(),
         blocks_per_node: BlocksPerNode::default(),
@@ -282,6 +284,7 @@ impl Scene {
             }
         }
         self.memory.cursors.extend(plan.cursors.clone());
+        self.memory.group_cursors.extend(plan.group_cursors.clone());
         self
     }
 }

@@ -114,6 +114,7 @@ impl Leader {
         steps.extend(chosen.steps);
         pass.done = apply(steps, server, on_progress).await;
         self.memory.cursors.append(&mut plan.cursors.clone());
+        self.memory.group_cursors.append(&mut plan.group_cursors.clone());
         for done in &pass.done {
             self.remember(done, clock());
         }

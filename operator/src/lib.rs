@@ -15,9 +15,11 @@ pub mod args;
 pub mod budget;
 pub mod carriers;
 pub mod claims;
+pub mod dice;
 pub mod facts;
 #[cfg(test)]
 mod fixtures;
+pub mod fragmentation;
 pub mod http;
 pub mod kube_server;
 pub mod leader;
@@ -41,4 +43,6 @@ pub mod sizing;
 pub mod snapshot;
 pub mod status;
 pub mod step;
+pub mod stretch;
 pub mod telemetry;
+pub mod topology;

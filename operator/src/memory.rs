@@ -10,7 +10,7 @@
 //! | `spare_since` | since when a node has been able to spare each block | it is given back after a while only |
 //! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
 //! | `mute` | since when this leader has known a node without a report | it may have an agent that has yet to write it |
-//! | `cursors` | where carving goes on in each range | the status that carries it is written rarely |
+//! | `cursors`, `group_cursors` | where carving goes on in each range, and for each group of nodes | the status that carries the first is written rarely, and the second only follows from the youngest block |
 //! | `ledger` | which sums of objects were when | see [`crate::ledger`] |
 //!
 //! Losing it (a new leader) is safe: nodes report what they hold and what was lost, and `node.spec.podCIDRs`
@@ -27,6 +27,7 @@ use crate::facts::{BlockFact, Fact, Name, NodeFact, RangeFact, ReportFact};
 use crate::ledger::Ledger;
 use crate::snapshot::{Clock, Facts};
 use crate::step::{Kind, NewBlock};
+use crate::topology::GroupCursors;
 
 /// How long an unknown create blocks its addresses at most. API servers end requests after a minute.
 const PENDING_FOR: Duration = Duration::from_secs(120);
@@ -65,6 +66,8 @@ pub struct Memory {
     pub mute: BTreeMap<Name, Duration>,
     /// ClusterCIDR uid → index after the last carved block.
     pub cursors: BTreeMap<Name, u64>,
+    /// The same for each group of a ClusterCIDR with a `topologyKey`.
+    pub group_cursors: GroupCursors,
     /// Which sums of objects were when.
     pub ledger: Ledger,
     /// PodCIDR status writes that may be made now.
@@ -127,6 +130,7 @@ impl Memory {
             orphaned: BTreeMap::new(),
             mute: BTreeMap::new(),
             cursors: BTreeMap::new(),
+            group_cursors: BTreeMap::new(),
             ledger: Ledger::default(),
             budget: Budget::new(STATUS_WRITES_PER_SECOND),
             status_written: BTreeMap::new(),

@@ -31,6 +31,16 @@ pub struct SpecView {
     /// All pod CIDRs, primary family first. Write-once.
     #[serde(default, rename = "podCIDRs")]
     pub pod_cidrs: Option<Vec<String>>,
+    /// Taints, of which one key is looked for.
+    #[serde(default)]
+    pub taints: Option<Vec<TaintView>>,
+}
+
+/// One of `Node.spec.taints`.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct TaintView {
+    /// Its key.
+    pub key: String,
 }
 
 /// Part of `Node.status`.

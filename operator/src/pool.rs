@@ -1,6 +1,7 @@
 //! The blocks of one range: which are taken, and which comes next. Pure; knows no nodes.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use plat_crds::Block;
 
@@ -79,13 +80,30 @@ impl Pool {
     /// The first free index at or after `cursor`, going round once at the end: so a freed block is handed
     /// out last.
     pub fn next_free(&self, cursor: u64) -> Option<u64> {
-        let cursor = if cursor < self.total { cursor } else { 0 };
+        self.next_free_in(&(0..self.total), cursor)
+    }
+
+    /// The same within a part of the range.
+    pub fn next_free_in(&self, part: &Range<u64>, cursor: u64) -> Option<u64> {
+        let (start, end) = (part.start, part.end.min(self.total));
+        let cursor = if (start..end).contains(&cursor) { cursor } else { start };
         let ahead = self.after_run(cursor);
-        if ahead < self.total {
+        if ahead < end {
             return Some(ahead);
         }
-        let around = self.after_run(0);
+        let around = self.after_run(start);
         (around < cursor).then_some(around)
+    }
+
+    /// Whether all of a part lies in the range and is free.
+    pub fn is_free(&self, part: &Range<u64>) -> bool {
+        let before_end = self.taken.range(..part.end).next_back();
+        part.is_empty() || part.end <= self.total && before_end.is_none_or(|(_, last)| *last < part.start)
+    }
+
+    /// The runs of taken blocks, in order; none touches the next.
+    pub fn taken(&self) -> impl Iterator<Item = Range<u64>> {
+        self.taken.iter().map(|(first, last)| *first..last.saturating_add(1))
     }
 
     /// `index` itself if it is free, else the index after the run that it lies in.
@@ -171,9 +189,17 @@ mod tests {
                 free.retain(|i| !range.subblock(24, *i).unwrap().overlaps(&claim));
                 prop_assert_eq!(pool.free(), free.len() as u64);
             }
-            let start = if cursor < 16 { cursor } else { 0 };
-            let expected = free.range(start..).next().or_else(|| free.iter().next()).copied();
-            prop_assert_eq!(pool.next_free(cursor), expected);
+            for part in [0..16, 4..9, 8..16, 5..5] {
+                let within = |i: &&u64| part.contains(*i);
+                let start = if part.contains(&cursor) { cursor } else { part.start };
+                let ahead = free.range(start..).find(within);
+                let expected = ahead.or_else(|| free.iter().find(within)).copied();
+                prop_assert_eq!(pool.next_free_in(&part, cursor), expected);
+                prop_assert_eq!(pool.is_free(&part), part.clone().all(|i| free.contains(&i)));
+            }
+            prop_assert_eq!(pool.next_free(cursor), pool.next_free_in(&(0..16), cursor));
+            prop_assert!(pool.taken().flatten().all(|i| !free.contains(&i)));
+            prop_assert_eq!(pool.taken().map(|run| run.end - run.start).sum::<u64>(), 16 - pool.free());
         }
     }
 }

@@ -22,6 +22,7 @@ use plat_crds::pod_cidr::BlockState;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::dice::Dice;
 use crate::facts::{BlockFact, NodeFact, RangeFact, ReportFact};
 use crate::fixtures::{NOW, at, settings};
 use crate::leader::{Leader, Pass, World};
@@ -34,23 +35,6 @@ const QUARANTINE: u64 = 60;
 const LEASE: u64 = 15;
 /// How long silent nodes are waited for.
 const DEADLINE: Duration = Duration::from_secs(90);
-
-/// xorshift64*: small, seeded, good enough to be surprising.
-#[derive(Clone)]
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % sides
-    }
-
-    fn one_in(&mut self, sides: u64) -> bool {
-        self.roll(sides) == 0
-    }
-}
 
 type Key = (Kind, String);
 

@@ -1,10 +1,11 @@
 //! Statuses of ranges and blocks, and which of them are written now. Pure.
 
+use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use plat_crds::cluster_cidr::{Allocation, BlockCounts};
+use plat_crds::cluster_cidr::{Allocation, BlockCounts, MAX_GROUPS, MAX_PREFIXES, TopologyGroup};
 use plat_crds::condition::{self, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, READY, Verdict};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
@@ -20,6 +21,7 @@ use crate::ranges::quarantine_that_holds;
 use crate::reason;
 use crate::snapshot::{Clock, Snapshot, Source};
 use crate::step::{Step, Version};
+use crate::topology::GroupBlocks;
 
 /// Counters of one PodCIDR are written at most so often.
 const BLOCK_COUNTERS_EVERY: Duration = Duration::from_secs(10);
@@ -163,6 +165,7 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
             quarantined: signed(quarantined.len() as u64),
             free: signed(outlook.free),
         });
+        status.groups = groups(range, outlook);
         status.cursor = Some(signed(outlook.cursor));
         status.quarantine_seconds = Some(quarantine_that_holds(range, snapshot));
         condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
@@ -189,6 +192,28 @@ fn draining_range(range: &RangeFact, allocated: usize, draining: usize) -> Optio
         ),
     };
     Some(Verdict::new(DRAINING, Some(true), reason, message))
+}
+
+/// What each group of nodes holds: of too many groups those with most blocks, in the order of their values.
+fn groups(range: &RangeFact, outlook: &RangeOutlook) -> Vec<TopologyGroup> {
+    let mut holdings: Vec<_> = outlook.holdings.iter().collect();
+    if holdings.len() > MAX_GROUPS {
+        holdings.sort_by_key(|holding| (Reverse(holding.blocks), &holding.value));
+        holdings.truncate(MAX_GROUPS);
+        holdings.sort_by_key(|holding| &holding.value);
+    }
+    let group = |holding: &GroupBlocks| {
+        let stretches = holding.stretches.iter().take(MAX_PREFIXES);
+        let prefixes = stretches.filter_map(|(stretch, _)| range.prefix(stretch));
+        TopologyGroup {
+            value: holding.value.as_deref().map(ToOwned::to_owned),
+            blocks: signed(holding.blocks),
+            outside: signed(holding.outside()),
+            prefix_count: signed(holding.stretches.len() as u64),
+            prefixes: prefixes.map(|prefix| prefix.to_string()).collect(),
+        }
+    };
+    holdings.into_iter().map(group).collect()
 }
 
 fn exhausted(outlook: &RangeOutlook) -> Verdict {

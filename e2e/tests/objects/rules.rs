@@ -34,6 +34,9 @@ fn accepted() -> Vec<Value> {
         range(json!({"cidr": "10.244.0.0/26", "blockSizing": "MaxPods"})),
         range(json!({"cidr": "10.244.0.0/16", "blockSizing": "MaxPods", "blockPrefixLength": 24})),
         range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.0.0/24", "10.244.255.0/28"]})),
+        range(json!({"cidr": "10.244.0.0/16", "topologyKey": "topology.kubernetes.io/zone"})),
+        range(json!({"cidr": "10.244.0.0/16", "topologyKey": "rack"})),
+        range(json!({"cidr": "10.244.0.0/16", "topologyKey": "example.com/Rack_1.x"})),
         range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 2}})),
         range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"max": 1}})),
         range(json!({"cidr": "10.244.0.0/16", "blocksPerNode": {"min": 16, "max": 16}})),
@@ -76,6 +79,7 @@ fn refused() -> Vec<(Value, &'static str)> {
     let reserved = "each reserved range must be a CIDR inside the range";
     let exclude = "each must be a CIDR without host bits, such as 192.168.0.0/16";
     let blocks = "max must not be less than min; when it is not set, it is 8";
+    let label_key = "must be a label key such as topology.kubernetes.io/zone";
     let next_hop = "must be an IP address in canonical form, such as 172.30.0.1 or fd00::1";
     let none = "mode None makes no route: leave out nextHop, metric and mtu";
     vec![
@@ -119,6 +123,14 @@ fn refused() -> Vec<(Value, &'static str)> {
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.245.0.0/24"]})), reserved),
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.0.0.0/8"]})), reserved),
         (range(json!({"cidr": "10.244.0.0/16", "reserved": ["10.244.1.1"]})), reserved),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "zone/"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "/zone"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "a/b/c"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "UPPER.example/zone"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "zone-"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "two words"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "zone\n"})), label_key),
+        (range(json!({"cidr": "10.244.0.0/16", "topologyKey": "x".repeat(64)})), label_key),
         (range(json!({"cidr": "10.244.0.0/16", "masquerade": {"exclude": ["192.168.1.1/16"]}})), exclude),
         (range(json!({"cidr": "10.244.0.0/16", "masquerade": {"exclude": ["example.com"]}})), exclude),
         (range(json!({"cidr": "10.244.0.0/16", "routing": {"nextHop": "router"}})), next_hop),

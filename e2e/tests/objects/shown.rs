@@ -82,7 +82,7 @@ fn tables_show_the_map_at_a_glance_and_more_when_wide() {
     );
     assert_eq!(
         table(plane, &["ccidr", "shown", "-o", "wide"]),
-        "NAME CIDR BLOCK ALLOCATED FREE READY AGE ALLOCATION QUARANTINED REASON\n\
+        "NAME CIDR BLOCK ALLOCATED FREE READY AGE ALLOCATION QUARANTINED TOPOLOGY REASON\n\
          shown 10.99.0.0/16 24 1 254 True <age> Enabled 1 Carving\n"
     );
     assert_eq!(

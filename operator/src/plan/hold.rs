@@ -102,7 +102,7 @@ impl Planner<'_> {
         self.plan.steps.push(Step::ChangeBlock { object, node: name, node_uid, change, why });
     }
 
-    /// Labels of ours that are missing, differ, or that the node has lost. Keys that no selector names any
+    /// Labels of ours that are missing, differ, or that the node has lost. Keys that nothing names any
     /// more stay as they are: nobody reads them, and they may be a user's.
     fn label_changes(&self, block: &BlockFact, node: &NodeFact) -> Vec<(String, Option<String>)> {
         let wanted = self.labels(&block.range, node);
@@ -114,8 +114,8 @@ impl Planner<'_> {
         set.map(|(key, value)| (key, Some(value))).chain(lost).collect()
     }
 
-    /// The labels of a block: whose and from where it is, and the node's labels that selectors name, so
-    /// that agents can match selectors without a right on Nodes.
+    /// The labels of a block: whose and from where it is, and the node's labels that selectors and
+    /// `topologyKey`s name, so that agents can match them without a right on Nodes.
     pub(super) fn labels(&self, range: &str, node: &NodeFact) -> Vec<(String, String)> {
         let mut labels = vec![
             (names::LABEL_CLUSTER_CIDR.to_owned(), label_value(range)),

@@ -23,22 +23,32 @@ mod ranges;
 pub mod release;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod topology_tests;
+#[cfg(test)]
+mod wild_tests;
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
 use plat_crds::cluster_cidr::Allocation;
 use plat_crds::condition::Verdict;
 use plat_crds::{Block, Family, names};
 
 use crate::carriers::Carriers;
-use crate::claims::Claims;
+use crate::claims::{Claim, Claims};
 use crate::facts::{BlockFact, Name, NodeFact, RangeFact};
 use crate::pool::Pool;
-use crate::ranges::{Judgement, judge};
-use crate::snapshot::{Snapshot, Source};
+use crate::ranges::{Judgement, Standing, judge, stands};
+use crate::snapshot::{Clock, Snapshot, Source};
 use crate::step::{Fault, Kind, ObjectKey, Step};
+use crate::topology::{GroupBlocks, GroupCursors, Topology};
+
+/// A node that its cloud has not looked at yet waits so long at most for the label that says where it is. Nothing
+/// runs on it meanwhile, as it is tainted.
+const LABEL_WAIT: Duration = Duration::from_secs(60);
 
 /// What should be written, and what is wrong.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -63,6 +73,8 @@ pub struct Plan {
     pub spare: BTreeSet<Name>,
     /// PodCIDR name → the conditions that it has only for a time.
     pub verdicts: BTreeMap<Name, Vec<Verdict>>,
+    /// The same for each group of a ClusterCIDR with a `topologyKey`.
+    pub group_cursors: GroupCursors,
 }
 
 /// A range as the plan leaves it.
@@ -76,6 +88,8 @@ pub struct RangeOutlook {
     pub free: u64,
     /// Where carving goes on.
     pub cursor: u64,
+    /// What each group of nodes holds, if the range has a `topologyKey`.
+    pub holdings: Vec<GroupBlocks>,
 }
 
 impl Plan {
@@ -108,7 +122,7 @@ struct Planner<'a> {
     vanished_of: BTreeMap<&'a str, Vec<Block>>,
     /// Node name → its blocks that agents tell were lost.
     told_of: BTreeMap<&'a str, Vec<Block>>,
-    /// Label keys that selectors name, but for our own.
+    /// Label keys that selectors and `topologyKey`s name, but for our own.
     selected_keys: BTreeSet<&'a str>,
     /// Why a node gets no block of a family, or no further one.
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
@@ -123,6 +137,8 @@ struct Candidate<'a> {
     judgement: Judgement,
     pool: Pool,
     cursor: u64,
+    /// Which groups of nodes hold its blocks, if it has a `topologyKey`.
+    topology: Option<Topology>,
 }
 
 impl Candidate<'_> {
@@ -139,6 +155,35 @@ impl Candidate<'_> {
         self.judgement.is_good() && self.fact.is_prepared() && self.fact.allocation == Allocation::Enabled
     }
 
+    /// Notes that a block, perhaps of another range, goes to a node.
+    fn take(&mut self, block: &Block, node: &NodeFact) {
+        self.pool.take(block);
+        if let (Some(topology), Some(key)) = (&mut self.topology, self.fact.topology_key.as_deref())
+            && let Some(index) = self.pool.index(block)
+        {
+            topology.hold(node.labels.get(key), index, Timestamp::MAX);
+        }
+    }
+
+    /// Whether a node may have a block of it now: once its `Ready` stands, and once the cloud has said in which
+    /// group the node is, if that is to be expected.
+    fn standing_for(&self, node: &NodeFact, snapshot: &Snapshot) -> Standing {
+        match (stands(self.fact, snapshot), self.fact.topology_key.as_deref()) {
+            (Standing::Stands, Some(key)) if node.labels.get(key).is_none() => {
+                label_wait(node, snapshot.clock).map_or(Standing::Stands, Standing::Wait)
+            }
+            (standing, _) => standing,
+        }
+    }
+
+    /// The block for a node: in the stretch of its group if the range has a `topologyKey`, else the next.
+    fn next_for(&mut self, node: &NodeFact) -> Option<u64> {
+        match (&mut self.topology, self.fact.topology_key.as_deref()) {
+            (Some(topology), Some(key)) => topology.choose(&self.pool, node.labels.get(key)),
+            _ => self.pool.next_free(self.cursor),
+        }
+    }
+
     fn is_reserved(&self, block: &Block) -> bool {
         self.fact.reserved.iter().any(|reserved| reserved.overlaps(block))
     }
@@ -147,11 +192,11 @@ impl Candidate<'_> {
 impl<'a> Planner<'a> {
     fn new(snapshot: &'a Snapshot<'a>) -> Planner<'a> {
         let claims = Claims::of(snapshot);
-        let candidate = |fact: &'a RangeFact| Candidate {
-            fact,
-            judgement: judge(fact, snapshot),
-            pool: pool(fact, &claims),
-            cursor: cursor(fact, snapshot),
+        let candidate = |fact: &'a RangeFact| {
+            let pool = pool(fact, &claims);
+            let topology = topology(fact, &pool, &claims, snapshot);
+            let (judgement, cursor) = (judge(fact, snapshot), cursor(fact, snapshot));
+            Candidate { fact, judgement, pool, cursor, topology }
         };
         let ranges = snapshot.ranges.iter().map(|(name, fact)| (name.clone(), candidate(fact))).collect();
         let mut vanished_of: BTreeMap<&str, Vec<Block>> = BTreeMap::new();
@@ -163,7 +208,8 @@ impl<'a> Planner<'a> {
             told_of.entry(node).or_default().push(*block);
         }
         let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
-        let keys = snapshot.ranges.values().flat_map(|range| range.selector.keys());
+        let keys_of = |range: &'a RangeFact| range.selector.keys().chain(range.topology_key.as_deref());
+        let keys = snapshot.ranges.values().flat_map(|range| keys_of(range));
         let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
         Planner {
             snapshot,
@@ -238,6 +284,7 @@ impl<'a> Planner<'a> {
             total: range.pool.total(),
             free: range.pool.free(),
             cursor: range.cursor,
+            holdings: range.topology.as_ref().map(|t| t.holdings(&range.pool)).unwrap_or_default(),
         };
         self.plan.ranges = self.ranges.iter().map(|(name, range)| (name.clone(), outlook(range))).collect();
         self.plan.faults.sort();
@@ -257,6 +304,41 @@ fn pool(fact: &RangeFact, claims: &Claims) -> Pool {
         pool.take(reserved);
     }
     pool
+}
+
+/// Which groups of nodes hold the blocks of a range. A node's label goes before its block's, which is a copy of
+/// it; a block whose node is gone stays its group's until it is freed.
+fn topology(fact: &RangeFact, pool: &Pool, claims: &Claims, snapshot: &Snapshot) -> Option<Topology> {
+    let key = fact.topology_key.as_deref()?;
+    let label = |node: &Name| snapshot.nodes.get(node).map(|node| node.labels.get(key));
+    let mut topology = Topology::default();
+    for ((range, value), cursor) in snapshot.memory.group_cursors.range((fact.uid.clone(), None)..) {
+        if *range != fact.uid {
+            break;
+        }
+        topology.resume(value.as_deref(), *cursor);
+    }
+    for block in snapshot.blocks.values() {
+        if let Some(index) = pool.index(&block.block) {
+            let value = label(&block.node).unwrap_or_else(|| block.labels.get(key));
+            topology.hold(value, index, block.created);
+        }
+    }
+    for (block, claim) in claims.overlapping(&fact.range?) {
+        let node = claim.node().filter(|_| !matches!(claim, Claim::Object(_) | Claim::NodeSpec(_)));
+        if let (Some(value), Some(index)) = (node.and_then(label), pool.index(block)) {
+            topology.hold(value, index, Timestamp::MIN);
+        }
+    }
+    Some(topology)
+}
+
+/// How much longer a node without the topology label is worth waiting for. By a clock that says that it was
+/// created in the future it is not.
+fn label_wait(node: &NodeFact, clock: Clock) -> Option<Duration> {
+    let until = node.created.checked_add(LABEL_WAIT).ok()?;
+    let wait = Some(clock.until(until)).filter(|wait| node.uninitialized && *wait <= LABEL_WAIT);
+    wait.filter(|wait| !wait.is_zero())
 }
 
 fn cursor(fact: &RangeFact, snapshot: &Snapshot) -> u64 {

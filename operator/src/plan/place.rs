@@ -196,9 +196,9 @@ impl<'a> Planner<'a> {
         let mut waits = false;
         let (mut chosen, mut wait_for) = (None, None);
         for range in ranges.iter().filter(|range| range.allocates() && kept < range.fact.max_blocks()) {
-            match stands(range.fact, self.snapshot) {
+            match range.standing_for(node, self.snapshot) {
                 Standing::Stands => {
-                    chosen = range.pool.next_free(range.cursor).map(|index| (range.fact.name.clone(), index));
+                    chosen = range.pool.next_free(range.cursor).map(|_| range.fact.name.clone());
                 }
                 Standing::Wait(wait) => {
                     wait_for = Some(wait);
@@ -214,7 +214,7 @@ impl<'a> Planner<'a> {
         let why_not = (chosen.is_none() && !waits).then(|| why_not(node, family, kept, &ranges));
         wait_for.into_iter().for_each(|wait| self.wake_after(wait));
         match (chosen, why_not) {
-            (Some((range, index)), _) => self.carve_from(node, range, index),
+            (Some(range), _) => self.carve_from(node, range),
             (None, None) => {}
             (None, Some((reason, message))) => {
                 self.refused.insert((node.name.clone(), family), (reason, message.clone()));
@@ -223,17 +223,22 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn carve_from(&mut self, node: &NodeFact, range: Name, index: u64) {
+    fn carve_from(&mut self, node: &NodeFact, range: Name) {
         let Some(candidate) = self.ranges.get_mut(&range) else { return };
+        let Some(index) = candidate.next_for(node) else { return };
         let Some(block) = candidate.pool.block(index) else { return };
         candidate.cursor = (index + 1) % candidate.pool.total();
         self.plan.cursors.insert(candidate.fact.uid.clone(), candidate.cursor);
+        if let Some(key) = candidate.fact.topology_key.as_deref() {
+            let group = (candidate.fact.uid.clone(), node.labels.get(key).map(Into::into));
+            self.plan.group_cursors.insert(group, index + 1);
+        }
         self.create(node, block, range, Origin::Carved);
     }
 
     fn create(&mut self, node: &NodeFact, block: Block, range: Name, origin: Origin) {
         for candidate in self.ranges.values_mut() {
-            candidate.pool.take(&block);
+            candidate.take(&block, node);
         }
         self.claims.add(block, Claim::Pending(node.name.clone()));
         let labels = self.labels(&range, node);

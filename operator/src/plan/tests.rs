@@ -868,9 +868,11 @@ prop_compose! {
         pending in prop::collection::vec((0u32..64, 0u32..45), 0..3),
         cursor in 0i64..80,
         second_range in any::<bool>(),
+        topology in any::<bool>(),
     ) -> Scene {
         let mut first = range("default-v4", "10.244.0.0/18");
         first.status.cursor = Some(cursor);
+        first.topology_key = topology.then(|| "edge".into());
         let mut scene = scene().range(first);
         if second_range {
             scene = scene.range(RangeFact { selector: selector("edge", "1"), priority: 3, ..range("edge", "10.9.0.0/22") });
