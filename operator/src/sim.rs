@@ -4,6 +4,8 @@
 //!
 //! Everything runs on one thread with a seeded generator, so a failing seed fails again.
 
+mod growth;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -53,6 +55,10 @@ struct Etcd {
     /// What a node still uses: block → (node, since when the node is gone, if it is).
     in_use: BTreeMap<Block, (String, Option<u64>)>,
     creates: usize,
+    /// What pods use: block → node and how many of them.
+    leases: BTreeMap<Block, (String, i64)>,
+    /// Blocks that their nodes gave back.
+    drained: usize,
     mishap: Mishap,
     /// Creates that were sent, whose sender has given up, and that arrive at that second.
     late: Vec<(u64, Value)>,
@@ -77,6 +83,8 @@ enum Mishap {
     BlocksLost,
     /// ClusterCIDRs are deleted and others, of other sizes, created over them.
     RangesChange,
+    /// Nothing besides: nodes fill up and empty.
+    Growth,
 }
 
 impl Etcd {
@@ -157,6 +165,23 @@ impl Etcd {
         }
     }
 
+    /// No block is taken from under a pod. (One of a node that has gone, or has come back as another object since that
+    /// was decided, is another matter: it comes back to it.)
+    fn check_drained(&mut self, object: &Value) {
+        let Some(fact) = BlockFact::read(&guard(object)) else { return };
+        if fact.node_uid.is_some() && fact.node_uid == self.uid_of(&fact.node) {
+            let leases = self.leases.get(&fact.block).map_or(0, |(_, leases)| *leases);
+            assert_eq!(leases, 0, "{} is taken from under {leases} pods of {}", fact.block, fact.node);
+            self.in_use.remove(&fact.block);
+            self.drained += 1;
+        }
+    }
+
+    fn uid_of(&self, node: &str) -> Option<crate::facts::Name> {
+        let node = self.objects.get(&(Kind::Node, node.to_owned()))?;
+        node["metadata"]["uid"].as_str().map(Into::into)
+    }
+
     fn blocks(&self) -> Vec<BlockFact> {
         self.of_kind(Kind::PodCIDR).filter_map(|v| BlockFact::read(&guard(v))).collect()
     }
@@ -195,9 +220,12 @@ impl Etcd {
         if new == old {
             return Ok(old);
         }
-        if kind == Kind::PodCIDR && new["spec"]["state"] == "Active" && old["spec"]["state"] == "Quarantined"
-        {
+        let state = |object: &Value| object["spec"]["state"].clone();
+        if kind == Kind::PodCIDR && state(&new) != "Quarantined" && state(&old) == "Quarantined" {
             self.given_back(&new);
+        }
+        if kind == Kind::PodCIDR && state(&new) == "Quarantined" && state(&old) == "Draining" {
+            self.check_drained(&new);
         }
         if new["spec"] != old["spec"] {
             new["metadata"]["generation"] = json!(old["metadata"]["generation"].as_i64().unwrap() + 1);
@@ -453,6 +481,8 @@ impl Cluster {
             dice: Dice(dice.0 ^ 0xabcdef),
             in_use: BTreeMap::new(),
             creates: 0,
+            leases: BTreeMap::new(),
+            drained: 0,
             mishap,
             late: Vec::new(),
             acted: BTreeMap::new(),

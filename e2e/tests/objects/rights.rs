@@ -248,6 +248,9 @@ fn only_the_operator_makes_changes_and_deletes_blocks_and_users_set_routing() {
     merge("admin", json!({"spec": {"routing": {"mode": "Direct", "mtu": 1400}}}), &[]).unwrap();
     merge("admin", json!({"spec": {"routing": {"mtu": 1300}}}), &[]).unwrap();
     merge("admin", json!({"metadata": {"labels": {"mine": "yes"}}}), &[]).unwrap();
+    for drain in ["plat.network/drain=", "plat.network/drain-"] {
+        kubectl_as("admin", &["annotate", "podcidr", "10-244-1-0-24", drain]).unwrap();
+    }
     merge("admin", json!({"spec": {"routing": null}}), &[]).unwrap();
     merge(OPERATOR, json!({"spec": {"state": "Quarantined", "nodeUID": "v"}}), &[]).unwrap();
     let operator = plane

@@ -19,4 +19,5 @@ mod ranges;
 mod release;
 mod rivals;
 mod scale;
+mod several;
 mod topology;
