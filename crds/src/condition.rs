@@ -18,6 +18,8 @@ pub const NODE_SPEC_CONFLICT: &str = "NodeSpecConflict";
 pub const DRAINING: &str = "Draining";
 /// PodCIDR: its node is almost full and gets no further block. Absent otherwise.
 pub const GROWTH_BLOCKED: &str = "GrowthBlocked";
+/// ClusterCIDR: another program gives its nodes `spec.podCIDRs`, next to the operator.
+pub const OTHER_ALLOCATOR: &str = "OtherAllocator";
 /// NodeNetwork: every wanted route is in the kernel.
 pub const ROUTES_READY: &str = "RoutesReady";
 /// NodeNetwork: the nftables table is in the kernel.

@@ -9,7 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use plat_crds::{Block, Family};
 
 use crate::lease::Timing;
-use crate::snapshot::{DefaultRange, Settings};
+use crate::snapshot::{DefaultRange, IpamSource, Settings};
 
 /// Gives every node its block of pod addresses.
 ///
@@ -110,6 +110,13 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(i32).range(60..=604_800))]
     pub quarantine_seconds: i32,
 
+    /// What node.spec.podCIDRs counts for. wish: a node keeps the block that it names, if that fits an enabled
+    /// ClusterCIDR; else one is carved. node: kube-controller-manager is the source (--allocate-node-cidrs=true):
+    /// a node gets exactly the blocks that it names, none is carved and none written there. ignore: it is not
+    /// looked at, though what it names is given to no other node.
+    #[arg(long, env = "PLAT_IPAM_SOURCE", default_value = "wish", value_name = "SOURCE")]
+    pub ipam_source: IpamSource,
+
     /// Write blocks into node.spec.podCIDRs where that field is empty. It can be written once only; a Node
     /// that has another value keeps it and is named.
     #[arg(long, env = "PLAT_NODE_SPEC_MIRROR", default_value_t = true, action = ArgAction::Set, value_name = "BOOL")]
@@ -197,6 +204,7 @@ impl RunArgs {
             block_prefix_length_v4,
             block_prefix_length_v6,
             quarantine_seconds,
+            ipam_source,
             node_spec_mirror,
             cleanup,
             report_wait_seconds,
@@ -229,6 +237,7 @@ impl RunArgs {
         Ok(Settings {
             default_ranges,
             quarantine_seconds: *quarantine_seconds,
+            ipam_source: *ipam_source,
             node_spec_mirror: *node_spec_mirror,
             lease_duration: self.timing()?.duration,
             report_wait: Duration::from_secs(*report_wait_seconds),
@@ -320,6 +329,8 @@ mod tests {
     #[test]
     fn booleans_can_be_given_as_the_chart_gives_them() {
         assert!(run(&[]).node_spec_mirror && !run(&["--node-spec-mirror=false"]).node_spec_mirror);
+        assert_eq!(run(&[]).ipam_source, IpamSource::Wish);
+        assert_eq!(run(&["--ipam-source=node"]).settings().unwrap().ipam_source, IpamSource::Node);
         assert!(!run(&[]).cleanup && run(&["--cleanup"]).cleanup && !run(&["--cleanup=false"]).cleanup);
     }
 

@@ -70,6 +70,8 @@ pub struct NodeFact {
     pub addresses: Box<[IpAddr]>,
     /// `spec.podCIDRs`, in its own order.
     pub pod_cidrs: Box<[PodCidrText]>,
+    /// Who wrote `spec.podCIDRs`, if the object says so (`metadata.managedFields`).
+    pub pod_cidrs_by: Option<Writer>,
     /// Whether somebody set `NetworkUnavailable=True`.
     pub network_unavailable: bool,
     /// Whether its cloud has yet to say more of it, such as its zone: it has the taint
@@ -80,6 +82,15 @@ pub struct NodeFact {
     pub max_pods: Option<u32>,
     /// Why the object could not be read. Then it only stands for the node's existence.
     pub problem: Option<Box<str>>,
+}
+
+/// Who wrote a field, and when.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Writer {
+    /// When, by the API server's clock, in whole seconds.
+    pub at: Timestamp,
+    /// The field manager: the name by which a program writes.
+    pub manager: Box<str>,
 }
 
 /// One of `node.spec.podCIDRs`.
@@ -280,6 +291,7 @@ impl NodeFact {
             },
             addresses: internal_addresses(node),
             pod_cidrs: pod_cidrs(node),
+            pod_cidrs_by: pod_cidrs_writer(meta),
             network_unavailable: condition("NetworkUnavailable") == Some("True"),
             uninitialized: node.spec.taints.iter().flatten().any(|taint| taint.key == UNINITIALIZED),
             max_pods: node.status.allocatable.as_ref().and_then(|a| whole_number(a.pods.as_deref()?)),
@@ -503,6 +515,19 @@ fn internal_addresses(node: &NodeView) -> Box<[IpAddr]> {
         }
     }
     addresses.into()
+}
+
+/// The last one who wrote `spec.podCIDR` or `spec.podCIDRs` (API concepts, "Field management").
+fn pod_cidrs_writer(meta: &ObjectMeta) -> Option<Writer> {
+    let entries = meta.managed_fields.iter().flatten();
+    let writes = entries.filter(|entry| {
+        let spec = entry.fields_v1.as_ref().and_then(|fields| fields.0.get("f:spec"));
+        spec.is_some_and(|spec| ["f:podCIDRs", "f:podCIDR"].iter().any(|field| spec.get(field).is_some()))
+    });
+    let writer = writes.filter_map(|entry| {
+        Some(Writer { at: entry.time.as_ref()?.0, manager: entry.manager.as_deref()?.into() })
+    });
+    writer.max()
 }
 
 fn pod_cidrs(node: &NodeView) -> Box<[PodCidrText]> {

@@ -15,9 +15,12 @@ use plat_crds::{Block, names};
 use crate::facts::{BlockFact, Fact, Health, Held, Lost, NodeFact, PodCidrText, RangeFact, ReportFact};
 use crate::leader::World;
 use crate::memory::Memory;
+use crate::plan::source::follow;
 use crate::plan::{Plan, plan};
 use crate::selector::{Labels, Selector};
-use crate::snapshot::{Clock, DefaultRange, Facts, Foreign, Settings, Snapshot, Source, Start, Tenure};
+use crate::snapshot::{
+    Clock, DefaultRange, Facts, Foreign, IpamSource, Settings, Snapshot, Source, Start, Tenure,
+};
 use crate::step::{NewBlock, Origin, Step};
 
 pub const NOW: i64 = 1_800_000_000;
@@ -39,6 +42,7 @@ pub fn node(name: &str) -> NodeFact {
         health: Health::Ready,
         addresses: ["172.30.0.9".parse().unwrap()].into(),
         pod_cidrs: [].into(),
+        pod_cidrs_by: None,
         network_unavailable: false,
         uninitialized: false,
         max_pods: Some(110),
@@ -140,6 +144,7 @@ pub fn settings() -> Settings {
     Settings {
         default_ranges: vec![DefaultRange { range: block("10.244.0.0/16"), block_prefix: Some(24) }],
         quarantine_seconds: 900,
+        ipam_source: IpamSource::Wish,
         node_spec_mirror: true,
         lease_duration: Duration::from_secs(15),
         report_wait: Duration::from_secs(30),
@@ -231,7 +236,7 @@ impl Scene {
             tenure: self.tenure,
             nodes: self.world.nodes.clone(),
             ranges: self.world.ranges.clone(),
-            blocks: self.world.blocks.clone(),
+            blocks: follow(self.world.blocks.clone(), &self.world.nodes, self.settings.ipam_source),
             reports: self.world.reports.clone(),
             foreign: self.world.foreign.clone(),
             memory: &self.memory,

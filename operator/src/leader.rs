@@ -9,7 +9,7 @@ use crate::apply::{Done, Learnt, Outcome, apply};
 use crate::facts::{BlockFact, NodeFact, RangeFact, ReportFact};
 use crate::memory::Memory;
 use crate::note::{self, Note};
-use crate::plan::{Plan, plan};
+use crate::plan::{Plan, plan, source};
 use crate::ranges::{quarantine_of, quarantine_over};
 use crate::server::Server;
 use crate::snapshot::{Clock, Facts, Foreign, Settings, Snapshot, Source, Tenure};
@@ -141,7 +141,7 @@ impl Leader {
             tenure,
             nodes: world.nodes.clone(),
             ranges,
-            blocks,
+            blocks: source::follow(blocks, &world.nodes, self.settings.ipam_source),
             reports: world.reports.clone(),
             foreign: world.foreign.clone(),
             memory: &self.memory,

@@ -73,6 +73,8 @@ pub const REPLACEMENT_COMES: &str = "ReplacementComes";
 pub const BLOCKS_LEFT: &str = "BlocksLeft";
 /// ClusterCIDR `Draining=True`: no node holds a block of it.
 pub const NO_BLOCKS_LEFT: &str = "NoBlocksLeft";
+/// PodCIDR `NodeSpecConflict=False`: `node.spec.podCIDRs` says something else, which is not looked at.
+pub const IGNORED: &str = "Ignored";
 /// PodCIDR `NodeSpecConflict=True`: `node.spec.podCIDRs` says something else.
 pub const DIFFERS: &str = "Differs";
 
@@ -113,6 +115,12 @@ pub const BLOCKS_PER_NODE_REACHED: &str = "BlocksPerNodeReached";
 pub const NO_ADDRESS: &str = "NodeHasNoAddress";
 /// Fault: `node.spec.podCIDRs` lies in no ClusterCIDR, or does not fit the one it lies in.
 pub const FOREIGN_POD_CIDR: &str = "ForeignPodCIDR";
+/// Fault: `ipam.source` is `node`, and the node has no `spec.podCIDRs` entry of a family.
+pub const NO_POD_CIDR: &str = "NoPodCIDR";
+/// ClusterCIDR `OtherAllocator=True` and its fault: another program writes `node.spec.podCIDRs`.
+pub const WRITTEN_BY_OTHER: &str = "PodCIDRsWrittenByOther";
+/// ClusterCIDR `OtherAllocator=False`.
+pub const SOLE_ALLOCATOR: &str = "SoleAllocator";
 /// Fault: `node.spec.podCIDRs` names a block that another node holds.
 pub const POD_CIDR_TAKEN: &str = "PodCIDRTaken";
 /// Fault: more PodCIDRs were lost than agents can name, so nothing is carved for a while.

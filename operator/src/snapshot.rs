@@ -77,6 +77,8 @@ pub struct Settings {
     pub default_ranges: Vec<DefaultRange>,
     /// Quarantine of the default ranges.
     pub quarantine_seconds: i32,
+    /// What `node.spec.podCIDRs` counts for.
+    pub ipam_source: IpamSource,
     /// Whether blocks are mirrored into empty `node.spec.podCIDRs`.
     pub node_spec_mirror: bool,
     /// The leader Lease's duration: for that long another process may believe that it leads.
@@ -93,6 +95,18 @@ pub struct Settings {
     pub withdrawal_deadline: Duration,
     /// Let go of everything instead of managing it (before the product is removed).
     pub cleanup: bool,
+}
+
+/// What `node.spec.podCIDRs` counts for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum IpamSource {
+    /// A node gets the block that its spec names, if it fits; else one is carved.
+    #[default]
+    Wish,
+    /// A node gets exactly what its spec names (kube-controller-manager's choice). Nothing is carved.
+    Node,
+    /// The spec is not looked at, but what it names is given to no other node.
+    Ignore,
 }
 
 /// A range from `--cluster-cidr`.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plat_crds::cluster_cidr::{Allocation, BlockCounts, MAX_GROUPS, MAX_PREFIXES, TopologyGroup};
-use plat_crds::condition::{self, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, READY, Verdict};
+use plat_crds::condition::{
+    self, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, OTHER_ALLOCATOR, READY, Verdict,
+};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
 use plat_crds::routing::{self, Mode};
@@ -19,7 +21,7 @@ use crate::plan::holding::Holding;
 use crate::plan::{Plan, RangeOutlook, release};
 use crate::ranges::quarantine_that_holds;
 use crate::reason;
-use crate::snapshot::{Clock, Snapshot, Source};
+use crate::snapshot::{Clock, IpamSource, Snapshot, Source};
 use crate::step::{Step, Version};
 use crate::topology::GroupBlocks;
 
@@ -169,6 +171,10 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
         status.cursor = Some(signed(outlook.cursor));
         status.quarantine_seconds = Some(quarantine_that_holds(range, snapshot));
         condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
+        let other = other_allocator(outlook);
+        if other.status == Some(true) || condition::find(&status.conditions, OTHER_ALLOCATOR).is_some() {
+            condition::set(&mut status.conditions, &other, generation, &now);
+        }
     }
     status
 }
@@ -228,6 +234,13 @@ fn exhausted(outlook: &RangeOutlook) -> Verdict {
     }
 }
 
+fn other_allocator(outlook: &RangeOutlook) -> Verdict {
+    match &outlook.other_allocator {
+        Some(words) => Verdict::new(OTHER_ALLOCATOR, Some(true), reason::WRITTEN_BY_OTHER, words.clone()),
+        None => Verdict::new(OTHER_ALLOCATOR, Some(false), reason::SOLE_ALLOCATOR, ""),
+    }
+}
+
 fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> Option<Write> {
     let new = block_status(block, carriers, plan, snapshot);
     let old = block.status.as_deref().cloned().unwrap_or_default();
@@ -267,7 +280,8 @@ fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &
     });
     set(&carriers.converged(block));
     if let Some(node) = node {
-        set(&node_spec_conflict(block, node, carriers.blocks_of.get(&*node.name).map_or(&[], Vec::as_slice)));
+        let others = carriers.blocks_of.get(&*node.name).map_or(&[][..], Vec::as_slice);
+        set(&node_spec_conflict(block, node, others, snapshot.settings.ipam_source));
     }
     for type_ in [DRAINING, GROWTH_BLOCKED] {
         let verdict = plan.verdicts.get(&block.name).into_iter().flatten().find(|v| v.type_ == type_);
@@ -326,7 +340,12 @@ pub fn was_moved(block: &BlockFact) -> bool {
     condition::find(conditions, NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
 }
 
-fn node_spec_conflict(block: &BlockFact, node: &NodeFact, others: &[&BlockFact]) -> Verdict {
+fn node_spec_conflict(
+    block: &BlockFact,
+    node: &NodeFact,
+    others: &[&BlockFact],
+    source: IpamSource,
+) -> Verdict {
     let verdict =
         |status, reason, message: String| Verdict::new(NODE_SPEC_CONFLICT, Some(status), reason, message);
     if node.pod_cidrs.is_empty() {
@@ -340,6 +359,10 @@ fn node_spec_conflict(block: &BlockFact, node: &NodeFact, others: &[&BlockFact])
         return verdict(false, reason::FURTHER_BLOCK, String::new());
     }
     let listed = node.spec_blocks().map(|spec| spec.to_string()).collect::<Vec<_>>().join(", ");
+    if source == IpamSource::Ignore {
+        let message = format!("node {} has spec.podCIDRs [{listed}]; ipam.source is ignore", node.name);
+        return verdict(false, reason::IGNORED, message);
+    }
     let mut family = others.iter().filter(|other| other.block.family() == block.block.family());
     if family.any(|other| was_moved(other) || node.spec_blocks().any(|spec| spec == other.block)) {
         let message = format!(

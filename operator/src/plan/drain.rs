@@ -119,7 +119,10 @@ impl<'a> Planner<'a> {
         let verdict = |status, reason, message| Verdict::new(DRAINING, Some(status), reason, message);
         if block.state == BlockState::Draining {
             let (reason, why) = match block.drain {
-                true => (reason::ASKED, "its annotation asks for it"),
+                true => (
+                    reason::ASKED,
+                    "its annotation asks for it, or its node's spec.podCIDRs (ipam.source node)",
+                ),
                 false => (reason::SURPLUS, "its node does not need it"),
             };
             let message = format!(

@@ -9,6 +9,7 @@
 //! | `place` | nodes that need a block: re-create, adopt, carve |
 //! | `holding`, `grow` | how many blocks a node has, and when it gets another or gives one back |
 //! | `drain` | blocks that go while their node stays |
+//! | `source` | what `node.spec.podCIDRs` counts for: faults of entries, another allocator beside us |
 //! | `nodes` | mirror into the Node, `NetworkUnavailable`, NodeNetworks, faults of nodes |
 //!
 //! Every map is ordered and nothing reads a clock, so equal snapshots give equal plans.
@@ -21,6 +22,7 @@ mod nodes;
 mod place;
 mod ranges;
 pub mod release;
+pub(crate) mod source;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -90,6 +92,8 @@ pub struct RangeOutlook {
     pub cursor: u64,
     /// What each group of nodes holds, if the range has a `topologyKey`.
     pub holdings: Vec<GroupBlocks>,
+    /// That another program gives its nodes `spec.podCIDRs`, in words.
+    pub other_allocator: Option<String>,
 }
 
 impl Plan {
@@ -108,6 +112,7 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
         planner.place_nodes();
         planner.serve_nodes();
         planner.tell_of_blocks();
+        planner.name_other_allocator();
     }
     planner.finish()
 }
@@ -116,7 +121,8 @@ struct Planner<'a> {
     snapshot: &'a Snapshot<'a>,
     claims: Claims,
     ranges: BTreeMap<Name, Candidate<'a>>,
-    /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
+    /// Node name → its blocks: those that its spec names first, if that is the source; those in use before
+    /// those in quarantine, then the oldest.
     blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
     /// Node name → its blocks that vanished.
     vanished_of: BTreeMap<&'a str, Vec<Block>>,
@@ -139,6 +145,7 @@ struct Candidate<'a> {
     cursor: u64,
     /// Which groups of nodes hold its blocks, if it has a `topologyKey`.
     topology: Option<Topology>,
+    other_allocator: Option<String>,
 }
 
 impl Candidate<'_> {
@@ -196,7 +203,7 @@ impl<'a> Planner<'a> {
             let pool = pool(fact, &claims);
             let topology = topology(fact, &pool, &claims, snapshot);
             let (judgement, cursor) = (judge(fact, snapshot), cursor(fact, snapshot));
-            Candidate { fact, judgement, pool, cursor, topology }
+            Candidate { fact, judgement, pool, cursor, topology, other_allocator: None }
         };
         let ranges = snapshot.ranges.iter().map(|(name, fact)| (name.clone(), candidate(fact))).collect();
         let mut vanished_of: BTreeMap<&str, Vec<Block>> = BTreeMap::new();
@@ -285,6 +292,7 @@ impl<'a> Planner<'a> {
             free: range.pool.free(),
             cursor: range.cursor,
             holdings: range.topology.as_ref().map(|t| t.holdings(&range.pool)).unwrap_or_default(),
+            other_allocator: range.other_allocator.clone(),
         };
         self.plan.ranges = self.ranges.iter().map(|(name, range)| (name.clone(), outlook(range))).collect();
         self.plan.faults.sort();

@@ -10,6 +10,7 @@ use crate::claims::Claim;
 use crate::facts::{BlockFact, NodeFact, PodCidrText, ReportFact};
 use crate::ranges::quarantine_over;
 use crate::reason;
+use crate::snapshot::IpamSource;
 use crate::status::was_moved;
 use crate::step::Step;
 
@@ -63,7 +64,10 @@ impl<'a> Planner<'a> {
     /// `node.spec.podCIDRs` can be written once only: all families together, and in the right order.
     fn mirror(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
         let order_known = blocks.len() == 1 || !node.addresses.is_empty();
-        if self.snapshot.settings.node_spec_mirror && node.pod_cidrs.is_empty() && order_known {
+        let settings = self.snapshot.settings;
+        // Where the field is the source, writing it is its source's.
+        let mirrors = settings.node_spec_mirror && settings.ipam_source != IpamSource::Node;
+        if mirrors && node.pod_cidrs.is_empty() && order_known {
             let pod_cidrs = blocks.iter().map(|block| block.block).collect();
             let (node, uid) = (node.name.clone(), node.uid.clone());
             self.plan.steps.push(Step::MirrorToNode { node, uid, pod_cidrs });
@@ -122,8 +126,12 @@ impl<'a> Planner<'a> {
             );
             self.fault(node, reason::NO_ADDRESS, message);
         }
+        if self.snapshot.settings.ipam_source == IpamSource::Node {
+            self.name_source_faults(node);
+        }
         for text in &node.pod_cidrs {
             match text {
+                _ if self.snapshot.settings.ipam_source == IpamSource::Ignore => {}
                 PodCidrText::Invalid(text) => {
                     let message = format!(
                         "node {} has '{text}' in spec.podCIDRs, which is not a CIDR; {CURE}",
@@ -131,6 +139,7 @@ impl<'a> Planner<'a> {
                     );
                     self.fault(node, reason::FOREIGN_POD_CIDR, message);
                 }
+                PodCidrText::Block(_) if self.snapshot.settings.ipam_source == IpamSource::Node => {}
                 PodCidrText::Block(block) => self.name_pod_cidr_fault(node, block),
             }
         }
@@ -191,4 +200,4 @@ impl<'a> Planner<'a> {
 }
 
 /// `spec.podCIDRs` is write-once.
-const CURE: &str = "the field cannot be changed: if it matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again";
+pub(super) const CURE: &str = "the field cannot be changed: if it matters (cloud routes, kube-proxy's NodeCIDR mode), delete the Node object and let its kubelet register again";

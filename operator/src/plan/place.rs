@@ -12,6 +12,7 @@ use crate::claims::Claim;
 use crate::facts::{Health, Name, NodeFact};
 use crate::ranges::{Standing, stands};
 use crate::reason;
+use crate::snapshot::IpamSource;
 use crate::step::{NewBlock, Origin, Step};
 
 /// How strong a claim is. A node gets a block by a claim of its own if no other node has a stronger one on
@@ -56,6 +57,10 @@ impl<'a> Planner<'a> {
             let growing = self.growing(node).into_iter().map(|(family, kept)| (*node, family, kept));
             needs.extend(growing.filter(|(node, family, _)| !self.repeat_pending(node, *family)));
         }
+        // What is lacking then is named in `source`.
+        if self.snapshot.settings.ipam_source == IpamSource::Node {
+            return;
+        }
         if needs.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&needs) {
             return;
         }
@@ -69,7 +74,7 @@ impl<'a> Planner<'a> {
         let families = self.families_of(node);
         let lacking: Vec<_> = families
             .iter()
-            .filter(|family| self.held_block(node, **family).is_none())
+            .filter(|family| self.lacks(node, **family))
             .map(|family| (node, *family))
             .collect();
         // A default range that is about to be created may well select it.
@@ -154,7 +159,20 @@ impl<'a> Planner<'a> {
         held.into_iter().map(|(block, claim, _)| (block, claim)).collect()
     }
 
+    /// Whether the node has no block of a family, or not the one that its spec must be followed in.
+    fn lacks(&self, node: &NodeFact, family: Family) -> bool {
+        self.held_block(node, family).is_none_or(|own| {
+            let mut named = node.spec_blocks().filter(|block| block.family() == family).peekable();
+            self.snapshot.settings.ipam_source == IpamSource::Node
+                && named.peek().is_some()
+                && !named.any(|block| block == own.block)
+        })
+    }
+
     fn adopt(&mut self, node: &NodeFact, family: Family) -> bool {
+        if self.snapshot.settings.ipam_source == IpamSource::Ignore {
+            return false;
+        }
         for block in node.spec_blocks().filter(|block| block.family() == family) {
             let fits = |range: &&Candidate| {
                 range.selects(node, family)

@@ -20,4 +20,5 @@ mod release;
 mod rivals;
 mod scale;
 mod several;
+mod source;
 mod topology;

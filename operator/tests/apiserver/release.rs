@@ -21,7 +21,7 @@ use plat_operator::leader::{Leader, World};
 use plat_operator::lease::{Elector, Leadership, Timing};
 use plat_operator::node_view::NodeView;
 use plat_operator::server::{CallError, Live, Patch, Preconditions, Server};
-use plat_operator::snapshot::{Clock, Facts, Settings, Start, Tenure};
+use plat_operator::snapshot::{Clock, Facts, IpamSource, Settings, Start, Tenure};
 use plat_operator::step::Kind;
 use serde_json::{Value, json};
 
@@ -194,6 +194,7 @@ impl Driven {
         let leadership = Arc::new(Leadership::default());
         Elector::new(leases, "plat-operator", "driven".to_owned(), timing).acquire(&leadership, |_| {}).await;
         let settings = Settings {
+            ipam_source: IpamSource::Wish,
             default_ranges: Vec::new(),
             quarantine_seconds: 60,
             node_spec_mirror: false,
