@@ -1,6 +1,7 @@
 //! The addresses of a pod: chosen and recorded under the lease store's lock, or asked from another IPAM
 //! plugin; confirmed once the pod's link exists; released.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use plat_crds::blocks_file::BlocksFile;
@@ -19,7 +20,7 @@ use crate::netns::Netns;
 use crate::pods::{self, Added, Orphans, Remover, hostports};
 use crate::pool::{self, Chosen, Source, StoreView};
 use crate::reply::Ip;
-use crate::store::{Held, Locked, Survey};
+use crate::store::{Held, Kernel, Locked, Survey};
 use crate::sysctl::Sysctls;
 use crate::wire::{self, NoGateway, PodNet, Style};
 use crate::{delegate, netlink, store};
@@ -124,7 +125,12 @@ fn may_grow(store: &mut Locked<'_>, conf: &Attachment, source: &Source, file: &B
         return false;
     }
     let Ok(survey) = store.survey("", "") else { return false };
-    let view = StoreView { survey: &survey, pool: PoolId::new(&source.pool, ""), cursors: Vec::new() };
+    let view = StoreView {
+        survey: &survey,
+        pool: PoolId::new(&source.pool, ""),
+        cursors: Vec::new(),
+        foreign: HashSet::new(),
+    };
     pool::full(source, &view).is_some_and(|family| file.may_grow.contains(&family))
 }
 
@@ -196,8 +202,16 @@ pub fn lease_from(
     refuse_second(&survey, &lease)?;
     let sets = 0..u32::try_from(source.sets.len()).unwrap_or(u32::MAX);
     let cursors: Vec<Option<IpAddr>> = sets.map(|set| store.cursor(pool, set)).collect::<Result<_, _>>()?;
-    let view = StoreView { survey: &survey, pool, cursors };
-    let chosen = pool::choose(source, requested, &view)?;
+    let mut view = StoreView { survey: &survey, pool, cursors, foreign: HashSet::new() };
+    // Where addresses come from the configuration, another network's pods may well have the same on another bridge.
+    let network = lease.network.clone().filter(|_| source.pool == Pool::Ranges);
+    let chosen = loop {
+        let chosen = pool::choose(source, requested, &view)?;
+        match foreign_of(store.kernel(), &chosen, network.as_deref())? {
+            Some(address) => view.foreign.insert(address),
+            None => break chosen,
+        };
+    };
     let leased = |c: &Chosen| LeasedAddress {
         address: c.address,
         subnet_length: c.range.subnet.prefix_len(),
@@ -211,6 +225,20 @@ pub fn lease_from(
         let _ = store.set_cursor(pool, set, picked.address);
     }
     Ok((Held { slot, lease }, chosen))
+}
+
+/// The first chosen address that a pod of another network has, or may be about to have.
+fn foreign_of(
+    kernel: &mut dyn Kernel,
+    chosen: &[Chosen],
+    network: Option<&str>,
+) -> Result<Option<IpAddr>, netlink::Error> {
+    for Chosen { address, .. } in chosen {
+        if kernel.is_foreign(address, network)? {
+            return Ok(Some(*address));
+        }
+    }
+    Ok(None)
 }
 
 /// Records a lease without addresses: others choose them, if there are to be any.

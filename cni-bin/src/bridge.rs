@@ -110,6 +110,13 @@ pub fn ensure(socket: &mut Socket, sysctls: &Sysctls, spec: &Spec<'_>) -> Result
     Ok(bridge)
 }
 
+/// Fixes the hardware address that the bridge has. One that somebody made without saying any takes that of one of its
+/// ports, and another when that port goes; as a gateway it must keep the one that pods know it by.
+fn fix_mac(socket: &mut Socket, bridge: &Bridge) -> Result<(), netlink::Error> {
+    let keep = LinkChange { mac: bridge.mac, ..LinkChange::default() };
+    deleted(socket.request(link::set_link(bridge.index, &bridge.name, &keep))).map(|_| ())
+}
+
 /// Finds the bridge, or makes it with its gateways. One that is there is left as it is, as it may carry
 /// other pods, but for two things: it is raised if it is down, and learns nothing from frames that go past
 /// anti-spoofing ([`Link::learns_from_reserved`]).
@@ -231,6 +238,9 @@ pub fn add_gateways(socket: &mut Socket, bridge: &Bridge, blocks: &[Block]) -> R
             added.push(what);
         }
     }
+    if !added.is_empty() {
+        fix_mac(socket, bridge)?;
+    }
     Ok(added)
 }
 
@@ -282,11 +292,7 @@ pub fn add_subnet_gateway(
         deleted(socket.request(link::delete_address(bridge.index, conflict)))?;
     }
     created(socket.request(link::new_address(bridge.index, gateway, 0)))?;
-    // A bridge that someone made without saying a hardware address takes that of one of its ports, and another one
-    // when that port goes. As a gateway it must keep the one that it has.
-    let keep = LinkChange { mac: bridge.mac, ..LinkChange::default() };
-    socket.request(link::set_link(bridge.index, &bridge.name, &keep))?;
-    Ok(())
+    Ok(fix_mac(socket, bridge)?)
 }
 
 fn conflicts(found: &[Address], wanted: IpNet) -> Vec<IpNet> {

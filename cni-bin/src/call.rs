@@ -34,6 +34,7 @@ impl Call {
     ) -> Result<Call, Error> {
         let boot = BootId::read().map_err(|e| Error::because(Code::Io, "cannot read the boot id", e))?;
         let kernel = HostKernel::new(Socket::open(Protocol::Route)?);
+        let kernel = kernel.with_state_of_others(&network.state_of_others);
         Ok(Call { container, network, input, plugin_path, kernel, boot })
     }
 

@@ -16,7 +16,7 @@ use crate::netlink::{Protocol, Socket};
 use crate::netns::Netns;
 use crate::reply::{Interface, Ip, Reply};
 use crate::spec::SpecVersion;
-use crate::{delegate, pods, routed};
+use crate::{delegate, pods, routed, wire};
 use plat_crds::Family;
 
 /// Checks a container.
@@ -60,7 +60,7 @@ fn failed(problem: &str) -> Error {
 
 /// Whether the result names no link that we made: then ADD passed another plugin's result on.
 fn was_passed_through(previous: &Reply) -> bool {
-    let made_by_us = |i: &Interface| i.sandbox.is_empty() && i.name.len() == 12 && i.name.starts_with("plat");
+    let made_by_us = |i: &Interface| i.sandbox.is_empty() && wire::is_host_name(&i.name);
     // The two oldest versions have no interfaces, and no CHECK either.
     !previous.interfaces.is_empty() && !previous.interfaces.iter().any(made_by_us)
 }

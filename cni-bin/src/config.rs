@@ -25,6 +25,7 @@ use plat_crds::names;
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Code, Error};
+use crate::host_local::STATE_DIR;
 use crate::json::Json;
 use crate::mac::Mac;
 use crate::request::{self, Args, is_name};
@@ -51,6 +52,8 @@ pub struct Network {
     pub run_dir: PathBuf,
     /// The lease store.
     pub leases: PathBuf,
+    /// Where libcni and the reference plugins keep their state.
+    pub state_of_others: PathBuf,
     /// Who hands out addresses.
     pub ipam: IpamKind,
     /// How long to wait for the lease store's lock.
@@ -109,6 +112,10 @@ impl Network {
             name,
             leases: data_dir.join(names::LEASES_FILE),
             run_dir,
+            state_of_others: match json.get("cniStateDir").text("cniStateDir")? {
+                "" => PathBuf::from(STATE_DIR),
+                path => PathBuf::from(path),
+            },
             ipam: kind,
             lock_timeout: seconds("lockTimeoutSeconds", LOCK_TIMEOUT)?,
             gc_grace: seconds("gcGraceSeconds", GC_GRACE)?,

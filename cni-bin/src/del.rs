@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::fail;
 use crate::pods::Remover;
 use crate::store::Held;
-use crate::{delegate, teardown};
+use crate::{delegate, foreign, predecessor, teardown};
 
 /// Disconnects a container.
 pub fn del(call: &mut Call) -> Result<(), Error> {
@@ -34,6 +34,9 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     let looked_up = find_lease(call);
     let lease = looked_up.as_ref().ok().and_then(Option::as_ref).map(|held| held.lease.clone());
     fail::point("del-start")?;
+    if let Some(lease) = lease.as_ref().filter(|lease| foreign::is_foreign(lease)) {
+        predecessor::end(call, lease);
+    }
     let mut rules = Remover::default();
     let proven =
         teardown::teardown(call.host(), &container.id, &container.ifname, lease.as_ref(), &mut rules)?;

@@ -39,6 +39,11 @@ pub fn run(plugin: &str, path: &str, verb: &str, input: &[u8]) -> Result<Vec<u8>
     run_with(plugin, path, verb, input, &[])
 }
 
+/// The same with `mark` set, by which another call of ours can tell that this one runs.
+pub fn run_marked(plugin: &str, path: &str, verb: &str, input: &[u8], mark: &str) -> Result<Vec<u8>, Error> {
+    run_with(plugin, path, verb, input, &[(mark, "1")])
+}
+
 /// Runs the plugin's DEL for a container that our own call is not about.
 pub fn del_for(
     plugin: &str,

@@ -3,9 +3,11 @@
 //!
 //! Where the alias had no room for the addresses, they are those of the pod's end. Nobody enters a pod's
 //! namespace for that: they are asked for by the number under which this namespace knows the pod's
-//! (`IFA_TARGET_NETNSID`).
+//! (`IFA_TARGET_NETNSID`). So are the pods of a network that was here before ([`crate::foreign`]).
 
+use std::collections::HashSet;
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -13,6 +15,8 @@ use plat_crds::alias::{self, Alias, Leased};
 use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
 
 use crate::boot::since_now;
+use crate::foreign;
+use crate::host_local::{self, HostLocal};
 use crate::link::{self, Address, Link};
 use crate::netlink::{self, Socket};
 use crate::pods::Known;
@@ -27,12 +31,21 @@ const TRIES: u32 = 200;
 /// The kernel, seen from the host's network namespace.
 pub struct HostKernel {
     route: Socket,
+    /// The files of a network that was here before.
+    files: HostLocal,
+    /// The addresses of foreign pods, once they were asked for.
+    foreign: Option<HashSet<IpAddr>>,
 }
 
 impl HostKernel {
     /// Asks through that socket, which was opened in the host's network namespace.
     pub fn new(route: Socket) -> HostKernel {
-        HostKernel { route }
+        HostKernel { route, files: HostLocal::at(Path::new(host_local::STATE_DIR)), foreign: None }
+    }
+
+    /// The same with the state of other networks in that folder.
+    pub fn with_state_of_others(self, dir: &Path) -> HostKernel {
+        HostKernel { files: HostLocal::at(dir), ..self }
     }
 
     /// The socket.
@@ -45,13 +58,23 @@ impl Kernel for HostKernel {
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error> {
         let known = Known::read()?;
         let mut tries = 0;
-        loop {
+        let mut leases = loop {
             tries += 1;
             match held_now(&mut self.route, &known) {
                 Err(_) if tries < TRIES => std::thread::sleep(PAUSE),
-                result => return result,
+                result => break result?,
             }
-        }
+        };
+        leases.extend(self.foreign(&[])?);
+        Ok(leases)
+    }
+
+    fn foreign(&mut self, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
+        foreign::leases(&mut self.route, &self.files, known)
+    }
+
+    fn is_foreign(&mut self, address: &IpAddr, network: Option<&str>) -> Result<bool, netlink::Error> {
+        foreign::holds(&mut self.route, &self.files, address, network, &mut self.foreign)
     }
 
     fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {
@@ -115,11 +138,13 @@ fn lease_of(link: &Link, alias: &Alias<'_>, behind: &[Address], known: &Known) -
     Some(lease)
 }
 
-fn leased(net: IpNet) -> LeasedAddress {
+/// An address as a lease has it.
+pub fn leased(net: IpNet) -> LeasedAddress {
     LeasedAddress { address: net.addr(), subnet_length: net.prefix_len(), masquerade: false }
 }
 
-fn is_link_local(address: &IpAddr) -> bool {
+/// Whether every link has addresses like this one.
+pub fn is_link_local(address: &IpAddr) -> bool {
     match address {
         IpAddr::V4(a) => a.is_link_local(),
         IpAddr::V6(a) => a.is_unicast_link_local(),

@@ -12,7 +12,7 @@
 //! | decided by pure functions | [`request`], [`config`], [`spec`], [`pick`], [`pool`], [`wire`], [`reply`], [`sweep::dead`], [`mac`], [`json`], [`error`] |
 //! | leases | [`store`] (file), [`kernel`] (proof), [`leases`] (`plat leases`), format in [`plat_crds::lease`] |
 //! | kernel | [`netlink`], [`link`], [`nft`], [`conntrack`], [`bridge`], [`routed`], [`tc`], [`bandwidth`], [`pods`], [`netns`], [`sysctl`], [`boot`] |
-//! | other plugins | [`delegate`] |
+//! | other plugins | [`delegate`]; of a network that was here before: [`foreign`], [`host_local`], [`predecessor`] |
 //!
 //! The agent uses [`bridge`], [`nft`], [`pods`], [`store`] and [`sweep`]: what both programs make in the
 //! kernel, one piece of code makes. Everything here is synchronous; an async caller uses a blocking thread.
@@ -33,7 +33,9 @@ pub mod del;
 pub mod delegate;
 pub mod error;
 pub mod fail;
+pub mod foreign;
 pub mod gc;
+pub mod host_local;
 pub mod json;
 pub mod kernel;
 pub mod leases;
@@ -45,6 +47,7 @@ pub mod nft;
 pub mod pick;
 pub mod pods;
 pub mod pool;
+pub mod predecessor;
 pub mod reply;
 pub mod request;
 pub mod routed;

@@ -3,6 +3,7 @@
 //! Pure but for [`read_blocks`]: the node's blocks or the configuration's ranges become sets of ranges,
 //! and one reading of the lease store decides.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -175,11 +176,13 @@ pub struct StoreView<'a> {
     pub pool: PoolId,
     /// The cursor of each set.
     pub cursors: Vec<Option<IpAddr>>,
+    /// Addresses that turned out to be those of another network's pods.
+    pub foreign: HashSet<IpAddr>,
 }
 
 impl Taken for StoreView<'_> {
     fn is_taken(&self, address: &IpAddr) -> bool {
-        self.survey.is_taken(self.pool, address)
+        self.foreign.contains(address) || self.survey.is_taken(self.pool, address)
     }
 
     fn last(&self, set: u32) -> Option<IpAddr> {

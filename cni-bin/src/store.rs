@@ -44,10 +44,20 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// The kernel, as far as leases need it.
 pub trait Kernel {
-    /// The leases that the kernel proves: one for each host veth with our alias.
+    /// The leases that the kernel proves: one for each host veth with our alias, and one for each pod of another
+    /// network ([`crate::foreign`]).
     fn held(&mut self) -> Result<Vec<Lease>, netlink::Error>;
     /// All host veths.
     fn links(&mut self) -> Result<Vec<Link>, netlink::Error>;
+    /// The pods of other networks, but for those whose link a known lease has.
+    fn foreign(&mut self, _known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
+        Ok(Vec::new())
+    }
+    /// Whether a pod of another network has an address, or may be about to have it; of that network alone, if one
+    /// is named.
+    fn is_foreign(&mut self, _address: &IpAddr, _network: Option<&str>) -> Result<bool, netlink::Error> {
+        Ok(false)
+    }
 }
 
 /// Why the store cannot be used.

@@ -38,6 +38,8 @@ pub struct Report {
     pub leases: Vec<Lease>,
     /// Leases that were ended.
     pub ended: Vec<Lease>,
+    /// Pods of another network whose leases were recorded just now.
+    pub taken_over: Vec<Lease>,
     /// Leases whose link is gone, and which are ended if it still is next time.
     pub suspected: usize,
     /// Why the store was rebuilt, if it was.
@@ -90,7 +92,9 @@ impl Sweeper {
 
     /// The same at a given time, in milliseconds of `CLOCK_BOOTTIME`.
     pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, EndError> {
-        let (leases, rebuilt) = self.read(wait)?;
+        let (mut leases, rebuilt) = self.read(wait)?;
+        let taken_over = self.take_over(&leases, wait)?;
+        leases.extend(taken_over.iter().cloned());
         // Links are listed after the leases: a lease that is seen has had its link made, or will have.
         let links = self.kernel.links()?;
         let (dead, suspected) = dead(&leases, &links, &self.seen, now_ms);
@@ -113,7 +117,26 @@ impl Sweeper {
             _ => {}
         }
         let standing = leases.into_iter().filter(|l| !ended.iter().any(|e| key(e) == key(l))).collect();
-        Ok(Report { leases: standing, ended, suspected: self.seen.len(), rebuilt })
+        Ok(Report { leases: standing, ended, taken_over, suspected: self.seen.len(), rebuilt })
+    }
+
+    /// Records the pods of another network that came since the store was made.
+    fn take_over(&mut self, known: &[Lease], wait: Duration) -> Result<Vec<Lease>, EndError> {
+        let foreign = self.kernel.foreign(known)?;
+        if foreign.is_empty() {
+            return Ok(foreign);
+        }
+        let locked = self.store.lock(&self.boot, wait, self.missing, self.kernel.as_mut())?;
+        let Some(mut locked) = locked else { return Ok(Vec::new()) };
+        let mut taken_over = Vec::new();
+        for lease in foreign {
+            let survey = locked.survey(&lease.container_id, &lease.ifname)?;
+            if !survey.has_lease() {
+                locked.insert(&survey, &lease)?;
+                taken_over.push(lease);
+            }
+        }
+        Ok(taken_over)
     }
 
     /// The leases that the kernel proves, for a time when the store cannot be read.

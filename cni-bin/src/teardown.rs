@@ -10,7 +10,7 @@ use plat_crds::lease::Lease;
 use crate::link::{self, Link, LinkChange};
 use crate::netlink::{self, Socket};
 use crate::pods::{self, Remover};
-use crate::{kernel, wire};
+use crate::{foreign, kernel, wire};
 
 /// Deletes the link, and what the pod has in nftables. What is not there is fine. The lease is the caller's,
 /// and may end only after this: its address lives as long as the link. If there is none, what the kernel proved in its place is returned, by
@@ -55,9 +55,12 @@ fn host_ends(
     let own_name = wire::host_name(container_id, ifname, 0);
     let recorded = lease.map(|l| l.veth.name.as_str()).filter(|name| *name != own_name);
     for name in recorded.into_iter().chain([own_name.as_str()]) {
-        if let Some(link) =
-            link::link_by_name(host, name)?.filter(|link| is_end_of(link, container_id, ifname))
-        {
+        let is_end = |link: &Link| match lease.filter(|lease| foreign::is_foreign(lease)) {
+            // Another network names its links by chance, and may give a name again.
+            Some(lease) if link.name == lease.veth.name => link.index == lease.veth.index,
+            _ => is_end_of(link, container_id, ifname),
+        };
+        if let Some(link) = link::link_by_name(host, name)?.filter(is_end) {
             return Ok(vec![link]);
         }
     }

@@ -225,6 +225,11 @@ pub fn host_name(container_id: &str, ifname: &str, attempt: u32) -> String {
     format!("{HOST_PREFIX}{:08x}", hash & u64::from(u32::MAX))
 }
 
+/// Whether a link's name is one of ours for a host's end.
+pub fn is_host_name(name: &str) -> bool {
+    name.len() == HOST_PREFIX.len() + 8 && name.starts_with(HOST_PREFIX)
+}
+
 /// The hardware addresses of a pod's link: the host's end and the pod's. Both follow from the first
 /// address, or, without one, from container and interface.
 pub fn macs(container_id: &str, ifname: &str, first: Option<IpAddr>, requested: Option<Mac>) -> (Mac, Mac) {

@@ -12,6 +12,8 @@ pub const MAX_REPORTED: usize = 16;
 
 /// At most this many entries in [`NodeNetworkStatus::held_blocks`] and [`LostBlocks::blocks`].
 pub const MAX_BLOCKS: usize = 64;
+/// Configurations of other networks that are named.
+pub const MAX_OTHER_CONFS: usize = 8;
 
 /// A node's own report about its network: what is applied, what it holds, what went wrong. Named after
 /// the node; status only.
@@ -245,6 +247,14 @@ pub struct CniReport {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(max = 64)))]
     pub chained: Vec<String>,
+    /// Configurations of other networks behind ours, the first 8 by name: without ours the runtime would take the
+    /// first of them. Remove them once you do not want to go back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), inner(length(max = 255)))]
+    pub others: Vec<String>,
+    /// Pods on the node that another network attached, before Plat took over, and that still run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign_pods: Option<i64>,
 }
 
 /// Something that happened on a node and that its users should know.

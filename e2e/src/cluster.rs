@@ -52,11 +52,16 @@ impl Cluster {
     /// If it cannot be had.
     pub fn with_plat(nodes: u8, extra: &[&str]) -> Cluster {
         let cluster = Cluster::up(nodes, ProxyMode::Nftables).unwrap_or_else(|e| panic!("no cluster: {e:#}"));
-        diagnose_panics(cluster.name(), cluster.run_folder());
+        cluster.tell_panics();
         cluster.install_plat(extra).unwrap_or_else(|e| panic!("cannot install Plat: {e:#}"));
         cluster.wait_nodes_ready(Duration::from_secs(60));
         wait_converged(&cluster, nodes.into(), Duration::from_secs(60));
         cluster
+    }
+
+    /// From now on a test that panics shows what the cluster looks like.
+    pub fn tell_panics(&self) {
+        diagnose_panics(self.name(), self.run_folder());
     }
 
     fn node_script(&self, action: &str, node: u8) -> Command {

@@ -1,6 +1,8 @@
 //! What the node's files say: the conflist for the container runtime, the blocks file for the CNI binary,
 //! and which configuration the runtime will take. Pure; `files` writes them.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile};
 use plat_crds::cni_conf::{Conflist, PlatPlugin};
@@ -68,9 +70,18 @@ pub fn speaks_1_1(answer: &[u8]) -> bool {
 /// The file that a container runtime takes: the first by name with one of the suffixes that libcni and
 /// its callers look for.
 pub fn active<'a>(files: impl IntoIterator<Item = &'a String>) -> Option<&'a String> {
-    let is_conf =
-        |name: &&String| [".conf", ".conflist", ".json"].iter().any(|suffix| name.ends_with(suffix));
-    files.into_iter().filter(is_conf).min()
+    files.into_iter().filter(|name| is_conf(name)).min()
+}
+
+fn is_conf(name: &str) -> bool {
+    [".conf", ".conflist", ".json"].iter().any(|suffix| name.ends_with(suffix))
+}
+
+/// The foreign files that the runtime would take if ours were not there, in their order.
+pub fn others<'a>(files: impl IntoIterator<Item = &'a String>) -> impl Iterator<Item = &'a String> {
+    let others: BTreeSet<&String> =
+        files.into_iter().filter(|name| is_conf(name) && name.as_str() > CONFLIST_FILE).collect();
+    others.into_iter()
 }
 
 /// The foreign file that goes before ours.
@@ -194,6 +205,7 @@ mod tests {
             let files = names(&files);
             assert_eq!(active(&files).map(String::as_str), active_file);
             assert_eq!(shadowing(&files).map(String::as_str), shadow);
+            assert_eq!(others(&files).count(), files.iter().filter(|name| name.starts_with("10-")).count());
         }
     }
 

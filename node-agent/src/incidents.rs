@@ -73,6 +73,8 @@ impl Repair {
 
 /// Reason of the incident that leases were ended whose links are gone.
 pub const LEASES_ENDED: &str = "LeasesEnded";
+/// Reason of the incident that leases of another network's pods were recorded.
+pub const LEASES_TAKEN_OVER: &str = "LeasesTakenOver";
 /// Reason of the incident that the lease store was rebuilt from the kernel.
 pub const LEASES_REBUILT: &str = "LeasesRebuilt";
 
@@ -105,6 +107,15 @@ impl Incidents {
             sweep::PATIENCE.as_secs()
         );
         self.note(LEASES_ENDED, &message, leases.len(), now);
+    }
+
+    /// Adds that leases, in words, of another network's pods were recorded.
+    pub fn leases_taken_over(&mut self, leases: &[String], now: Timestamp) {
+        let Some(first) = leases.first() else { return };
+        let (more, were) = and_more(leases.len());
+        let message =
+            format!("the lease of {first}{more} {were} taken over from another network of this node");
+        self.note(LEASES_TAKEN_OVER, &message, leases.len(), now);
     }
 
     /// Adds that the lease store was rebuilt, and why each time.

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use plat_cni::acquire::EndError;
 use plat_cni::boot::BootId;
+use plat_cni::foreign;
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{self, Protocol, Socket};
 use plat_cni::pods::{self, Orphans, Restored, hostports};
@@ -32,6 +33,8 @@ pub struct Usage {
     datapaths: BTreeSet<Datapath>,
     /// The leases of pods without bridge, whose routes this host must have.
     pub routed: Vec<Lease>,
+    /// The first addresses of the pods that another network attached.
+    foreign: Vec<IpAddr>,
 }
 
 /// Which block an address is from.
@@ -57,7 +60,11 @@ impl Usage {
     /// Of the leases of the node's own blocks, as the store has them.
     pub fn of<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Usage {
         let (mut leased, mut datapaths, mut routed) = (Vec::new(), BTreeSet::new(), Vec::new());
+        let mut foreign = Vec::new();
         for lease in leases {
+            if foreign::is_foreign(lease) {
+                foreign.extend(lease.addresses.first().map(|leased| leased.address));
+            }
             datapaths.insert(lease.datapath);
             if lease.datapath == Datapath::Routed {
                 routed.push(lease.clone());
@@ -71,7 +78,12 @@ impl Usage {
                 leased.extend(origin.map(|origin| (address.address, origin)));
             }
         }
-        Usage { leased, certainty: Certainty::Counted, datapaths, routed }
+        Usage { leased, certainty: Certainty::Counted, datapaths, routed, foreign }
+    }
+
+    /// Number of pods with an address in one of these ranges that another network attached.
+    pub fn foreign_pods(&self, ranges: impl Iterator<Item = Block> + Clone) -> usize {
+        self.foreign.iter().filter(|address| ranges.clone().any(|range| range.contains(address))).count()
     }
 
     /// How living pods are joined to the host; `None` if there may be more than were read.
@@ -131,6 +143,8 @@ pub struct Swept {
     pub usage: Usage,
     /// Leases that were ended, in words.
     pub ended: Vec<String>,
+    /// Leases of another network's pods that were recorded, in words.
+    pub taken_over: Vec<String>,
     /// Why the store was rebuilt, each time that it was and there was something to rebuild, in words.
     pub rebuilt: Vec<String>,
 }
@@ -240,6 +254,7 @@ impl Leases {
         Ok(Swept {
             usage: Usage::of(&report.leases),
             ended: report.ended.iter().map(words).collect(),
+            taken_over: report.taken_over.iter().map(words).collect(),
             rebuilt: rebuilt.map(|why| format!("{why}; it has {count} leases")).into_iter().collect(),
         })
     }

@@ -371,6 +371,7 @@ impl Machine {
                 self.usage = std::mem::take(&mut swept.usage);
                 self.unusable = None;
                 self.swept.ended.append(&mut swept.ended);
+                self.swept.taken_over.append(&mut swept.taken_over);
                 self.swept.rebuilt.extend(swept.rebuilt);
             }
             // The next tick tries again.

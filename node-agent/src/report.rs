@@ -10,7 +10,7 @@ use plat_crds::condition::{
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{
     Applied, CniReport, FailedObject, HeldBlockReport, Incident, LostBlock, LostBlocks, MAX_BLOCKS,
-    MAX_REPORTED, NodeNetworkStatus, RouteCounts,
+    MAX_OTHER_CONFS, MAX_REPORTED, NodeNetworkStatus, RouteCounts,
 };
 
 use crate::apply::Part;
@@ -80,6 +80,10 @@ pub struct Findings {
     pub active_conf: Option<String>,
     /// Chained plugins of our configuration that the node has.
     pub chained: Vec<String>,
+    /// Configurations of other networks behind ours.
+    pub other_confs: Vec<String>,
+    /// Pods that another network attached.
+    pub foreign_pods: usize,
     /// What happened lately.
     pub incidents: Vec<Incident>,
 }
@@ -117,7 +121,12 @@ pub fn status(
     status.held_blocks = findings.held_blocks.iter().take(MAX_BLOCKS).cloned().collect();
     status.lost = lost(&findings.lost);
     status.routes = Some(findings.routes);
-    status.cni = Some(CniReport { active: findings.active_conf.clone(), chained: findings.chained.clone() });
+    status.cni = Some(CniReport {
+        active: findings.active_conf.clone(),
+        chained: findings.chained.clone(),
+        others: findings.other_confs.iter().take(MAX_OTHER_CONFS).cloned().collect(),
+        foreign_pods: i64::try_from(findings.foreign_pods).ok().filter(|count| *count > 0),
+    });
     status.mtu = findings.mtu.and_then(|mtu| i32::try_from(mtu).ok());
     status.incidents = findings.incidents.clone();
     status.conditions = conditions;

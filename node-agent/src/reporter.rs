@@ -168,7 +168,7 @@ impl Reporter {
         for fault in &faults {
             *by_reason.entry(fault.reason).or_default() += 1;
         }
-        let findings = self.findings(&pass, faults);
+        let findings = self.findings(map, &pass, faults);
         let status = self.status(known, Some(&findings));
         let own = known.blocks.facts.values().filter(|block| block.node == self.node && !block.released());
         let lease_seconds = desired::lease_seconds(&self.node, map);
@@ -217,6 +217,10 @@ impl Reporter {
         for why in &swept.rebuilt {
             tracing::warn!(why, "the lease store was rebuilt from the kernel");
         }
+        for lease in &swept.taken_over {
+            tracing::info!(lease, "took over a lease from another network");
+        }
+        self.incidents.leases_taken_over(&swept.taken_over, Timestamp::now());
         self.incidents.leases_ended(&swept.ended, Timestamp::now());
         self.incidents.leases_rebuilt(&swept.rebuilt, Timestamp::now());
     }
@@ -236,7 +240,7 @@ impl Reporter {
         own.map(|block| Fault::block(&block.name, Reason::KernelRefused, trouble.clone())).collect()
     }
 
-    fn findings(&self, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
+    fn findings(&self, map: Map<'_>, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
         let blockers = pass.forwarding.map(|found| found.blockers.as_slice()).unwrap_or_default();
         let families: BTreeSet<Family> = pass.own.keys().map(Block::family).collect();
         let legacy =
@@ -258,6 +262,8 @@ impl Reporter {
             cni: Some(pass.cni.clone()),
             active_conf: conf::active(&pass.confs).cloned(),
             chained: pass.chained.clone(),
+            other_confs: conf::others(&pass.confs).cloned().collect(),
+            foreign_pods: pass.usage.foreign_pods(map.ranges.values().map(|range| range.range)),
             incidents: self.incidents.list(),
         }
     }

@@ -20,3 +20,4 @@ mod repair;
 mod rights;
 mod routed;
 mod routes;
+mod takeover;

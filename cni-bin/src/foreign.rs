@@ -1,0 +1,124 @@
+//! Pods that another network attached before Plat took the node over: found by the addresses behind host veths that
+//! have no alias of ours. The kernel is the proof; the files of `host-local` are the second witness, and say whose the
+//! pod is.
+//!
+//! They become leases of unknown origin, so that their addresses are taken in every pool for as long as the
+//! link lives. Nothing of the pod is touched before its DEL.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use plat_crds::alias;
+use plat_crds::lease::{HostVeth, Lease, MAX_ADDRESSES, Pool};
+
+use crate::boot::since_now;
+use crate::host_local::{HostLocal, Owner};
+use crate::kernel::{is_link_local, leased};
+use crate::link::{self, Link};
+use crate::netlink::{self, Socket};
+use crate::wire;
+
+/// An address with a file younger than this may belong to an ADD that is still under way.
+pub const YOUNG: Duration = Duration::from_secs(90);
+
+/// Whether a lease is that of a pod which another network attached.
+pub fn is_foreign(lease: &Lease) -> bool {
+    lease.pool == Pool::Unknown && lease.network.is_none() && !wire::is_host_name(&lease.veth.name)
+}
+
+/// The leases of foreign pods, but for those whose link is in `known`. A pod that goes away while it is looked at is
+/// none.
+pub fn leases(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
+    let known: HashSet<&str> = known.iter().map(|lease| lease.veth.name.as_str()).collect();
+    let links = link::links(socket, Some("veth"))?;
+    let mut leases = Vec::new();
+    for link in links.iter().filter(|link| is_candidate(link) && !known.contains(link.name.as_str())) {
+        let (Some(peer), Some(netns)) = (link.peer, link.peer_netns) else { continue };
+        let Ok(behind) = link::addresses_in(socket, netns, peer) else { continue };
+        let addresses =
+            behind.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr())).collect::<Vec<_>>();
+        let owner = addresses.iter().find_map(|net| files.owner(&net.addr(), None));
+        // A link that is no port may be the node's own way out, and what is behind it another machine.
+        if addresses.is_empty() || (link.master.is_none() && owner.is_none()) {
+            continue;
+        }
+        let ifname = || link::link_in(socket, netns, peer).ok().flatten().map(|pod| pod.name);
+        let (container_id, ifname) = key(link, owner, ifname);
+        leases.push(Lease {
+            container_id,
+            ifname,
+            network: None,
+            pool: Pool::Unknown,
+            addresses: addresses.into_iter().take(MAX_ADDRESSES).map(leased).collect(),
+            veth: HostVeth { name: link.name.clone(), index: link.index },
+            since: since_now(),
+            ..Lease::default()
+        });
+    }
+    Ok(leases)
+}
+
+/// A veth that leads elsewhere and that we did not make: an ADD of ours marks its link only after it has made it.
+fn is_candidate(link: &Link) -> bool {
+    let marked = link.alias.as_deref().is_some_and(|alias| alias::parse(alias).is_some());
+    !marked && !wire::is_host_name(&link.name) && link.peer_netns.is_some()
+}
+
+/// Under which key a foreign pod's lease stands. Where nobody tells the container, it is one that no runtime can have.
+fn key(link: &Link, owner: Option<Owner>, pod_end: impl FnOnce() -> Option<String>) -> (String, String) {
+    match owner {
+        Some(Owner { container_id, ifname, .. }) if !ifname.is_empty() => (container_id, ifname),
+        Some(Owner { container_id, .. }) => (container_id, pod_end().unwrap_or_else(|| "eth0".to_owned())),
+        None => (format!("unknown:{}", link.name), pod_end().unwrap_or_else(|| "eth0".to_owned())),
+    }
+}
+
+/// Whether a pod of another network has an address, or may be about to: a file says so, and either a link proves it
+/// or the file is young. Old files without a pod hold nothing.
+pub fn holds(
+    socket: &mut Socket,
+    files: &HostLocal,
+    address: &IpAddr,
+    network: Option<&str>,
+    proven: &mut Option<HashSet<IpAddr>>,
+) -> Result<bool, netlink::Error> {
+    let Some(owner) = files.owner(address, network) else { return Ok(false) };
+    if owner.age < YOUNG {
+        return Ok(true);
+    }
+    if proven.is_none() {
+        let leases = leases(socket, files, &[])?;
+        *proven =
+            Some(leases.iter().flat_map(|lease| &lease.addresses).map(|leased| leased.address).collect());
+    }
+    Ok(proven.as_ref().is_some_and(|proven| proven.contains(address)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_links_that_lead_elsewhere_and_are_not_ours_are_candidates() {
+        let link = |name: &str, alias: Option<&str>, peer_netns| Link {
+            name: name.into(),
+            alias: alias.map(str::to_owned),
+            peer_netns,
+            ..Link::default()
+        };
+        assert!(is_candidate(&link("veth1a2b3c4d", None, Some(3))));
+        assert!(is_candidate(&link("veth1a2b3c4d", Some("uplink of customer 7"), Some(3))));
+        assert!(!is_candidate(&link("veth1a2b3c4d", None, None)), "both ends are here");
+        assert!(!is_candidate(&link("veth1a2b3c4d", Some("plat c1 eth0 bridge:cni0 open"), Some(3))));
+        assert!(!is_candidate(&link("plat0badcafe", None, Some(3))), "an ADD of ours is under way");
+    }
+
+    #[test]
+    fn a_lease_of_ours_that_was_rebuilt_without_its_network_is_not_foreign() {
+        let lease = |veth: &str| Lease { veth: HostVeth { name: veth.into(), index: 7 }, ..Lease::default() };
+        assert!(is_foreign(&lease("veth1a2b3c4d")));
+        assert!(!is_foreign(&lease("plat0badcafe")));
+        assert!(!is_foreign(&Lease { network: Some("plat".into()), ..lease("veth1a2b3c4d") }));
+    }
+}
