@@ -152,7 +152,7 @@ fn was_converged(block: &BlockFact) -> bool {
 
 /// The number of the sum that a node carries, counting what it names as failed as carried: one object that
 /// fails, and is named for it, must not make all others look as if they had not arrived.
-fn carried_by(report: &ReportFact, snapshot: &Snapshot) -> Option<u64> {
+pub fn carried_by(report: &ReportFact, snapshot: &Snapshot) -> Option<u64> {
     let mut sum = report.applied?;
     let named: BTreeSet<&str> = report.failed.iter().map(|failed| failed.name.as_str()).collect();
     for name in named {

@@ -15,6 +15,7 @@ use plat_crds::pod_cidr::BlockState;
 
 use super::Planner;
 use super::holding::Holding;
+use crate::carriers::carried_by;
 use crate::facts::{BlockFact, NodeFact};
 use crate::reason;
 use crate::step::Why;
@@ -34,7 +35,13 @@ pub(super) enum Next {
 
 impl<'a> Planner<'a> {
     pub(super) fn next(&mut self, block: &BlockFact, node: &NodeFact) -> Next {
-        let holding = self.holding(node, block.block.family());
+        let family = block.block.family();
+        let all = || self.blocks_of.get(&*node.name).into_iter().flatten();
+        if block.state == BlockState::Active && all().filter(|b| b.block.family() == family).count() == 1 {
+            // The case of almost every block: nothing else to lease from, so nothing to decide.
+            return Next::Stay;
+        }
+        let holding = self.holding(node, family);
         match block.state {
             BlockState::Unknown => Next::Stay,
             BlockState::Quarantined if holding.returning.iter().any(|other| other.uid == block.uid) => {
@@ -86,9 +93,11 @@ impl<'a> Planner<'a> {
     /// Whether the node has seen that the block drains, and has surely no lease in it any more.
     fn is_unused(&self, block: &BlockFact) -> bool {
         let Some(report) = self.snapshot.reports.get(&block.node) else { return false };
-        let ledger = &self.snapshot.memory.ledger;
-        let seen = report.applied.and_then(|digest| ledger.number_of(digest));
-        ledger.carries(seen, &block.uid) && self.is_empty(block)
+        // What else the node could not apply does not matter.
+        let carried = carried_by(report, self.snapshot);
+        self.snapshot.memory.ledger.carries(carried, &block.uid)
+            && report.failed.iter().all(|failed| *failed.name != *block.name)
+            && self.is_empty(block)
     }
 
     /// Conditions of the blocks that drain or should, and of nodes that cannot grow.
@@ -152,6 +161,7 @@ mod tests {
     use plat_crds::Block;
     use plat_crds::cluster_cidr::{Allocation, BlocksPerNode};
     use plat_crds::condition::DRAINING;
+    use plat_crds::node_network::FailedObject;
     use plat_crds::pod_cidr::BlockState;
     use std::time::Duration;
 
@@ -245,6 +255,18 @@ mod tests {
         });
         let returned = says(returned, &[(OLD, 0), (NEW, 9)]);
         assert_eq!(fate(&returned), Some((Why::Readopt, None)), "the node is another object: first that");
+    }
+
+    #[test]
+    fn a_node_that_could_not_apply_something_else_still_drains_and_one_that_could_not_apply_this_does_not() {
+        let scene = says(replaced(BlockState::Draining), &[(OLD, 0), (NEW, 9)]);
+        for (name, expected) in [(NEW, Some((Why::Unused, Some(BlockState::Quarantined)))), (OLD, None)] {
+            let mut report = (*scene.world.reports["n1"]).clone();
+            report.applied.as_mut().unwrap().remove(&format!("uid-{name}"), 1);
+            let name = block(name).object_name();
+            report.failed = [FailedObject { name, reason: "R".into(), message: "m".into() }].into();
+            assert_eq!(fate(&scene.clone().report(report)), expected);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use plat_crds::{Block, Family};
 use super::grow::MAX_PER_FAMILY;
 use super::{Candidate, Planner};
 use crate::claims::Claim;
-use crate::facts::{Health, Name, NodeFact};
+use crate::facts::{Health, Held, Name, NodeFact};
 use crate::ranges::{Standing, stands};
 use crate::reason;
 use crate::snapshot::IpamSource;
@@ -119,7 +119,11 @@ impl<'a> Planner<'a> {
     fn give_back_further(&mut self, node: &NodeFact) {
         let snapshot = self.snapshot;
         let Some(report) = snapshot.reports.get(&node.name) else { return };
-        for held in report.held.iter().filter(|held| held.used != Some(0)) {
+        let vanished =
+            |block: &Block| snapshot.memory.vanished.get(block).is_some_and(|lost| lost.node == node.name);
+        // A node that cannot tell may go on naming a block that it had given back.
+        let leased = |held: &&Held| held.used.map_or_else(|| vanished(&held.block), |used| used > 0);
+        for held in report.held.iter().filter(leased) {
             let mut own = self.blocks_of.get(&*node.name).into_iter().flatten();
             let known = own.any(|block| block.block == held.block);
             if !known && self.holding(node, held.block.family()).in_use() < MAX_PER_FAMILY {
