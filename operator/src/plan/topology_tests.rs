@@ -139,6 +139,19 @@ fn a_freed_block_of_the_youngest_node_comes_back_last_too() {
 }
 
 #[test]
+fn a_second_block_of_a_node_lies_in_its_zone_too() {
+    let scene = scene()
+        .range(zoned("10.244.0.0/16"))
+        .node(in_zone("n1", "a"))
+        .block(block_in("10.244.0.0/24", "n1", "a"))
+        .node(in_zone("n2", "b"))
+        .block(block_in("10.244.128.0/24", "n2", "b"))
+        .report(report("n1", &[("10.244.0.0/24", 250)]))
+        .report(report("n2", &[("10.244.128.0/24", 250)]));
+    assert_eq!(created(&scene.plan()), ["n1 10.244.1.0/24 zoned carved", "n2 10.244.129.0/24 zoned carved"]);
+}
+
+#[test]
 fn blocks_stay_where_they_are_when_the_key_comes_later_or_a_nodes_zone_changes() {
     let before = scene()
         .range(range("zoned", "10.244.0.0/16"))
