@@ -91,6 +91,7 @@ fn burst(args: &Args, who: &Who, nodes: usize) -> Result<Burst> {
 }
 
 async fn give_blocks(stage: &Stage<'_>, uids: &[String]) -> Result<(Burst, crate::contender::Running)> {
+    stage.watch().await?;
     let begin = Instant::now();
     let running = stage.start()?;
     let (first, last) = stage.wait_blocks(uids).await?;
@@ -328,12 +329,13 @@ fn count_requests(args: &Args, who: &Who) -> Result<Requests> {
         let (there, joining) = COUNTED;
         let is_plat = matches!(who, Who::Plat(_));
         let uids = stage.create(there).await?;
+        stage.watch().await?;
         let _running = stage.start()?;
         stage.wait_blocks(&uids).await?;
         if is_plat {
             stage.wait_reports_wanted().await?;
             stage.make_ready().await?;
-            stage.report(there, 1, None).await?;
+            stage.report(there, 0, None).await?;
         }
         stage.wait_quiet(REST * 4).await?;
         log.since(ACCOUNT)?;
@@ -354,7 +356,7 @@ fn count_requests(args: &Args, who: &Who) -> Result<Requests> {
             stage.make_ready().await?;
             stage.report_of_newest(joining, true).await?;
             sleep(Duration::from_secs(1)).await;
-            stage.report(stage.count(), 1, None).await?;
+            stage.report(stage.count(), 0, None).await?;
         }
         stage.wait_quiet(REST * 4).await?;
         add(&mut counts, until_usable.clone());

@@ -76,6 +76,7 @@ struct Seen {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Meta {
     #[serde(default)]
     name: String,
@@ -83,6 +84,8 @@ struct Meta {
     uid: String,
     #[serde(default)]
     generation: i64,
+    #[serde(default)]
+    resource_version: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -99,8 +102,9 @@ struct Spec {
 }
 
 impl Sight {
-    /// Takes one line of a watch in: a PodCIDR is for its node's uid, a Node with a podCIDR for its own.
-    fn take(&mut self, text: &str) {
+    /// Takes one line of a watch in: a PodCIDR is for its node's uid, a Node with a podCIDR for its own. Answers the
+    /// object's version.
+    fn take(&mut self, text: &str) -> Option<String> {
         let now = Instant::now();
         self.events += 1;
         self.bytes += u64::try_from(text.len()).unwrap_or_default();
@@ -109,27 +113,28 @@ impl Sight {
             Ok(line) => line,
             Err(error) => {
                 self.broken = Some(format!("{error}: {text}"));
-                return;
+                return None;
             }
         };
         let (meta, spec) = (line.object.metadata, line.object.spec);
         if line.type_ == "DELETED" {
             self.objects.remove(&meta.name);
-            return;
+            return Some(meta.resource_version);
         }
         if !spec.cidr.is_empty() {
-            self.objects.insert(meta.name, (meta.uid, meta.generation));
+            self.objects.insert(meta.name.clone(), (meta.uid.clone(), meta.generation));
             if spec.state == "Active" {
                 self.blocks.entry(spec.node_uid).or_insert((spec.cidr, now));
             }
         } else if !spec.pod_cidr.is_empty() {
-            self.blocks.entry(meta.uid).or_insert((spec.pod_cidr, now));
+            self.blocks.entry(meta.uid.clone()).or_insert((spec.pod_cidr, now));
         }
+        Some(meta.resource_version)
     }
 }
 
 impl<'a> Stage<'a> {
-    /// Prepares an empty cluster for a contender, and watches for its blocks.
+    /// Prepares an empty cluster for a contender.
     pub async fn new(
         plane: &'a ControlPlane,
         client: Client,
@@ -151,7 +156,7 @@ impl<'a> Stage<'a> {
         }
         let kubeconfig = plane.kubeconfig("contender", &plane.token("default", "contender", Bound::Free)?)?;
         let sight = Rc::new(RefCell::new(Sight::default()));
-        let stage = Stage {
+        Ok(Stage {
             plane,
             client,
             operator: operator.to_owned(),
@@ -160,32 +165,28 @@ impl<'a> Stage<'a> {
             sight,
             nodes: BTreeMap::new(),
             created: 0,
-        };
-        stage.watch().await?;
-        Ok(stage)
+        })
     }
 
-    /// Watches the objects that carry blocks as an agent does: everything, from now on.
-    async fn watch(&self) -> Result<()> {
+    /// Watches the objects that carry blocks as an agent does: everything, from now on. The API server ends a watch
+    /// whose reader is slow, as this one is while it makes thousands of objects; it goes on from where it was.
+    pub async fn watch(&self) -> Result<()> {
         let path = match self.who {
             Who::Plat(_) => PodCIDR::url_path(&(), None),
             Who::NodeIpam(_) => Node::url_path(&(), None),
         };
         let request = Request::new(&path).list(&ListParams::default().limit(1))?;
         let list: Value = self.client.request(request).await?;
-        let version = list["metadata"]["resourceVersion"].as_str().unwrap_or("0").to_owned();
+        let mut version = list["metadata"]["resourceVersion"].as_str().unwrap_or("0").to_owned();
         let params = WatchParams { bookmarks: false, timeout: Some(3600), ..WatchParams::default() };
-        let lines = self.client.request_stream(Request::new(path).watch(&params, &version)?).await?;
-        let sight = self.sight.clone();
+        let (client, sight) = (self.client.clone(), self.sight.clone());
         tokio::task::spawn_local(async move {
-            let mut lines = lines.lines();
-            while let Some(line) = lines.next().await {
-                match line {
-                    Ok(line) => sight.borrow_mut().take(&line),
-                    Err(error) => sight.borrow_mut().broken = Some(error.to_string()),
+            let broken = loop {
+                if let Err(error) = follow(&client, &path, &params, &mut version, &sight).await {
+                    break error;
                 }
-            }
-            sight.borrow_mut().broken.get_or_insert_with(|| "the watch ended".to_owned());
+            };
+            sight.borrow_mut().broken.get_or_insert(format!("{broken:#}"));
         });
         Ok(())
     }
@@ -195,7 +196,7 @@ impl<'a> Stage<'a> {
         self.nodes.len()
     }
 
-    /// Starts the contender.
+    /// Starts the contender. [`Stage::watch`] must have been called.
     pub fn start(&self) -> Result<Running> {
         self.who.start(self.plane, &self.operator, &self.kubeconfig)
     }
@@ -421,4 +422,23 @@ impl<'a> Stage<'a> {
 #[derive(Deserialize)]
 struct Answer {
     metadata: Meta,
+}
+
+/// One watch, to its end; `version` is where the next one goes on.
+async fn follow(
+    client: &Client,
+    path: &str,
+    params: &WatchParams,
+    version: &mut String,
+    sight: &RefCell<Sight>,
+) -> Result<()> {
+    let mut lines = client.request_stream(Request::new(path).watch(params, version)?).await?.lines();
+    while let Some(line) = lines.next().await {
+        // A connection that ends in the middle of a line is as good as one that ends behind it.
+        let Ok(line) = line else { break };
+        if let Some(at) = sight.borrow_mut().take(&line) {
+            *version = at;
+        }
+    }
+    Ok(())
 }
