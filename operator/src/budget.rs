@@ -1,7 +1,7 @@
 //! The cluster-wide write budget of statuses, as a token bucket. Pure.
 //!
 //! Each PodCIDR status write is one watch event for every agent, so n nodes cost n² events: the budget, not
-//! the speed of the API server, says how fast statuses follow.
+//! the speed of the API server, says how fast statuses follow. docs/scale.md has the formula.
 
 use std::time::Duration;
 
@@ -16,22 +16,35 @@ pub struct Budget {
 
 impl Budget {
     /// A full bucket that refills at `per_second` and holds one second's worth.
-    pub fn new(per_second: u32) -> Budget {
-        let rate = f64::from(per_second);
-        Budget { per_second: rate, capacity: rate, tokens: rate, filled_at: Duration::ZERO }
+    pub fn new(per_second: f64) -> Budget {
+        let capacity = per_second.max(1.0);
+        Budget { per_second, capacity, tokens: capacity, filled_at: Duration::ZERO }
+    }
+
+    /// Refills at another rate from `now` on.
+    pub fn set_rate(&mut self, now: Duration, per_second: f64) {
+        if per_second != self.per_second {
+            self.fill(now);
+            (self.per_second, self.capacity) = (per_second, per_second.max(1.0));
+            self.tokens = self.tokens.min(self.capacity);
+        }
     }
 
     /// Takes up to `wanted` permits at the time `now`; answers how many were there.
     pub fn take(&mut self, now: Duration, wanted: usize) -> usize {
-        let elapsed = now.saturating_sub(self.filled_at).as_secs_f64();
-        self.filled_at = self.filled_at.max(now);
-        self.tokens = (self.tokens + elapsed * self.per_second).min(self.capacity);
+        self.fill(now);
         let mut taken = 0;
         while taken < wanted && self.tokens >= 1.0 {
             self.tokens -= 1.0;
             taken += 1;
         }
         taken
+    }
+
+    fn fill(&mut self, now: Duration) {
+        let elapsed = now.saturating_sub(self.filled_at).as_secs_f64();
+        self.filled_at = self.filled_at.max(now);
+        self.tokens = (self.tokens + elapsed * self.per_second).min(self.capacity);
     }
 }
 
@@ -41,7 +54,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_one_seconds_worth_and_the_rest_follows_at_the_rate() {
-        let mut budget = Budget::new(50);
+        let mut budget = Budget::new(50.0);
         let at = Duration::from_millis;
         assert_eq!(budget.take(at(0), 2000), 50);
         assert_eq!(budget.take(at(10), 2000), 0);
@@ -52,8 +65,19 @@ mod tests {
     }
 
     #[test]
+    fn a_new_rate_holds_from_then_on_and_may_be_below_one() {
+        let mut budget = Budget::new(50.0);
+        let at = Duration::from_secs;
+        assert_eq!(budget.take(at(0), 50), 50);
+        budget.set_rate(at(1), 0.5);
+        assert_eq!(budget.take(at(1), 99), 1, "what was saved up is cut");
+        assert_eq!(budget.take(at(2), 99), 0);
+        assert_eq!(budget.take(at(3), 99), 1);
+    }
+
+    #[test]
     fn a_clock_that_stands_still_or_goes_back_gives_nothing() {
-        let mut budget = Budget::new(10);
+        let mut budget = Budget::new(10.0);
         assert_eq!(budget.take(Duration::from_secs(5), 99), 10);
         assert_eq!(budget.take(Duration::from_secs(1), 99), 0);
         assert_eq!(budget.take(Duration::from_secs(6), 99), 10);

@@ -93,9 +93,13 @@ impl<'a> Carriers<'a> {
                 }
             };
         }
+        let carried = || verdict(true, reason::CARRIED, String::new());
+        if was_converged(block) {
+            return carried();
+        }
         let behind = self.behind(&self.carried, block);
-        if was_converged(block) || (self.own_carries(block) && behind == 0) {
-            return verdict(true, reason::CARRIED, String::new());
+        if behind == 0 && self.own_carries(block) {
+            return carried();
         }
         let message = match self.carried.first().filter(|_| behind > 0) {
             Some((_, first)) => {
@@ -113,18 +117,18 @@ impl<'a> Carriers<'a> {
     /// object that is merely gone.
     pub fn silent(&self, block: &BlockFact) -> Option<Silent> {
         let behind = self.behind(&self.seen, block);
-        let late: BTreeSet<&str> = self.seen.iter().take(behind).map(|(_, node)| *node).collect();
+        let late = || self.seen.iter().take(behind).map(|(_, node)| *node);
         let stuck = self.failed.get(&*block.name).into_iter().flatten().map(|(node, _)| *node);
-        let stuck: Vec<&str> = stuck.filter(|node| !late.contains(node)).collect();
-        let count = late.len() + stuck.len();
-        let named = stuck.into_iter().chain(late).take(NAMED).map(Name::from).collect();
+        let stuck: Vec<&str> = stuck.filter(|node| late().all(|other| other != *node)).collect();
+        let count = behind + stuck.len();
+        let named = stuck.into_iter().chain(late()).take(NAMED).map(Name::from).collect();
         (count > 0).then_some(Silent { count, live: self.seen.len(), named })
     }
 
     /// How many of the sorted sums do not hold the block's present generation.
     fn behind(&self, sums: &[(u64, &str)], block: &BlockFact) -> usize {
-        let ledger = &self.snapshot.memory.ledger;
-        sums.partition_point(|(number, _)| !ledger.carries(Some(*number), &block.uid))
+        let entered = self.snapshot.memory.ledger.entered(&block.uid);
+        sums.partition_point(|(number, _)| entered.is_none_or(|since| *number < since))
     }
 
     /// A node that leases from an active block has taken it up, whatever else it has yet to do: that need not

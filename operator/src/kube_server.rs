@@ -26,7 +26,7 @@ use crate::step::Kind;
 /// renew deadline: 5 s by default).
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Objects per page of a LIST.
-const PAGE: u32 = 500;
+const PAGE: u32 = 250;
 
 /// A client that writes only while this process leads.
 #[derive(Clone)]

@@ -16,6 +16,8 @@ use crate::snapshot::{Clock, Facts, Foreign, Settings, Snapshot, Source, Tenure}
 use crate::status::{self, Chosen};
 use crate::step::{Fault, Step};
 
+/// Statuses are compared at least so often, however many blocks are created.
+const STATUSES_WITHIN: Duration = Duration::from_millis(500);
 /// After a pass in which the API server did not answer.
 const PAUSE_WHEN_AWAY: Duration = Duration::from_secs(1);
 
@@ -45,7 +47,7 @@ pub struct Leader {
 /// What a pass did.
 #[derive(Clone, Debug, Default)]
 pub struct Pass {
-    /// The plan that was carried out.
+    /// The plan that was carried out, without its steps: they are in `done`.
     pub plan: Plan,
     /// What became of each step.
     pub done: Vec<Done>,
@@ -89,7 +91,7 @@ impl Leader {
     ) -> Pass {
         let mut pass = Pass::default();
         let (mut plan, mut chosen) = self.decide(world, Source::Cache, tenure(), clock());
-        if plan.wants_live || self.memory.distrust || self.is_overdue(clock()) {
+        if self.wants_list(&plan, clock()) {
             match server.list().await {
                 Ok(live) if live.ranges.went_back(&world.ranges) || live.blocks.went_back(&world.blocks) => {
                     // Everything that was watched or answered is of another history. What vanishes when the
@@ -109,8 +111,9 @@ impl Leader {
             }
         }
         let now = clock();
-        let mut steps: Vec<Step> =
-            plan.steps.iter().filter(|step| self.memory.is_ripe(&step.target(), now)).cloned().collect();
+        // Thousands of nodes make thousands of steps: they are there once.
+        let mut steps = std::mem::take(&mut plan.steps);
+        steps.retain(|step| self.memory.is_ripe(&step.target(), now));
         steps.extend(chosen.steps);
         pass.done = apply(steps, server, on_progress).await;
         self.memory.cursors.append(&mut plan.cursors.clone());
@@ -147,13 +150,28 @@ impl Leader {
             memory: &self.memory,
         };
         let plan = plan(&snapshot);
-        if self.settings.cleanup {
-            return (plan, Chosen::default());
-        }
-        let writes = status::writes(&snapshot, &plan);
-        let chosen = status::choose(writes, &plan, &mut self.memory, clock);
+        let comes_again = source == Source::Cache && self.wants_list(&plan, clock);
+        let wait = self.statuses_wait(&plan, clock);
+        let due = (!self.settings.cleanup && !comes_again && wait.is_none())
+            .then(|| status::due(status::writes(&snapshot, &plan), &plan, &self.memory, clock));
         self.memory.observe_spare(&plan.spare, clock);
+        let Some(due) = due else { return (plan, Chosen { wake_after: wait, ..Chosen::default() }) };
+        self.memory.statuses_at = Some(clock.steady);
+        let chosen = due.choose(world.nodes.len(), &mut self.memory, clock);
         (plan, chosen)
+    }
+
+    /// How long statuses wait beside new blocks, which somebody waits for. Comparing those of thousands of nodes takes
+    /// longer than planning a block.
+    fn statuses_wait(&self, plan: &Plan, clock: Clock) -> Option<Duration> {
+        let is_urgent = plan.steps.iter().any(|step| matches!(step, Step::CreateBlock(_)));
+        let due = self.memory.statuses_at.unwrap_or_default() + STATUSES_WITHIN;
+        Some(due.saturating_sub(clock.steady)).filter(|wait| is_urgent && !wait.is_zero())
+    }
+
+    /// Whether ranges and blocks must be listed before anything is done.
+    fn wants_list(&self, plan: &Plan, clock: Clock) -> bool {
+        plan.wants_live || self.memory.distrust || self.is_overdue(clock)
     }
 
     fn is_overdue(&self, clock: Clock) -> bool {

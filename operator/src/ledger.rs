@@ -6,7 +6,7 @@
 //! unknown sum proves nothing. So a block converges while the cluster goes on changing, and a node that is
 //! one change behind does not unsettle every block.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
 use plat_crds::digest::Digest;
 
@@ -24,7 +24,7 @@ pub struct Ledger {
     number: u64,
     ring: VecDeque<(Digest, u64)>,
     /// Object uid → generation and the number of the first sum with that generation in it.
-    entered: BTreeMap<Name, (i64, u64)>,
+    entered: HashMap<Name, (i64, u64)>,
 }
 
 impl Ledger {
@@ -41,7 +41,7 @@ impl Ledger {
             return;
         }
         let next = self.number + 1;
-        let mut entered = BTreeMap::new();
+        let mut entered = HashMap::with_capacity(self.entered.len() + 1);
         for (uid, generation) in objects {
             let since = match self.entered.get(uid) {
                 Some((known, since)) if *known == generation => *since,
@@ -61,12 +61,14 @@ impl Ledger {
         self.ring.iter().rev().find(|(sum, _)| *sum == reported).map(|(_, number)| *number)
     }
 
+    /// The number of the first sum that has the object in its present generation.
+    pub fn entered(&self, uid: &str) -> Option<u64> {
+        self.entered.get(uid).map(|(_, since)| *since)
+    }
+
     /// Whether a node that reported sum number `reported` carries the object in its present generation.
     pub fn carries(&self, reported: Option<u64>, uid: &str) -> bool {
-        match (reported, self.entered.get(uid)) {
-            (Some(reported), Some((_, since))) => reported >= *since,
-            _ => false,
-        }
+        matches!((reported, self.entered(uid)), (Some(reported), Some(since)) if reported >= since)
     }
 }
 

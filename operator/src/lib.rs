@@ -15,6 +15,8 @@ pub mod args;
 pub mod budget;
 pub mod carriers;
 pub mod claims;
+#[cfg(test)]
+mod cost;
 pub mod dice;
 pub mod facts;
 #[cfg(test)]

@@ -38,7 +38,7 @@ const DOUBTFUL_AFTER: u32 = 3;
 /// How long a failed write, and a written status, are remembered.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// PodCIDR statuses per second, over the whole cluster.
-const STATUS_WRITES_PER_SECOND: u32 = 50;
+pub const STATUS_WRITES_PER_SECOND: f64 = 50.0;
 
 /// What a leader knows besides the objects. See the module's table.
 #[derive(Clone, Debug)]
@@ -72,6 +72,10 @@ pub struct Memory {
     pub ledger: Ledger,
     /// PodCIDR status writes that may be made now.
     pub budget: Budget,
+    /// Of those, writes of counters alone.
+    pub counters_budget: Budget,
+    /// When statuses were last compared.
+    pub statuses_at: Option<Duration>,
     /// Object uid → when its status was last written.
     pub status_written: BTreeMap<Name, Duration>,
     /// Failed writes: how often in a row, and when to try again.
@@ -133,6 +137,8 @@ impl Memory {
             group_cursors: BTreeMap::new(),
             ledger: Ledger::default(),
             budget: Budget::new(STATUS_WRITES_PER_SECOND),
+            counters_budget: Budget::new(STATUS_WRITES_PER_SECOND),
+            statuses_at: None,
             status_written: BTreeMap::new(),
             retries: BTreeMap::new(),
             fresh_cluster,
@@ -247,7 +253,11 @@ impl Memory {
         let since = |b: &Arc<BlockFact>| *self.quarantined.get(&b.uid).unwrap_or(&clock.steady);
         self.quarantined = resting.map(|b| (b.uid.clone(), since(b))).collect();
         // Back in use, it may be lost like any other.
-        self.released.retain(|uid| blocks.values().any(|b| b.uid == *uid && b.is_quarantined()));
+        if !self.released.is_empty() {
+            let resting: BTreeSet<&Name> =
+                blocks.values().filter(|b| b.is_quarantined()).map(|b| &b.uid).collect();
+            self.released.retain(|uid| resting.contains(uid));
+        }
         self.retries.retain(|_, retry| retry.not_before + FORGOTTEN_AFTER > clock.steady);
         self.status_written.retain(|_, at| *at + FORGOTTEN_AFTER > clock.steady);
     }

@@ -31,6 +31,8 @@ const MIN_WAIT: Duration = Duration::from_millis(200);
 const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Longest wait between tries while the kind's CRD is missing: at first install it is there in a moment.
 const MAX_WAIT_FOR_CRD: Duration = Duration::from_secs(1);
+/// Objects per page of a LIST. A Node with its images has some 15 KiB, and a page is in memory more than once.
+const PAGE: u32 = 100;
 /// Failures in a row after which a watch is named in the log again.
 const SAY_AGAIN: u32 = 12;
 
@@ -274,7 +276,7 @@ async fn watch<K>(
 {
     let kind = kind_of::<K>();
     let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
-    let config = watcher::Config::default().timeout(seconds);
+    let config = watcher::Config::default().timeout(seconds).page_size(PAGE);
     let mut failures = 0;
     loop {
         let mut events = std::pin::pin!(watcher(api.clone(), config.clone()));

@@ -62,6 +62,10 @@ impl Pool {
             other.subblock_count(self.prefix_length).max(1)
         };
         let mut run = (first, first.saturating_add(count - 1).min(self.total - 1));
+        // Most blocks are claimed more than once: by their object, their Node and their node's report.
+        if self.taken.range(..=run.0).next_back().is_some_and(|(_, last)| *last >= run.1) {
+            return;
+        }
         let touching: Vec<u64> = self
             .taken
             .range(..=run.1.saturating_add(1))

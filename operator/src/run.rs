@@ -196,6 +196,8 @@ async fn passes(
         };
         let pass = leader.pass(&world, &tenure, clock, server, on_progress).await;
         admin.metrics.pass(&pass, &world, started.elapsed());
+        // While this one is held, the next change copies the whole map.
+        drop(world);
         log(&pass, started.elapsed());
         if pass.went_back {
             warn!("etcd was put back to an earlier time; watching everything anew");

@@ -1,22 +1,24 @@
 //! Statuses of ranges and blocks, and which of them are written now. Pure.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plat_crds::cluster_cidr::{Allocation, BlockCounts, MAX_GROUPS, MAX_PREFIXES, TopologyGroup};
 use plat_crds::condition::{
-    self, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, OTHER_ALLOCATOR, READY, Verdict,
+    self, CONVERGED, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, OTHER_ALLOCATOR, READY, Verdict,
 };
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
 use plat_crds::routing::{self, Mode};
 use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
 
+use crate::budget::Budget;
 use crate::carriers::Carriers;
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
-use crate::memory::Memory;
+use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
 use crate::plan::holding::Holding;
 use crate::plan::{Plan, RangeOutlook, release};
 use crate::ranges::quarantine_that_holds;
@@ -29,6 +31,16 @@ use crate::topology::GroupBlocks;
 const BLOCK_COUNTERS_EVERY: Duration = Duration::from_secs(10);
 /// Counters of one ClusterCIDR are written at most so often.
 const RANGE_COUNTERS_EVERY: Duration = Duration::from_secs(2);
+/// Words that only say how far a block has spread are written at most so often, unless something else is.
+const PROGRESS_EVERY: Duration = Duration::from_secs(60);
+/// A new block's first status waits so long for its node to be ready: most agents are quicker, and then "not yet" was
+/// never worth an event for every agent.
+const FIRST_STATUS_AFTER: Duration = Duration::from_secs(15);
+/// Watch events per second that counters alone may cost all agents together. `used` may be old in a large cluster;
+/// what it says is told at once in the NodeNetwork.
+const COUNTER_EVENTS_PER_SECOND: f64 = 50_000.0;
+/// The budget never allows more at once.
+const MAX_AT_ONCE: usize = STATUS_WRITES_PER_SECOND as usize;
 /// While writes wait for the budget, they are looked at again after so long.
 const BACKLOG_WAIT: Duration = Duration::from_millis(500);
 
@@ -37,6 +49,8 @@ const BACKLOG_WAIT: Duration = Duration::from_millis(500);
 pub struct Write {
     /// How urgent it is.
     pub class: Class,
+    /// How long it waits at least.
+    pub wait: Duration,
     /// The write.
     pub step: Step,
 }
@@ -48,6 +62,8 @@ pub enum Class {
     Flip,
     /// Only counters or words differ.
     Counters,
+    /// Only the words about how far a block has spread.
+    Progress,
 }
 
 /// The writes to make now, and when to look again if some were left.
@@ -61,49 +77,82 @@ pub struct Chosen {
     pub wake_after: Option<Duration>,
 }
 
-/// All statuses that differ from what is written.
-pub fn writes(snapshot: &Snapshot, plan: &Plan) -> Vec<Write> {
+/// All statuses that differ from what is written, made as they are asked for: two of them for each of thousands of
+/// blocks would be most of the operator's memory.
+pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item = Write> + 'a {
     let carriers = Carriers::of(snapshot);
     let ranges = snapshot
         .ranges
         .values()
         .filter_map(|range| range_write(range, plan.ranges.get(&range.name)?, snapshot));
     let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
-    ranges.chain(readable.filter_map(|block| block_write(block, &carriers, plan, snapshot))).collect()
+    ranges.chain(readable.filter_map(move |block| block_write(block, &carriers, plan, snapshot)))
 }
 
-/// Chooses what to write now: flips first, then whatever has waited longest, within the budget, and not
-/// beside another write to the same object.
-pub fn choose(mut writes: Vec<Write>, plan: &Plan, memory: &mut Memory, clock: Clock) -> Chosen {
+/// The writes that could be made now.
+#[derive(Clone, Debug, Default)]
+pub struct Due {
+    /// Of ranges.
+    ranges: Vec<Step>,
+    /// Of blocks, in their order: no more than the budget ever allows at once.
+    blocks: BTreeMap<Rank, Step>,
+    /// Those that were left.
+    left: Chosen,
+}
+
+/// Flips first, then whatever has waited longest: class, time of the last write, uid.
+type Rank = (Class, Option<Duration>, Name);
+
+/// Finds what may be written: what has waited for its interval, and not beside another write to the same object.
+pub fn due(writes: impl IntoIterator<Item = Write>, plan: &Plan, memory: &Memory, clock: Clock) -> Due {
     let busy: std::collections::BTreeSet<_> = plan.steps.iter().map(Step::target).collect();
-    writes
-        .retain(|write| !busy.contains(&write.step.target()) && memory.is_ripe(&write.step.target(), clock));
-    let mut chosen = Chosen::default();
-    let mut due = Vec::new();
+    let mut due = Due::default();
     for write in writes {
-        let last = memory.status_written.get(uid(&write.step)).copied();
-        match last
-            .map(|at| (at + interval(&write)).saturating_sub(clock.steady))
-            .filter(|wait| !wait.is_zero())
-        {
-            Some(wait) => chosen.later(wait),
-            None => due.push((write.class, last, write.step)),
-        }
-    }
-    due.sort_by(|a, b| (a.0, a.1, uid(&a.2)).cmp(&(b.0, b.1, uid(&b.2))));
-    let blocks = due.iter().filter(|(.., step)| matches!(step, Step::BlockStatus { .. })).count();
-    let mut permits = memory.budget.take(clock.steady, blocks);
-    for (.., step) in due {
-        let is_block = matches!(step, Step::BlockStatus { .. });
-        if is_block && permits == 0 {
-            chosen.later(BACKLOG_WAIT);
+        let target = write.step.target();
+        if busy.contains(&target) || !memory.is_ripe(&target, clock) {
             continue;
         }
-        permits -= usize::from(is_block);
-        memory.status_written.insert(uid(&step).clone(), clock.steady);
-        chosen.steps.push(step);
+        let last = memory.status_written.get(uid(&write.step)).copied();
+        let rest = last.map_or(Duration::ZERO, |at| (at + interval(&write)).saturating_sub(clock.steady));
+        match (rest.max(write.wait), &write.step) {
+            (Duration::ZERO, Step::BlockStatus { object, .. }) => {
+                due.blocks.insert((write.class, last, object.uid.clone()), write.step);
+                if due.blocks.len() > MAX_AT_ONCE && due.blocks.pop_last().is_some() {
+                    due.left.later(BACKLOG_WAIT);
+                }
+            }
+            (Duration::ZERO, _) => due.ranges.push(write.step),
+            (wait, _) => due.left.later(wait),
+        }
     }
-    chosen
+    due
+}
+
+impl Due {
+    /// Chooses what to write now in a cluster of that many nodes: as much as the budgets allow.
+    pub fn choose(self, nodes: usize, memory: &mut Memory, clock: Clock) -> Chosen {
+        let Due { ranges, blocks, left: mut chosen } = self;
+        memory.counters_budget.set_rate(clock.steady, counters_per_second(nodes));
+        chosen.steps = ranges;
+        for ((class, ..), step) in blocks {
+            let may = |budget: &mut Budget| budget.take(clock.steady, 1) == 1;
+            if (class == Class::Flip || may(&mut memory.counters_budget)) && may(&mut memory.budget) {
+                chosen.steps.push(step);
+            } else {
+                chosen.later(BACKLOG_WAIT);
+            }
+        }
+        for step in &chosen.steps {
+            memory.status_written.insert(uid(step).clone(), clock.steady);
+        }
+        chosen
+    }
+}
+
+/// Writes of counters in a second: each is an event for every agent.
+pub fn counters_per_second(nodes: usize) -> f64 {
+    let agents = u32::try_from(nodes).unwrap_or(u32::MAX).max(1);
+    (COUNTER_EVENTS_PER_SECOND / f64::from(agents)).min(STATUS_WRITES_PER_SECOND)
 }
 
 impl Chosen {
@@ -118,6 +167,7 @@ fn interval(write: &Write) -> Duration {
         (Class::Flip, _) => Duration::ZERO,
         (Class::Counters, Step::RangeStatus { .. }) => RANGE_COUNTERS_EVERY,
         (Class::Counters, _) => BLOCK_COUNTERS_EVERY,
+        (Class::Progress, _) => PROGRESS_EVERY,
     }
 }
 
@@ -146,7 +196,7 @@ fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -
         || range.status.blocks.is_none() && new.blocks.is_some();
     let object = version(&range.name, &range.uid, &range.resource_version);
     let step = Step::RangeStatus { object, old: Box::new(range.status.clone()), new: Box::new(new) };
-    Some(Write { class: if flips { Class::Flip } else { Class::Counters }, step })
+    Some(Write { class: if flips { Class::Flip } else { Class::Counters }, wait: Duration::ZERO, step })
 }
 
 fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -> ClusterCIDRStatus {
@@ -252,16 +302,30 @@ fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &S
             != (old.observed_generation, old.capacity, &old.routing)
     {
         Class::Flip
+    } else if differs_in_progress_only(&old, &new) {
+        Class::Progress
     } else {
         Class::Counters
     };
+    let is_first = block.status.is_none() && !condition::is_true(&new.conditions, READY);
+    let wait =
+        if is_first { snapshot.clock.until(block.created + FIRST_STATUS_AFTER) } else { Duration::ZERO };
     let step = Step::BlockStatus {
         object: version(&block.name, &block.uid, &block.resource_version),
         node: block.node.clone(),
         old: Box::new(old),
         new: Box::new(new),
     };
-    Some(Write { class, step })
+    Some(Write { class, wait: wait.min(FIRST_STATUS_AFTER), step })
+}
+
+fn differs_in_progress_only(old: &PodCIDRStatus, new: &PodCIDRStatus) -> bool {
+    let all_but_progress = |status: &PodCIDRStatus| {
+        let mut status = status.clone();
+        status.conditions.retain(|c| c.type_ != CONVERGED);
+        status
+    };
+    all_but_progress(old) == all_but_progress(new)
 }
 
 fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> PodCIDRStatus {
@@ -401,7 +465,6 @@ mod tests {
     use crate::facts::Fact;
     use crate::fixtures::{NOW, Scene, at, block, held_block, node, range, report, scene, spec};
     use crate::memory::Memory;
-    use plat_crds::condition::CONVERGED;
     use plat_crds::digest::Digest;
     use plat_crds::node_network::FailedObject;
     use plat_crds::pod_cidr::BlockState;
@@ -631,9 +694,9 @@ mod tests {
             RangeFact { status: ClusterCIDRStatus::default(), ..range("default-v4", "10.244.0.0/16") };
         let live = scene().range(fresh);
         let cached = live.clone().with(|s| s.source = Source::Cache);
-        assert_eq!(writes(&cached.snapshot(), &cached.plan()), []);
-        let [Write { class: Class::Flip, step: Step::RangeStatus { new, .. } }] =
-            &writes(&live.snapshot(), &live.plan())[..]
+        assert_eq!(writes(&cached.snapshot(), &cached.plan()).next(), None);
+        let [Write { class: Class::Flip, step: Step::RangeStatus { new, .. }, .. }] =
+            &writes(&live.snapshot(), &live.plan()).collect::<Vec<_>>()[..]
         else {
             panic!()
         };
@@ -643,7 +706,7 @@ mod tests {
             status: ClusterCIDRStatus::default(),
             ..range("default-v4", "10.244.0.0/16")
         });
-        assert_eq!(writes(&unprepared.snapshot(), &unprepared.plan()), []);
+        assert_eq!(writes(&unprepared.snapshot(), &unprepared.plan()).next(), None);
     }
 
     #[test]
@@ -713,9 +776,14 @@ mod tests {
         assert_eq!(release, Some(at(NOW + 900)), "its block rests for as long as it may lease");
     }
 
+    fn choose(writes: Vec<Write>, plan: &Plan, nodes: usize, memory: &mut Memory, clock: Clock) -> Chosen {
+        due(writes, plan, memory, clock).choose(nodes, memory, clock)
+    }
+
     fn block_statuses(classes: &[Class]) -> Vec<Write> {
         let write = |(index, class): (usize, &Class)| Write {
             class: *class,
+            wait: Duration::ZERO,
             step: Step::BlockStatus {
                 object: version(
                     &format!("b{index}").as_str().into(),
@@ -737,11 +805,11 @@ mod tests {
         let names =
             |chosen: &Chosen| chosen.steps.iter().map(|s| s.target().1.to_string()).collect::<Vec<_>>();
         let classes: Vec<_> = (0..60).map(|i| if i >= 20 { Class::Flip } else { Class::Counters }).collect();
-        let first = choose(block_statuses(&classes), &plan, &mut memory, clock(0));
+        let first = choose(block_statuses(&classes), &plan, 99, &mut memory, clock(0));
         assert_eq!((first.steps.len(), first.backlog, first.wake_after), (50, 10, Some(BACKLOG_WAIT)));
         assert!((20..60).all(|i| names(&first).contains(&format!("b{i}"))), "all flips are in");
         // The same ones want to be written again: those that were left go first.
-        let second = choose(block_statuses(&[Class::Flip; 60]), &plan, &mut memory, clock(1));
+        let second = choose(block_statuses(&[Class::Flip; 60]), &plan, 99, &mut memory, clock(1));
         assert!((10..20).all(|i| names(&second).contains(&format!("b{i}"))), "{:?}", names(&second));
     }
 
@@ -757,11 +825,62 @@ mod tests {
         ] {
             let clock = Clock { wall: at(NOW), steady: Duration::from_secs(second) };
             assert_eq!(
-                choose(block_statuses(&[class]), &plan, &mut memory, clock).steps.len(),
+                choose(block_statuses(&[class]), &plan, 99, &mut memory, clock).steps.len(),
                 written,
                 "{second}"
             );
         }
+    }
+
+    #[test]
+    fn counters_of_many_nodes_are_written_rarely_for_they_wake_every_agent() {
+        for (nodes, per_second) in [(0, 50.0), (1000, 50.0), (5000, 10.0), (65_536, 0.762_939_453_125)] {
+            assert_eq!(counters_per_second(nodes), per_second, "{nodes} nodes");
+        }
+        let (plan, mut memory) = (Plan::default(), Memory::new(false));
+        let clock = |seconds| Clock { wall: at(NOW), steady: Duration::from_secs(seconds) };
+        let classes: Vec<_> = (0..60).map(|i| if i >= 20 { Class::Counters } else { Class::Flip }).collect();
+        let chosen = choose(block_statuses(&classes), &plan, 5000, &mut memory, clock(1));
+        assert_eq!((chosen.steps.len(), chosen.backlog), (30, 30), "20 flips and 10 counters");
+    }
+
+    #[test]
+    fn words_about_spreading_alone_are_written_once_a_minute() {
+        let (scene, sum) = seen(two_nodes());
+        let (ready, behind) =
+            (reported("n1", &[("10.244.1.0/24", 0)], sum), ReportFact { applied: None, ..report("n2", &[]) });
+        let scene = scene.report(ready).report(behind);
+        let status = status_of(&scene, "10-244-1-0-24");
+        let written =
+            BlockFact { status: Some(Box::new(status)), ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let scene = scene.block(written);
+        let class = |scene: &Scene| {
+            let of_block = |write: &Write| &*write.step.target().1 == "10-244-1-0-24";
+            writes(&scene.snapshot(), &scene.plan()).find(of_block).map(|write| write.class)
+        };
+        assert_eq!(class(&scene), None);
+        let more = scene.clone().node(node("n3")).report(ReportFact { applied: None, ..report("n3", &[]) });
+        assert_eq!(class(&more), Some(Class::Progress));
+        let used = more.report(reported("n1", &[("10.244.1.0/24", 9)], sum));
+        assert_eq!(class(&used), Some(Class::Counters));
+    }
+
+    #[test]
+    fn the_first_status_of_a_new_block_waits_a_little_for_its_node() {
+        let (scene, sum) = seen(two_nodes());
+        let wait = |scene: &Scene| {
+            let of_block = |write: &Write| &*write.step.target().1 == "10-244-1-0-24";
+            writes(&scene.snapshot(), &scene.plan()).find(of_block).unwrap().wait
+        };
+        let created = |second: i64| BlockFact {
+            created: at(second),
+            ..held_block("10.244.1.0/24", "default-v4", "n1")
+        };
+        let new = scene.clone().block(created(NOW - 5));
+        assert_eq!(wait(&new), Duration::from_secs(10));
+        assert_eq!(wait(&scene.clone().block(created(NOW - 15))), Duration::ZERO);
+        assert_eq!(wait(&scene.block(created(NOW + 999))), FIRST_STATUS_AFTER, "by a clock that is wrong");
+        assert_eq!(wait(&new.report(reported("n1", &[("10.244.1.0/24", 0)], sum))), Duration::ZERO);
     }
 
     #[test]
@@ -771,7 +890,7 @@ mod tests {
         let plan = Plan { steps: vec![step], ..Plan::default() };
         let clock = Clock { wall: at(NOW), steady: Duration::ZERO };
         assert_eq!(
-            choose(block_statuses(&[Class::Flip; 2]), &plan, &mut Memory::new(false), clock).steps.len(),
+            choose(block_statuses(&[Class::Flip; 2]), &plan, 99, &mut Memory::new(false), clock).steps.len(),
             1
         );
     }

@@ -132,7 +132,8 @@ impl Planner<'_> {
 
 /// A name cut to a valid label value: at most 63 bytes, ending with a letter or a digit.
 fn label_value(name: &str) -> String {
-    let cut: String = name.chars().take(MAX_LABEL_VALUE).collect();
+    let cut =
+        name.char_indices().nth(MAX_LABEL_VALUE).map_or(name, |(end, _)| name.get(..end).unwrap_or(name));
     cut.trim_end_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned()
 }
 

@@ -15,6 +15,10 @@ use crate::reason;
 use crate::snapshot::IpamSource;
 use crate::step::{NewBlock, Origin, Step};
 
+/// Nodes that blocks are carved for in one pass; the next follows at once. So thousands of nodes that come together do
+/// not take thousands of times the memory of one.
+const CARVED_PER_PASS: usize = 1000;
+
 /// How strong a claim is. A node gets a block by a claim of its own if no other node has a stronger one on
 /// any address of it, nor an equal one and is older.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,7 +49,7 @@ impl<'a> Planner<'a> {
     pub(super) fn place_nodes(&mut self) {
         let mut nodes: Vec<&NodeFact> =
             self.snapshot.nodes.values().map(|node| &**node).filter(|node| node.problem.is_none()).collect();
-        nodes.sort_by_key(|node| age(node));
+        nodes.sort_by_cached_key(|node| age(node));
         let lacking: Vec<(&NodeFact, Family)> = nodes.iter().flat_map(|node| self.lacking(node)).collect();
         let lacking: Vec<_> =
             lacking.into_iter().filter(|(node, family)| !self.give_back(node, *family)).collect();
@@ -64,7 +68,7 @@ impl<'a> Planner<'a> {
         if needs.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&needs) {
             return;
         }
-        for (node, family, kept) in needs {
+        for (node, family, kept) in needs.into_iter().take(CARVED_PER_PASS) {
             self.carve(node, family, kept);
         }
     }

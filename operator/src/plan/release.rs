@@ -244,8 +244,7 @@ mod tests {
         let read = |scene: &Scene| {
             let (snapshot, plan) = (scene.snapshot(), scene.plan());
             assert_eq!(steps(&plan).iter().filter(|step| **step == "block_status").count(), 0);
-            let writes = crate::status::writes(&snapshot, &plan);
-            let status = writes.into_iter().find_map(|write| match write.step {
+            let status = crate::status::writes(&snapshot, &plan).find_map(|write| match write.step {
                 Step::BlockStatus { object, new, .. } if &*object.name == NAME => Some(new),
                 _ => None,
             });

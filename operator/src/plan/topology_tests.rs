@@ -27,7 +27,7 @@ fn block_in(cidr: &str, node: &str, zone: &str) -> BlockFact {
 }
 
 fn status(scene: &Scene) -> ClusterCIDRStatus {
-    let status = writes(&scene.snapshot(), &scene.plan()).into_iter().find_map(|write| match write.step {
+    let status = writes(&scene.snapshot(), &scene.plan()).find_map(|write| match write.step {
         Step::RangeStatus { object, new, .. } if &*object.name == "zoned" => Some(*new),
         _ => None,
     });
@@ -244,19 +244,20 @@ fn the_status_lists_so_many_groups_and_prefixes_and_counts_the_rest() {
 
 #[test]
 fn a_joining_fleet_writes_no_more_range_statuses_for_its_topology() {
-    use crate::status::{Class, choose};
+    use crate::status::{Class, due};
     // Counters of a range go out together, at most every two seconds, however the groups change.
     let mut scene = scene().range(zoned("10.244.0.0/16")).all_report();
     let (mut written, mut second) = (0, 0);
     for index in 0..100 {
         scene = scene.node(in_zone(&format!("n{index}"), ["a", "b", "c"][index % 3])).all_report();
         let plan = scene.plan();
-        let mut writes = writes(&scene.snapshot(), &plan);
-        writes.retain(|write| matches!(write.step, Step::RangeStatus { .. }));
+        let of_range = |write: &crate::status::Write| matches!(write.step, Step::RangeStatus { .. });
+        let writes: Vec<_> = writes(&scene.snapshot(), &plan).filter(of_range).collect();
         let first = scene.world.ranges["zoned"].status.blocks.is_none();
         assert!(writes.iter().all(|write| write.class == Class::Counters || first));
         let mut memory = std::mem::replace(&mut scene.memory, crate::memory::Memory::new(false));
-        for step in choose(writes, &plan, &mut memory, scene.clock).steps {
+        let due = due(writes, &plan, &memory, scene.clock);
+        for step in due.choose(index + 1, &mut memory, scene.clock).steps {
             if let Step::RangeStatus { new, .. } = step {
                 written += 1;
                 scene = scene.range(RangeFact { status: *new, ..zoned("10.244.0.0/16") });
