@@ -4,13 +4,15 @@
 //! returned only if something of ours remains and another try could help. It never contains "not found" or
 //! "no such file or directory": containerd takes those for success.
 
+use plat_crds::lease::Lease;
+
 use crate::acquire;
 use crate::add::delegate_of;
 use crate::call::Call;
 use crate::error::Error;
 use crate::fail;
 use crate::pods::Remover;
-use crate::store::Held;
+use crate::store::{Held, Kernel};
 use crate::{delegate, foreign, predecessor, teardown};
 
 /// Disconnects a container.
@@ -33,6 +35,7 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
     // A store that cannot be used now does not keep the link from going; its lease waits for another try.
     let looked_up = find_lease(call);
     let lease = looked_up.as_ref().ok().and_then(Option::as_ref).map(|held| held.lease.clone());
+    let lease = lease.or_else(|| unrecorded(call));
     fail::point("del-start")?;
     if let Some(lease) = lease.as_ref().filter(|lease| foreign::is_foreign(lease)) {
         predecessor::end(call, lease);
@@ -51,6 +54,14 @@ fn disconnect(call: &mut Call) -> Result<(), Error> {
         delegate::run(&plugin, &call.plugin_path, "DEL", &call.input)?;
     }
     Ok(())
+}
+
+/// A pod that another network attached and whose lease is not recorded, as it came after the agent's last look or the
+/// store was lost.
+fn unrecorded(call: &mut Call) -> Option<Lease> {
+    let container = call.container.clone();
+    let mut foreign = call.kernel.foreign(&[]).unwrap_or_default().into_iter();
+    foreign.find(|lease| (&lease.container_id, &lease.ifname) == (&container.id, &container.ifname))
 }
 
 fn find_lease(call: &mut Call) -> Result<Option<Held>, Error> {

@@ -24,10 +24,14 @@ const NETWORKS: &str = "/var/lib/cni/networks";
 
 /// The network that was there before, in these ranges.
 fn reference(ranges: &[&str]) -> Value {
+    reference_by("bridge", ranges)
+}
+
+fn reference_by(plugin: &str, ranges: &[&str]) -> Value {
     let ranges: Vec<_> = ranges.iter().map(|range| json!([{"subnet": range}])).collect();
     let routes = json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]);
     json!({"cniVersion": "1.0.0", "name": "ref", "plugins": [
-        {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+        {"type": plugin, "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
          "ipam": {"type": "host-local", "ranges": ranges, "routes": routes}},
         {"type": "portmap", "capabilities": {"portMappings": true}},
     ]})
@@ -172,6 +176,39 @@ fn a_pod_whose_network_is_uninstalled_or_unknown_still_goes_whole() {
     assert_eq!(leased().len(), 2, "the runtime's namespace still stands, and its address with it");
     sh("ip netns del c");
     eventually("its link goes with the namespace", || links() == 1);
+}
+
+#[test]
+fn pods_with_a_link_of_their_own_are_taken_over_too() {
+    lab::enter();
+    sh("sysctl -qw net.ipv4.ip_forward=1");
+    // kindnet's shape: each pod's link ends at the host, which routes to its address.
+    install("10-ref.conflist", &reference_by("ptp", &["10.244.3.0/24"]));
+    let old = [start("old1", &pod(None)), start("old2", &pod(None))].concat();
+    take_over(&["10.244.3.0/24"]);
+    let new = [start("new1", &pod(None)), start("new2", &pod(None))].concat();
+    assert!(new.iter().all(|address| !old.contains(address)), "{old:?} {new:?}");
+    for (from, to) in [("old1", &old[1]), ("old1", &new[0]), ("new1", &old[0]), ("new1", &new[1])] {
+        eventually(&format!("{from} reaches {to}"), || ping(from, to));
+    }
+    for id in ["old1", "old2", "new1", "new2"] {
+        stop(id, &pod(None));
+    }
+    assert_eq!((traces(), links()), (vec![], 0));
+    lab::assert_nothing_left();
+}
+
+#[test]
+fn a_pod_that_came_after_the_last_look_goes_as_whole_as_the_others() {
+    lab::enter();
+    install("10-ref.conflist", &reference(&["10.244.3.0/24"]));
+    blocks(&["10.244.3.0/24"]);
+    assert_eq!(sweep().taken_over, []);
+    start("late", &pod(Some(8080)));
+    take_over(&["10.244.3.0/24"]);
+    stop("late", &pod(Some(8080)));
+    assert_eq!((traces(), links()), (vec![], 0));
+    lab::assert_nothing_left();
 }
 
 #[test]
