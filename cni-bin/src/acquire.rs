@@ -413,7 +413,8 @@ pub fn forget_unrecorded(call: &mut Call, lease: &Lease, rules: &mut Remover) ->
     }
 }
 
-fn share_address(a: &Lease, b: &Lease) -> bool {
+/// Whether two leases hold one address.
+pub fn share_address(a: &Lease, b: &Lease) -> bool {
     a.addresses.iter().any(|a| b.addresses.iter().any(|b| a.address == b.address))
 }
 

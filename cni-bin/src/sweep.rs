@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use plat_crds::alias;
-use plat_crds::lease::{Lease, Since};
+use plat_crds::lease::{Lease, Pool, Since};
 
 use crate::acquire::{self, EndError};
 use crate::boot::{BootId, boot_ms};
@@ -40,6 +40,8 @@ pub struct Report {
     pub ended: Vec<Lease>,
     /// Pods of another network whose leases were recorded just now.
     pub taken_over: Vec<Lease>,
+    /// Of those, the ones with an address of another lease, and that lease: two pods have one address.
+    pub contested: Vec<(Lease, Lease)>,
     /// Leases whose link is gone, and which are ended if it still is next time.
     pub suspected: usize,
     /// Why the store was rebuilt, if it was.
@@ -69,6 +71,17 @@ pub fn dead(leases: &[Lease], links: &[Link], seen: &Sightings, now_ms: u64) -> 
     (dead, suspected)
 }
 
+/// The leases of others' pods that have an address of a pod of ours from the node's blocks. Pure.
+fn contested(taken_over: &[Lease], leases: &[Lease]) -> Vec<(Lease, Lease)> {
+    let same =
+        |theirs: &Lease, ours: &&Lease| ours.pool == Pool::Blocks && acquire::share_address(theirs, ours);
+    let pairs = taken_over.iter().filter_map(|theirs| {
+        let ours = leases.iter().find(|ours| same(theirs, ours))?;
+        Some((theirs.clone(), ours.clone()))
+    });
+    pairs.collect()
+}
+
 /// Sweeps a lease store again and again; keeps the sightings in between.
 pub struct Sweeper {
     store: Store,
@@ -94,6 +107,7 @@ impl Sweeper {
     pub fn sweep_at(&mut self, now_ms: u64, wait: Duration) -> Result<Report, EndError> {
         let (mut leases, rebuilt) = self.read(wait)?;
         let taken_over = self.take_over(&leases, wait)?;
+        let contested = contested(&taken_over, &leases);
         leases.extend(taken_over.iter().cloned());
         // Links are listed after the leases: a lease that is seen has had its link made, or will have.
         let links = self.kernel.links()?;
@@ -117,7 +131,7 @@ impl Sweeper {
             _ => {}
         }
         let standing = leases.into_iter().filter(|l| !ended.iter().any(|e| key(e) == key(l))).collect();
-        Ok(Report { leases: standing, ended, taken_over, suspected: self.seen.len(), rebuilt })
+        Ok(Report { leases: standing, ended, taken_over, contested, suspected: self.seen.len(), rebuilt })
     }
 
     /// Records the pods of another network that came since the store was made.
@@ -175,7 +189,7 @@ enum Ended {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use plat_crds::lease::{HostVeth, Pool};
+    use plat_crds::lease::HostVeth;
 
     fn lease(id: &str, since: u64) -> Lease {
         Lease {

@@ -129,13 +129,17 @@ fn with_enabledad_an_address_that_somebody_has_is_not_given() {
     let meets_another = |guard: Value| {
         lab::enter();
         let conf = with(with(dual_stack(), json!({"enabledad": true})), guard);
+        // A store that is there does not ask who else has addresses.
+        add("before", &conf);
+        Plat::call("DEL", "before", &conf).run().silent();
+        sh("ip link del cni0");
         netns("other");
         sh("ip link add name cni0 type bridge; ip link set cni0 up; \
             ip link add o type veth peer name eth0 netns other; ip link set o master cni0 up; \
-            ip -n other link set eth0 up; ip -n other addr add fd00:22::2/64 dev eth0 nodad");
+            ip -n other link set eth0 up; ip -n other addr add fd00:22::3/64 dev eth0 nodad");
         netns("c");
         let error = Plat::call("ADD", "c", &conf).run().error(102);
-        assert!(error.contains("fd00:22::2") && error.contains("enabledad"), "{error}");
+        assert!(error.contains("fd00:22::3") && error.contains("enabledad"), "{error}");
         assert_eq!(lab::leases(), Vec::<Value>::new());
     };
     for guard in [json!({}), json!({"antiSpoofing": true})] {

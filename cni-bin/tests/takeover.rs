@@ -199,6 +199,22 @@ fn pods_with_a_link_of_their_own_are_taken_over_too() {
 }
 
 #[test]
+fn an_address_that_the_other_network_gives_a_second_time_is_told_with_both_pods() {
+    lab::enter();
+    // ptp; bridge refuses a bridge that has an address besides its own, as Plat's gateway is one.
+    install("10-ref.conflist", &reference_by("ptp", &["10.244.3.0/24"]));
+    blocks(&["10.244.3.0/24"]);
+    let ours = lab::address(&lab::add("ours", &lab::cluster_conf()));
+    // host-local knows nothing of it.
+    assert_eq!(start("theirs", &pod(None)), [ours]);
+    let report = sweep();
+    let named: Vec<_> =
+        report.contested.iter().map(|(a, b)| (a.container_id.as_str(), b.container_id.as_str())).collect();
+    assert_eq!(named, [("theirs", "ours")]);
+    assert_eq!(sweep().contested, [], "once");
+}
+
+#[test]
 fn a_pod_that_came_after_the_last_look_goes_as_whole_as_the_others() {
     lab::enter();
     install("10-ref.conflist", &reference(&["10.244.3.0/24"]));

@@ -54,6 +54,8 @@ pub enum Reason {
     NotOnLink,
     /// Another program has a route with the same prefix and metric.
     ForeignRoute,
+    /// Another program's route to the same prefix has a better metric and leads elsewhere.
+    Overridden,
     /// The kernel refused a route.
     KernelRefused,
     /// The kernel keeps a route that should go.
@@ -64,13 +66,14 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Reason; 9] = [
+    pub const ALL: [Reason; 10] = [
         Reason::Unreadable,
         Reason::Overlapping,
         Reason::UnusablePolicy,
         Reason::NoNodeAddress,
         Reason::NotOnLink,
         Reason::ForeignRoute,
+        Reason::Overridden,
         Reason::KernelRefused,
         Reason::NotWithdrawn,
         Reason::RangeHoldsNeededAddress,
@@ -85,6 +88,7 @@ impl Reason {
             Reason::NoNodeAddress => "NoNodeAddress",
             Reason::NotOnLink => "NotOnLink",
             Reason::ForeignRoute => "ForeignRoute",
+            Reason::Overridden => "Overridden",
             Reason::KernelRefused => "KernelRefused",
             Reason::NotWithdrawn => NOT_WITHDRAWN,
             Reason::RangeHoldsNeededAddress => "RangeHoldsNeededAddress",

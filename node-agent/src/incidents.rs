@@ -75,6 +75,8 @@ impl Repair {
 pub const LEASES_ENDED: &str = "LeasesEnded";
 /// Reason of the incident that leases of another network's pods were recorded.
 pub const LEASES_TAKEN_OVER: &str = "LeasesTakenOver";
+/// Reason of the incident that a pod of another network has the address of a pod of ours.
+pub const ADDRESS_CONFLICT: &str = "AddressConflict";
 /// Reason of the incident that the lease store was rebuilt from the kernel.
 pub const LEASES_REBUILT: &str = "LeasesRebuilt";
 
@@ -116,6 +118,13 @@ impl Incidents {
         let message =
             format!("the lease of {first}{more} {were} taken over from another network of this node");
         self.note(LEASES_TAKEN_OVER, &message, leases.len(), now);
+    }
+
+    /// Adds that two pods have one address, in words.
+    pub fn address_conflict(&mut self, conflicts: &[String], now: Timestamp) {
+        let Some(first) = conflicts.first() else { return };
+        let message = format!("two pods have one address: {first}; delete one of the two");
+        self.note(ADDRESS_CONFLICT, &message, conflicts.len(), now);
     }
 
     /// Adds that the lease store was rebuilt, and why each time.

@@ -145,6 +145,8 @@ pub struct Swept {
     pub ended: Vec<String>,
     /// Leases of another network's pods that were recorded, in words.
     pub taken_over: Vec<String>,
+    /// Addresses that two pods have, in words.
+    pub contested: Vec<String>,
     /// Why the store was rebuilt, each time that it was and there was something to rebuild, in words.
     pub rebuilt: Vec<String>,
 }
@@ -255,6 +257,11 @@ impl Leases {
             usage: Usage::of(&report.leases),
             ended: report.ended.iter().map(words).collect(),
             taken_over: report.taken_over.iter().map(words).collect(),
+            contested: report
+                .contested
+                .iter()
+                .map(|(theirs, ours)| format!("{} of another network and {}", words(theirs), words(ours)))
+                .collect(),
             rebuilt: rebuilt.map(|why| format!("{why}; it has {count} leases")).into_iter().collect(),
         })
     }

@@ -20,7 +20,8 @@ use crate::closing::{self, Closing, Evidence, Trials};
 use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
-use crate::fabric::{Admit, Desired, Observed, RouteKey, Sysctl, TableState};
+use crate::fabric::{self, Admit, Desired, Observed, RouteKey, Sysctl, TableState};
+use crate::facts::{Fault, Reason};
 use crate::folder;
 use crate::growth::{self, Growth};
 use crate::incidents::Repair;
@@ -157,12 +158,16 @@ impl Node {
         }
         let (map, known) = (beliefs.map(), beliefs.known());
         let (host, closing) = machine.look(map, known)?;
-        let (desired, faults) = desired::desired(&machine.me, map, &host);
+        let (desired, mut faults) = desired::desired(&machine.me, map, &host);
         if full {
             machine.look_after_bridge(&desired, &mut outcome);
         }
         let observed = machine.observe(&desired)?;
         machine.apply(&desired, &observed, &mut outcome);
+        if full {
+            machine.look_for_overriding()?;
+        }
+        faults.extend(machine.overridden.iter().cloned());
         let own = desired::own_blocks(&machine.me, map, &host.leased);
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
@@ -236,6 +241,8 @@ struct Machine {
     forward: Option<(u32, BTreeSet<Admit>, Forwarding)>,
     /// Whether the pods' tables were as the leases say when they were last looked at.
     rules: Rules,
+    /// Routes of others that went before ours when that was last looked at.
+    overridden: Vec<Fault>,
 }
 
 impl Machine {
@@ -255,6 +262,7 @@ impl Machine {
             done: Done::default(),
             forward: None,
             rules: Rules::Doubtful,
+            overridden: Vec::new(),
         })
     }
 
@@ -372,6 +380,7 @@ impl Machine {
                 self.unusable = None;
                 self.swept.ended.append(&mut swept.ended);
                 self.swept.taken_over.append(&mut swept.taken_over);
+                self.swept.contested.append(&mut swept.contested);
                 self.swept.rebuilt.extend(swept.rebuilt);
             }
             // The next tick tries again.
@@ -471,6 +480,20 @@ impl Machine {
         if let Some(bridge) = &desired.bridge {
             apply::ensure_bridge(&mut self.kernel, bridge, &self.done, outcome);
         }
+    }
+
+    /// Routes of another network, or of an administrator, that lead to blocks before ours do. They may be meant; they
+    /// may also be left over, and lead where the block was once.
+    fn look_for_overriding(&mut self) -> Result<(), Error> {
+        let found = route::overriding(&mut self.kernel.route, &self.done.routes)?;
+        let fault = |(ours, theirs): (fabric::Route, fabric::Route)| {
+            let message = format!(
+                "another program's route goes before Plat's: {theirs} before {ours}; if it is left over from another network, remove it"
+            );
+            Fault::block(ours.key.prefix.object_name(), Reason::Overridden, message)
+        };
+        self.overridden = found.into_iter().map(fault).collect();
+        Ok(())
     }
 
     fn observe(&mut self, desired: &Desired) -> Result<Observed, Error> {

@@ -91,7 +91,7 @@ pub struct Findings {
 impl Reason {
     /// Whether the object's effect is missing in the kernel, rather than being worth a word only.
     pub fn fails(self) -> bool {
-        self != Reason::RangeHoldsNeededAddress
+        !matches!(self, Reason::RangeHoldsNeededAddress | Reason::Overridden)
     }
 }
 

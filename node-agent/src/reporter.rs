@@ -220,6 +220,10 @@ impl Reporter {
         for lease in &swept.taken_over {
             tracing::info!(lease, "took over a lease from another network");
         }
+        for pods in &swept.contested {
+            tracing::error!(pods, "two pods have one address");
+        }
+        self.incidents.address_conflict(&swept.contested, Timestamp::now());
         self.incidents.leases_taken_over(&swept.taken_over, Timestamp::now());
         self.incidents.leases_ended(&swept.ended, Timestamp::now());
         self.incidents.leases_rebuilt(&swept.rebuilt, Timestamp::now());

@@ -239,6 +239,29 @@ pub fn router_advertised(socket: &mut Socket) -> Result<BTreeSet<u32>, Error> {
     Ok(dump_protocol(socket, Family::IPv6, RouteProtocol::Ra, device)?.into_iter().collect())
 }
 
+/// Routes of other programs that go before ours: to the same prefix, in the same table, by a better metric, and not
+/// to the same next hop. Ours, and what goes before it.
+pub fn overriding(
+    socket: &mut Socket,
+    ours: &BTreeMap<RouteKey, Route>,
+) -> Result<Vec<(Route, Route)>, Error> {
+    let led = ours.values().filter(|route| matches!(route.target, Target::Via { .. }));
+    let led: BTreeMap<(u32, Block), &Route> = led.map(|r| ((r.key.table, r.key.prefix), r)).collect();
+    let families: BTreeSet<Family> = led.keys().map(|(_, prefix)| prefix.family()).collect();
+    let mut overriding = Vec::new();
+    for family in families {
+        let found = dump_protocol(socket, family, RouteProtocol::Unspec, |message| {
+            let is_ours = message.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL);
+            let route = read(message, None).filter(|_| !is_ours)?;
+            let own = led.get(&(route.key.table, route.key.prefix))?;
+            let goes_before = route.key.metric < own.key.metric && route.target != own.target;
+            goes_before.then(|| (Route::clone(own), route))
+        })?;
+        overriding.extend(found);
+    }
+    Ok(overriding)
+}
+
 /// Why a route could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {

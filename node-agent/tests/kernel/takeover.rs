@@ -107,3 +107,30 @@ fn pods_without_a_block_make_their_node_hold_it() {
         assert!(is_reached());
     });
 }
+
+#[test]
+fn a_route_of_another_network_that_goes_before_ours_is_named_if_it_leads_elsewhere() {
+    isolated(
+        "takeover::a_route_of_another_network_that_goes_before_ours_is_named_if_it_leads_elsewhere",
+        || {
+            let mut node = TestNode::new();
+            // As flanneld's host-gw backend leaves them: one right, one of a node that has moved.
+            run("ip route add 10.244.2.0/24 via 172.30.0.12 proto boot");
+            run("ip route add 10.244.3.0/24 via 172.30.0.99 proto boot");
+            node.start();
+            node.contact();
+            node.list(vec![block(1), block(2), block(3)], vec![range("default-v4")]);
+            let message = node.expect_condition("RoutesReady", "True", "Overridden");
+            assert!(
+                message.contains("10.244.3.0/24 via 172.30.0.99 metric 0 before 10.244.3.0/24"),
+                "{message}"
+            );
+            assert!(run("ip route show 10.244.3.0/24").contains("172.30.0.99"), "never touched");
+            run("ip route del 10.244.3.0/24 via 172.30.0.99");
+            node.stop();
+            node.start();
+            node.contact();
+            node.expect_condition("RoutesReady", "True", "AllInstalled");
+        },
+    );
+}
