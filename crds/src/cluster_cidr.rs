@@ -118,7 +118,7 @@ pub struct Masquerade {
     category = "plat",
     status = "ClusterCIDRStatus",
     derive = "PartialEq",
-    doc = "One range of pod addresses that the operator carves blocks from, one block per node. A dual-stack cluster has two, one per family.",
+    doc = "One range of pod addresses that the operator carves blocks from for nodes. A dual-stack cluster has two, one per family.",
     printcolumn(name = "CIDR", type_ = "string", json_path = ".spec.cidr", description = "The range"),
     printcolumn(name = "Block", type_ = "integer", json_path = ".spec.blockPrefixLength", description = "Prefix length of its blocks"),
     printcolumn(name = "Allocated", type_ = "integer", json_path = ".status.blocks.allocated", description = "Blocks that nodes hold"),
@@ -160,7 +160,7 @@ pub struct ClusterCIDRSpec {
     )]
     pub cidr: String,
 
-    /// Prefix length of the blocks: one block per node. The operator fills it in when it is not set, as
+    /// Prefix length of the blocks that nodes get. The operator fills it in when it is not set, as
     /// `blockSizing` says; afterwards it never changes. IPv6 blocks lease their first 65,534 addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_prefix_length: Option<i32>,

@@ -396,11 +396,7 @@ mod tests {
             assert_eq!(*server.asked.borrow(), ["get n1", write]);
         }
         for step in [gone(Why::Unused), delete(false)] {
-            assert_eq!(
-                outcome(step, &alive).await,
-                Outcome::Done,
-                "a drained second block needs no dead node"
-            );
+            assert_eq!(outcome(step, &alive).await, Outcome::Done, "a drained block needs no dead node");
         }
     }
 

@@ -94,12 +94,12 @@ pub struct RunArgs {
     #[arg(long, env = "PLAT_BLOCK_SIZING", default_value = "Default", value_name = "SIZING")]
     pub block_sizing: BlockSizing,
 
-    /// Prefix length of the blocks of the default IPv4 range: one block per node. 16 to 30.
+    /// Prefix length of the blocks of the default IPv4 range, which nodes get. 16 to 30.
     #[arg(long, env = "PLAT_BLOCK_PREFIX_LENGTH_V4", default_value_t = Family::IPv4.default_block_prefix(), value_name = "BITS",
         value_parser = clap::value_parser!(u8).range(16..=30))]
     pub block_prefix_length_v4: u8,
 
-    /// Prefix length of the blocks of the default IPv6 range: one block per node. 48 to 124.
+    /// Prefix length of the blocks of the default IPv6 range, which nodes get. 48 to 124.
     #[arg(long, env = "PLAT_BLOCK_PREFIX_LENGTH_V6", default_value_t = Family::IPv6.default_block_prefix(), value_name = "BITS",
         value_parser = clap::value_parser!(u8).range(48..=124))]
     pub block_prefix_length_v6: u8,

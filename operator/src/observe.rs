@@ -363,7 +363,7 @@ fn report_urgency(old: Option<&ReportFact>, new: Option<&ReportFact>) -> Urgency
 /// knows which those are, and this is about when it is made.
 fn fills_up(report: &ReportFact, family: Family) -> bool {
     let held = report.held.iter().filter(|held| held.block.family() == family);
-    let used = |used: i64| u32::try_from(used).unwrap_or(u32::MAX);
+    let used = |used: i64| u32::try_from(used.max(0)).unwrap_or(u32::MAX);
     growth::wants_block(held.filter_map(|held| Some((used(held.used?), held.block.capacity()))))
 }
 

@@ -26,8 +26,10 @@ impl<'a> Planner<'a> {
         let grows = |family: &Family| {
             let holding = self.holding(node, *family);
             let decided = holding.main().is_some() && holding.unknown.is_empty();
-            // A block that is on its way back to the node, or could be, goes before a new one.
-            let comes_back = !holding.returning.is_empty() || holding.leaving.iter().any(|b| !b.drain);
+            // A block that is on its way back to the node, or will be as it is needed, goes before a new one.
+            let resumes = holding.kept.len() < self.max_blocks(&holding.kept);
+            let comes_back =
+                !holding.returning.is_empty() || (resumes && holding.leaving.iter().any(|b| !b.drain));
             let wants =
                 holding.kept.len() < self.min_blocks(node, *family) || self.is_full(node, &holding.kept);
             let room = holding.in_use() < MAX_PER_FAMILY;
@@ -286,6 +288,29 @@ mod tests {
         assert_eq!(drained(&scene), [SECOND]);
         let scene = scene.clone().after(&scene.plan());
         assert_eq!(steps(&scene.plan()), [] as [&str; 0], "and stays so");
+    }
+
+    #[test]
+    fn what_drains_beyond_the_maximum_of_one_range_does_not_keep_another_from_giving_a_block() {
+        let scene = holds(limits(1, 1), &[FIRST, SECOND], &[(FIRST, 253), (SECOND, 9)]);
+        let scene = scene.clone().after(&scene.plan()).range(range("z-second", "10.9.0.0/16"));
+        assert_eq!(created(&scene.plan()), ["n1 10.9.0.0/24 z-second carved"]);
+        // By the other range's maximum it may keep both, and it comes to rest.
+        let scene = scene.clone().after(&scene.plan());
+        let scene = scene.clone().after(&scene.plan());
+        assert_eq!((drained(&scene).len(), steps(&scene.plan())), (0, vec![]));
+    }
+
+    #[test]
+    fn where_nodes_name_their_blocks_a_full_one_is_named_and_gets_no_other() {
+        let scene = holds(limits(1, 8), &[FIRST], &[(FIRST, 253)])
+            .with(|s| s.settings.ipam_source = crate::snapshot::IpamSource::Node);
+        let plan = scene.plan();
+        assert_eq!(
+            (created(&plan), faults(&plan)),
+            (vec![], vec![format!("n1 {}", reason::BLOCKS_PER_NODE_REACHED)])
+        );
+        assert!(plan.faults[0].message.contains("ipam.source: node"), "{:?}", plan.faults);
     }
 
     #[test]

@@ -81,7 +81,7 @@ pub fn by_node<'a>(snapshot: &'a Snapshot) -> BTreeMap<&'a str, Vec<&'a BlockFac
 pub fn usage(blocks: &[&BlockFact], report: &ReportFact) -> Option<Vec<(u32, u32)>> {
     let count = |block: &&BlockFact| {
         let used = report.held.iter().find(|held| held.block == block.block)?.used?;
-        Some((u32::try_from(used).unwrap_or(u32::MAX), block.block.capacity()))
+        Some((u32::try_from(used.max(0)).unwrap_or(u32::MAX), block.block.capacity()))
     };
     blocks.iter().map(count).collect()
 }

@@ -56,15 +56,20 @@ impl<'a> Planner<'a> {
         let lacking: Vec<_> =
             lacking.into_iter().filter(|(node, family)| !self.adopt(node, *family)).collect();
         nodes.iter().for_each(|node| self.give_back_further(node));
-        let mut needs: Vec<_> = lacking.into_iter().map(|(node, family)| (node, family, 0)).collect();
+        let mut growing: Vec<_> = Vec::new();
         for node in &nodes {
-            let growing = self.growing(node).into_iter().map(|(family, kept)| (*node, family, kept));
-            needs.extend(growing.filter(|(node, family, _)| !self.repeat_pending(node, *family)));
+            let needs = self.growing(node).into_iter().map(|(family, kept)| (*node, family, kept));
+            growing.extend(needs.filter(|(node, family, _)| !self.repeat_pending(node, *family)));
         }
         // What is lacking then is named in `source`.
         if self.snapshot.settings.ipam_source == IpamSource::Node {
+            growing
+                .into_iter()
+                .for_each(|(node, family, kept)| self.refuse(node, family, by_source(node, family, kept)));
             return;
         }
+        let lacking = lacking.into_iter().map(|(node, family)| (node, family, 0));
+        let needs: Vec<_> = lacking.chain(growing).collect();
         if needs.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&needs) {
             return;
         }
@@ -242,11 +247,13 @@ impl<'a> Planner<'a> {
         match (chosen, why_not) {
             (Some(range), _) => self.carve_from(node, range),
             (None, None) => {}
-            (None, Some((reason, message))) => {
-                self.refused.insert((node.name.clone(), family), (reason, message.clone()));
-                self.fault(node, reason, message);
-            }
+            (None, Some(why)) => self.refuse(node, family, why),
         }
+    }
+
+    fn refuse(&mut self, node: &NodeFact, family: Family, (reason, message): (&'static str, String)) {
+        self.refused.insert((node.name.clone(), family), (reason, message.clone()));
+        self.fault(node, reason, message);
     }
 
     fn carve_from(&mut self, node: &NodeFact, range: Name) {
@@ -319,16 +326,30 @@ fn age(node: &NodeFact) -> (k8s_openapi::jiff::Timestamp, Name) {
     (node.created, node.name.clone())
 }
 
+/// What a node that keeps so many blocks does not get.
+fn gets_none(node: &NodeFact, family: Family, kept: usize) -> String {
+    match kept {
+        0 => format!("node {} gets no {family} block", node.name),
+        1 => format!("node {} gets no second {family} block", node.name),
+        _ => format!("node {} gets no {family} block beside its {kept}", node.name),
+    }
+}
+
+/// Why a node whose blocks are what its Node names gets no other.
+fn by_source(node: &NodeFact, family: Family, kept: usize) -> (&'static str, String) {
+    let message = format!(
+        "{}: with ipam.source: node its blocks are those that its spec.podCIDRs names, one of each family; use ipam.source: wish, or larger node CIDRs in kube-controller-manager",
+        gets_none(node, family, kept)
+    );
+    (reason::BLOCKS_PER_NODE_REACHED, message)
+}
+
 /// Why no range has a block for a node that keeps so many already.
 fn why_not(node: &NodeFact, family: Family, kept: usize, ranges: &[&Candidate]) -> (&'static str, String) {
     let names = |ranges: &[&&Candidate]| {
         ranges.iter().map(|r| r.fact.name.to_string()).collect::<Vec<_>>().join(", ")
     };
-    let gets = match kept {
-        0 => format!("node {} gets no {family} block", node.name),
-        1 => format!("node {} gets no second {family} block", node.name),
-        _ => format!("node {} gets no {family} block beside its {kept}", node.name),
-    };
+    let gets = gets_none(node, family, kept);
     let allocating = ranges.iter().filter(|range| range.allocates());
     let (full, reached): (Vec<_>, Vec<_>) = allocating.partition(|range| kept < range.fact.max_blocks());
     if !full.is_empty() {
