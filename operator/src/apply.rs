@@ -129,7 +129,7 @@ fn failure(error: CallError) -> Outcome {
 
 async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
     match step {
-        Step::CreateRange { name, range, block_prefix, quarantine_seconds } => {
+        Step::CreateRange { name, range, block_prefix, topology_key, quarantine_seconds } => {
             let mut object = json!({
                 "apiVersion": api_version(), "kind": Kind::ClusterCIDR.as_str(),
                 "metadata": {"name": &**name, "finalizers": [names::CLUSTER_CIDR_FINALIZER]},
@@ -138,6 +138,9 @@ async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
             match block_prefix {
                 Some(length) => object["spec"]["blockPrefixLength"] = json!(length),
                 None => object["spec"]["blockSizing"] = json!(BlockSizing::MaxPods),
+            }
+            if let Some(key) = topology_key {
+                object["spec"]["topologyKey"] = json!(key);
             }
             Ok((Outcome::Done, range_of(server.create(Kind::ClusterCIDR, object).await?)))
         }

@@ -104,6 +104,11 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u8).range(48..=124))]
     pub block_prefix_length_v6: u8,
 
+    /// Label of Nodes whose value says which nodes' blocks lie together in the default ranges, such as
+    /// topology.kubernetes.io/zone; none if not set.
+    #[arg(long, env = "PLAT_TOPOLOGY_KEY", value_name = "LABEL", value_parser = label_key)]
+    pub topology_key: Option<Box<str>>,
+
     /// How long a released block of the default ranges rests before another node may get it, in seconds. 60
     /// to 604800.
     #[arg(long, env = "PLAT_QUARANTINE_SECONDS", default_value_t = plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS, value_name = "SECONDS",
@@ -195,6 +200,24 @@ pub struct RunArgs {
     pub withdrawal_deadline_seconds: u64,
 }
 
+/// A label key: an optional DNS subdomain and a slash, then at most 63 letters, digits, `-`, `_` and `.`.
+fn label_key(text: &str) -> Result<Box<str>, String> {
+    let (prefix, name) = text.rsplit_once('/').map_or((None, text), |(prefix, name)| (Some(prefix), name));
+    let ends = |text: &str, fits: fn(&char) -> bool| {
+        text.chars().next().is_some_and(|c| fits(&c)) && text.chars().next_back().is_some_and(|c| fits(&c))
+    };
+    let of_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let of_prefix = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
+    let name_fits = name.len() <= 63 && name.chars().all(of_name) && ends(name, char::is_ascii_alphanumeric);
+    let prefix_fits = prefix.is_none_or(|prefix| {
+        prefix.len() <= 253 && prefix.chars().all(of_prefix) && ends(prefix, char::is_ascii_alphanumeric)
+    });
+    if name_fits && prefix_fits {
+        return Ok(text.into());
+    }
+    Err("must be a label key such as topology.kubernetes.io/zone".to_owned())
+}
+
 impl RunArgs {
     /// The settings that plans follow; an error names the flag.
     pub fn settings(&self) -> anyhow::Result<Settings> {
@@ -203,6 +226,7 @@ impl RunArgs {
             block_sizing,
             block_prefix_length_v4,
             block_prefix_length_v6,
+            topology_key,
             quarantine_seconds,
             ipam_source,
             node_spec_mirror,
@@ -236,6 +260,7 @@ impl RunArgs {
         }
         Ok(Settings {
             default_ranges,
+            topology_key: topology_key.clone(),
             quarantine_seconds: *quarantine_seconds,
             ipam_source: *ipam_source,
             node_spec_mirror: *node_spec_mirror,
@@ -302,6 +327,21 @@ mod tests {
             run(&["--cluster-cidr=10.244.0.0/26", "--block-sizing=MaxPods"]).settings().unwrap();
         assert_eq!(sized_later.default_ranges[0].block_prefix, None);
         assert_eq!(run(&[]).settings().unwrap().default_ranges, []);
+    }
+
+    #[test]
+    fn the_topology_key_is_a_label_key() {
+        for key in ["topology.kubernetes.io/zone", "rack", "example.com/Rack_1.x", "a", &"x".repeat(63)] {
+            let settings = run(&["--topology-key", key]).settings().unwrap();
+            assert_eq!(settings.topology_key.as_deref(), Some(key));
+        }
+        for key in
+            ["zone/", "/zone", "a/b/c", "UPPER.example/zone", "zone-", "two words", "zone\n", &"x".repeat(64)]
+        {
+            let error = Cli::try_parse_from(["plat-operator", "--topology-key", key]).unwrap_err();
+            assert!(error.to_string().contains("must be a label key"), "{key:?}: {error}");
+        }
+        assert_eq!(run(&[]).settings().unwrap().topology_key, None);
     }
 
     #[test]

@@ -143,6 +143,7 @@ pub fn digest_of(world: &World) -> Digest {
 pub fn settings() -> Settings {
     Settings {
         default_ranges: vec![DefaultRange { range: block("10.244.0.0/16"), block_prefix: Some(24) }],
+        topology_key: None,
         quarantine_seconds: 900,
         ipam_source: IpamSource::Wish,
         node_spec_mirror: true,

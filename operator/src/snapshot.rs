@@ -75,6 +75,8 @@ pub enum Source {
 pub struct Settings {
     /// Ranges to create while none of their family exists; at most one per family.
     pub default_ranges: Vec<DefaultRange>,
+    /// `topologyKey` of the default ranges.
+    pub topology_key: Option<Box<str>>,
     /// Quarantine of the default ranges.
     pub quarantine_seconds: i32,
     /// What `node.spec.podCIDRs` counts for.

@@ -162,6 +162,8 @@ pub enum Step {
         range: Block,
         /// Prefix length of its blocks; `None`: what its nodes can hold (`blockSizing: MaxPods`).
         block_prefix: Option<u8>,
+        /// Node label whose values' blocks lie together.
+        topology_key: Option<Box<str>>,
         /// Quarantine of its blocks.
         quarantine_seconds: i32,
     },

@@ -53,6 +53,7 @@ impl Planner<'_> {
                 name: name.into(),
                 range: default.range,
                 block_prefix: default.block_prefix,
+                topology_key: self.snapshot.settings.topology_key.clone(),
                 quarantine_seconds: self.snapshot.settings.quarantine_seconds,
             });
         }

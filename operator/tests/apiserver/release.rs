@@ -196,6 +196,7 @@ impl Driven {
         let settings = Settings {
             ipam_source: IpamSource::Wish,
             default_ranges: Vec::new(),
+            topology_key: None,
             quarantine_seconds: 60,
             node_spec_mirror: false,
             lease_duration: Duration::from_secs(15),

@@ -39,6 +39,25 @@ async fn wait_groups(cluster: &Cluster, range: &str, expected: &[(&str, i64, i64
 }
 
 #[test]
+fn the_default_ranges_take_their_topology_key_from_the_flag() {
+    arena(|cluster| async move {
+        for (index, zone) in ["a", "b", "a"].iter().enumerate() {
+            let name = format!("n{index}");
+            cluster.nodes(&[&name]).await;
+            label_node(&cluster, &name, json!(zone)).await;
+        }
+        let _operator = cluster.operator("a", &["--cluster-cidr=10.244.0.0/16", "--topology-key", ZONE]);
+        let blocks = cluster.wait_blocks(&["n0", "n1", "n2"], 1).await;
+        let range = cluster.api::<ClusterCIDR>().get("default-v4").await.unwrap();
+        assert_eq!(range.spec.topology_key.as_deref(), Some(ZONE));
+        assert_eq!(
+            [&blocks["n0"][0], &blocks["n1"][0], &blocks["n2"][0]],
+            ["10.244.0.0/24", "10.244.128.0/24", "10.244.1.0/24"]
+        );
+    });
+}
+
+#[test]
 fn the_blocks_of_a_zone_lie_together_and_carry_its_label_through_restart_and_change() {
     arena(|cluster| async move {
         let spec = json!({"cidr": "10.244.0.0/16", "topologyKey": ZONE});
