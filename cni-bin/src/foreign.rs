@@ -15,7 +15,7 @@ use plat_crds::lease::{HostVeth, Lease, MAX_ADDRESSES, Pool};
 use crate::boot::since_now;
 use crate::host_local::{HostLocal, Owner};
 use crate::kernel::{is_link_local, leased};
-use crate::link::{self, Link};
+use crate::link::{self, Address, Link};
 use crate::netlink::{self, Socket};
 use crate::wire;
 
@@ -27,15 +27,32 @@ pub fn is_foreign(lease: &Lease) -> bool {
     lease.pool == Pool::Unknown && lease.network.is_none() && !wire::is_host_name(&lease.veth.name)
 }
 
-/// The leases of foreign pods, but for those whose link is in `known`. A pod that goes away while it is looked at is
-/// none.
-pub fn leases(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
+/// How often a link is asked for what is behind it: a namespace that is being removed cannot be, but its link stays for
+/// some milliseconds.
+const TRIES: u32 = 20;
+/// The pause in between.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What the host's links tell of foreign pods.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Their leases.
+    pub leases: Vec<Lease>,
+    /// Links that would not say what is behind them.
+    pub unheard: usize,
+}
+
+/// The foreign pods, but for those whose link is in `known`. One that goes away while it is looked at is none.
+pub fn look(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<Found, netlink::Error> {
     let known: HashSet<&str> = known.iter().map(|lease| lease.veth.name.as_str()).collect();
     let links = link::links(socket, Some("veth"))?;
-    let mut leases = Vec::new();
+    let mut found = Found::default();
     for link in links.iter().filter(|link| is_candidate(link) && !known.contains(link.name.as_str())) {
         let (Some(peer), Some(netns)) = (link.peer, link.peer_netns) else { continue };
-        let Ok(behind) = link::addresses_in(socket, netns, peer) else { continue };
+        let Some(behind) = behind(socket, link, netns, peer)? else {
+            found.unheard += 1;
+            continue;
+        };
         let addresses =
             behind.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr())).collect::<Vec<_>>();
         let owner = addresses.iter().find_map(|net| files.owner(&net.addr(), None));
@@ -45,7 +62,7 @@ pub fn leases(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result
         }
         let ifname = || link::link_in(socket, netns, peer).ok().flatten().map(|pod| pod.name);
         let (container_id, ifname) = key(link, owner, ifname);
-        leases.push(Lease {
+        found.leases.push(Lease {
             container_id,
             ifname,
             network: None,
@@ -56,7 +73,26 @@ pub fn leases(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result
             ..Lease::default()
         });
     }
-    Ok(leases)
+    Ok(found)
+}
+
+/// The addresses behind a link; `None` if it will not tell.
+fn behind(
+    socket: &mut Socket,
+    link: &Link,
+    netns: u32,
+    peer: u32,
+) -> Result<Option<Vec<Address>>, netlink::Error> {
+    for _ in 0..TRIES {
+        if let Ok(behind) = link::addresses_in(socket, netns, peer) {
+            return Ok(Some(behind));
+        }
+        if link::link_by_index(socket, link.index)?.is_none() {
+            return Ok(Some(Vec::new()));
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(None)
 }
 
 /// A veth that leads elsewhere and that we did not make: an ADD of ours marks its link only after it has made it.
@@ -74,25 +110,34 @@ fn key(link: &Link, owner: Option<Owner>, pod_end: impl FnOnce() -> Option<Strin
     }
 }
 
+/// The addresses of foreign pods that the kernel proves.
+#[derive(Debug)]
+pub struct Proven {
+    addresses: HashSet<IpAddr>,
+    /// Whether every link was heard.
+    is_whole: bool,
+}
+
 /// Whether a pod of another network has an address, or may be about to: a file says so, and either a link proves it
-/// or the file is young. Old files without a pod hold nothing.
+/// or the file is young. Old files without a pod hold nothing, unless some link will not tell whether it has one.
 pub fn holds(
     socket: &mut Socket,
     files: &HostLocal,
     address: &IpAddr,
     network: Option<&str>,
-    proven: &mut Option<HashSet<IpAddr>>,
+    proven: &mut Option<Proven>,
 ) -> Result<bool, netlink::Error> {
     let Some(owner) = files.owner(address, network) else { return Ok(false) };
     if owner.age < YOUNG {
         return Ok(true);
     }
     if proven.is_none() {
-        let leases = leases(socket, files, &[])?;
-        *proven =
-            Some(leases.iter().flat_map(|lease| &lease.addresses).map(|leased| leased.address).collect());
+        let Found { leases, unheard } = look(socket, files, &[])?;
+        let addresses =
+            leases.iter().flat_map(|lease| &lease.addresses).map(|leased| leased.address).collect();
+        *proven = Some(Proven { addresses, is_whole: unheard == 0 });
     }
-    Ok(proven.as_ref().is_some_and(|proven| proven.contains(address)))
+    Ok(proven.as_ref().is_none_or(|proven| !proven.is_whole || proven.addresses.contains(address)))
 }
 
 #[cfg(test)]

@@ -19,6 +19,10 @@ use rustix::fs::FlockOperation;
 pub const STATE_DIR: &str = "/var/lib/cni";
 /// Longer files than this are none of the plugin's.
 const MAX_FILE: usize = 4096;
+/// So often the lock is tried: for two seconds.
+const LOCK_TRIES: u32 = 200;
+/// The pause in between.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// The files of all networks of a node.
 #[derive(Clone, Debug)]
@@ -60,12 +64,23 @@ impl HostLocal {
         let Some(folder) = owner.file.parent() else { return false };
         // The plugin holds this lock while it looks for a free address. Without it, someone removed the folder.
         let Ok(lock) = File::open(folder.join("lock")) else { return false };
-        if rustix::fs::flock(&lock, FlockOperation::LockExclusive).is_err() {
+        if !is_locked(&lock) {
             return false;
         }
         let still = read(&owner.file).is_some_and(|now| now.container_id == container_id);
         still && fs::remove_file(&owner.file).is_ok()
     }
+}
+
+/// Takes the lock, unless somebody keeps it for longer than a plugin does.
+fn is_locked(lock: &File) -> bool {
+    (0..LOCK_TRIES).any(|_| {
+        let got = rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if !got {
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        got
+    })
 }
 
 fn read(file: &Path) -> Option<Owner> {

@@ -5,7 +5,6 @@
 //! namespace for that: they are asked for by the number under which this namespace knows the pod's
 //! (`IFA_TARGET_NETNSID`). So are the pods of a network that was here before ([`crate::foreign`]).
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -34,7 +33,7 @@ pub struct HostKernel {
     /// The files of a network that was here before.
     files: HostLocal,
     /// The addresses of foreign pods, once they were asked for.
-    foreign: Option<HashSet<IpAddr>>,
+    foreign: Option<foreign::Proven>,
 }
 
 impl HostKernel {
@@ -70,7 +69,7 @@ impl Kernel for HostKernel {
     }
 
     fn foreign(&mut self, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
-        foreign::leases(&mut self.route, &self.files, known)
+        foreign::look(&mut self.route, &self.files, known).map(|found| found.leases)
     }
 
     fn is_foreign(&mut self, address: &IpAddr, network: Option<&str>) -> Result<bool, netlink::Error> {

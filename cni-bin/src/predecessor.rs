@@ -59,12 +59,17 @@ pub fn end(call: &Call, lease: &Lease) {
         let Some(dels) = dels(&record) else { continue };
         let mut whole = true;
         for PluginDel { plugin, input } in dels {
-            let done =
-                delegate::run_marked(&plugin, &call.plugin_path, "DEL", input.to_string().as_bytes(), MARK);
-            if let Err(error) = done {
+            let done = delegate::find(&plugin, &call.plugin_path)
+                .map_err(|_| "it is in none of the folders of CNI_PATH".to_owned())
+                .and_then(|_| {
+                    let input = input.to_string();
+                    delegate::run_marked(&plugin, &call.plugin_path, "DEL", input.as_bytes(), MARK)
+                        .map_err(|error| error.to_string())
+                });
+            if let Err(why) = done {
                 whole = false;
                 eprintln!(
-                    "plat: {} of {} was attached by network {}: its plugin {plugin} did not take away what it left: {error}",
+                    "plat: {} of {} was attached by network {}, whose plugin {plugin} did not take away what it left: {why}",
                     lease.ifname, lease.container_id, record.network_name
                 );
             }
