@@ -4,15 +4,19 @@
 //! A day: what left yesterday has rested and is free; some nodes leave, as many join in zones by chance; at the
 //! weekend part of the fleet is away. All joins of a day are carved at once, and what left that day still rests.
 
+use std::fmt;
+
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::Block;
+use serde::Serialize;
 
 use crate::dice::Dice;
 use crate::pool::Pool;
 use crate::topology::{GroupBlocks, Topology};
 
 /// A fleet and its range.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Churn {
     /// The range.
     pub range: Block,
@@ -42,7 +46,8 @@ pub enum Carving {
 }
 
 /// What was seen, at the end of each day.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Fragmentation {
     /// Prefixes that it takes to name all blocks of a zone and none of another: the mean over zones and days.
     pub prefixes: f64,
@@ -75,42 +80,63 @@ pub fn simulate(churn: &Churn, carving: Carving) -> Fragmentation {
     sums.mean(f64::from(churn.days), zone_days as f64)
 }
 
+/// Node-days that a usual fleet is watched for: a second's work.
+const NODE_DAYS: u32 = 1_000_000;
+
 impl Churn {
-    /// Half a year of a usual fleet: `nodes` nodes in `zones` zones of a range.
-    pub fn usual(range: Block, block_prefix: u8, zones: u32, nodes: u32) -> Churn {
-        let (replaced_percent, weekend_percent) = (5, 20);
-        Churn { range, block_prefix, zones, nodes, replaced_percent, weekend_percent, days: 182, seed: 1 }
+    /// Half a year of a usual fleet: `nodes` nodes in `zones` zones of a range; less of more than 5,000 nodes, two
+    /// weeks at least, and of no more than 50,000 nodes.
+    pub fn usual(range: Block, block_prefix: u8, zones: u32, nodes: u64) -> Churn {
+        let nodes = u32::try_from(nodes.min(50_000)).unwrap_or(u32::MAX);
+        let days = (NODE_DAYS / nodes.max(1)).clamp(14, 182);
+        Churn { range, block_prefix, zones, nodes, replaced_percent: 5, weekend_percent: 20, days, seed: 1 }
     }
 }
 
-/// What half a year does to the zones of a range, with and without a `topologyKey`: lines of text.
-pub fn report(churn: &Churn) -> String {
-    let (ours, next_fit) = (simulate(churn, Carving::Topology), simulate(churn, Carving::NextFit));
-    let line = |what: &str, columns: [String; 3]| {
-        let [ours, next_fit, best] = columns;
-        format!("{what:<38}{ours:>14}{next_fit:>14}{best:>10}").trim_end().to_owned() + "\n"
-    };
-    let prefixes = |seen: &Fragmentation| format!("{:.1} ({})", seen.prefixes, seen.worst);
-    let outside = |seen: &Fragmentation| format!("{:.0} %", seen.outside_percent);
-    let routes = |seen: &Fragmentation| format!("{:.0} of {:.0}", seen.aggregated, seen.routes);
-    let best = format!("{:.1}", ours.fewest);
-    [
-        line("", ["topologyKey".into(), "next-fit".into(), "at best".into()]),
-        line("prefixes per zone (on the worst day)", [prefixes(&ours), prefixes(&next_fit), best]),
-        line("blocks outside their zone's prefix", [outside(&ours), outside(&next_fit), String::new()]),
-        line("routes past one router per zone", [routes(&ours), routes(&next_fit), String::new()]),
-        format!(
-            "({} nodes in {} blocks of {}, {} zones, {} days; each day {} % of the nodes are replaced, in zones by chance, at weekends {} % are away)\n",
+/// What months do to the zones of a range, with and without a `topologyKey`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Comparison {
+    /// What was simulated.
+    pub churn: Churn,
+    /// With a `topologyKey`.
+    pub topology: Fragmentation,
+    /// Without.
+    pub next_fit: Fragmentation,
+}
+
+/// Simulates both.
+pub fn compare(churn: Churn) -> Comparison {
+    let seen = |carving| simulate(&churn, carving);
+    Comparison { churn, topology: seen(Carving::Topology), next_fit: seen(Carving::NextFit) }
+}
+
+/// As lines for people.
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Comparison { churn, topology, next_fit } = self;
+        let mut line = |what: &str, [ours, plain, best]: [String; 3]| {
+            writeln!(f, "{}", format!("{what:<36}  {ours:>11}  {plain:>12}  {best:>7}").trim_end())
+        };
+        let prefixes = |seen: &Fragmentation| format!("{:.1} ({})", seen.prefixes, seen.worst);
+        let outside = |seen: &Fragmentation| format!("{:.0} %", seen.outside_percent);
+        let routes = |seen: &Fragmentation| format!("{:.0} of {:.0}", seen.aggregated, seen.routes);
+        line("", ["topologyKey".into(), "next-fit".into(), "at best".into()])?;
+        let best = format!("{:.1}", topology.fewest);
+        line("prefixes per zone (on the worst day)", [prefixes(topology), prefixes(next_fit), best])?;
+        line("blocks outside their zone's prefix", [outside(topology), outside(next_fit), String::new()])?;
+        line("routes past one router per zone", [routes(topology), routes(next_fit), String::new()])?;
+        writeln!(
+            f,
+            "({} nodes in {} zones and {} blocks, {} days: each day {} % of the nodes are replaced, in zones by chance; at weekends {} % are away)",
             churn.nodes,
-            churn.range.subblock_count(churn.block_prefix),
-            churn.range,
             churn.zones,
+            churn.range.subblock_count(churn.block_prefix),
             churn.days,
             churn.replaced_percent,
             churn.weekend_percent,
-        ),
-    ]
-    .concat()
+        )
+    }
 }
 
 struct Fleet<'a> {
@@ -262,7 +288,7 @@ mod tests {
     use super::*;
 
     fn churn(nodes: u32, zones: u32) -> Churn {
-        Churn { days: 60, ..Churn::usual("10.0.0.0/15".parse().unwrap(), 24, zones, nodes) }
+        Churn { days: 60, ..Churn::usual("10.0.0.0/15".parse().unwrap(), 24, zones, nodes.into()) }
     }
 
     #[test]
@@ -295,15 +321,22 @@ mod tests {
     }
 
     #[test]
-    fn the_report_sets_the_figures_side_by_side() {
-        let report = report(&Churn::usual("10.0.0.0/15".parse().unwrap(), 24, 3, 307));
-        let expected = "topologyKey      next-fit   at best
-prefixes per zone (on the worst day)         1.1 (2)    87.2 (109)       1.0
-blocks outside their zone's prefix               0 %          97 %
-routes past one router per zone             3 of 310    261 of 310
-(307 nodes in 512 blocks of 10.0.0.0/15, 3 zones, 182 days; each day 5 % of the nodes are replaced, in zones by chance, at weekends 20 % are away)
+    fn the_figures_stand_side_by_side() {
+        let text = compare(Churn::usual("10.0.0.0/15".parse().unwrap(), 24, 3, 307)).to_string();
+        let expected = "topologyKey      next-fit  at best
+prefixes per zone (on the worst day)      1.1 (2)    87.2 (109)      1.0
+blocks outside their zone's prefix            0 %          97 %
+routes past one router per zone          3 of 310    261 of 310
+(307 nodes in 3 zones and 512 blocks, 182 days: each day 5 % of the nodes are replaced, in zones by chance; at weekends 20 % are away)
 ";
-        assert_eq!(report.trim_start(), expected, "these are the figures of docs/ipam.md");
+        assert_eq!(text.trim_start(), expected, "these are figures of docs/ipam.md");
+    }
+
+    #[test]
+    fn large_fleets_are_watched_for_fewer_days() {
+        let usual = |nodes| Churn::usual("10.0.0.0/8".parse().unwrap(), 24, 3, nodes);
+        let figures = [0, 5_000, 10_000, 1_000_000].map(|nodes| (usual(nodes).nodes, usual(nodes).days));
+        assert_eq!(figures, [(0, 182), (5_000, 182), (10_000, 100), (50_000, 20)]);
     }
 
     #[test]
