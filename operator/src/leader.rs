@@ -15,6 +15,7 @@ use crate::server::Server;
 use crate::snapshot::{Clock, Facts, Foreign, Settings, Snapshot, Source, Tenure};
 use crate::status::{self, Chosen};
 use crate::step::{Fault, Step};
+use crate::unanswered::Unanswered;
 
 /// Statuses are compared at least so often, however many blocks are created.
 const STATUSES_WITHIN: Duration = Duration::from_millis(500);
@@ -42,6 +43,9 @@ pub struct Leader {
     settings: Settings,
     memory: Memory,
     faults: BTreeSet<Fault>,
+    unanswered: Unanswered,
+    /// Steps without an answer that turned out to be done, and are not told of yet.
+    late: Vec<Done>,
 }
 
 /// What a pass did.
@@ -70,7 +74,13 @@ impl Leader {
     pub fn new(settings: Settings, world: &World) -> Leader {
         let nobody_reports = world.reports.values().all(|report| !report.reported);
         let memory = Memory::new(world.blocks.is_empty() && nobody_reports);
-        Leader { settings, memory, faults: BTreeSet::new() }
+        Leader {
+            settings,
+            memory,
+            faults: BTreeSet::new(),
+            unanswered: Unanswered::default(),
+            late: Vec::new(),
+        }
     }
 
     /// See [`Tenure::is_sole_actor`].
@@ -120,8 +130,10 @@ impl Leader {
         self.memory.group_cursors.append(&mut plan.group_cursors.clone());
         for done in &pass.done {
             self.remember(done, clock());
+            self.unanswered.note(done, clock());
         }
-        pass.notes = pass.done.iter().flat_map(note::of_step).collect();
+        let late = std::mem::take(&mut self.late);
+        pass.notes = late.iter().chain(&pass.done).flat_map(note::of_step).collect();
         pass.new_faults = self.note_faults(&plan);
         pass.notes.extend(pass.new_faults.iter().map(note::of_fault));
         pass.status_backlog = chosen.backlog;
@@ -137,6 +149,7 @@ impl Leader {
         self.memory.observe_reports(&world.nodes, &world.reports, clock);
         self.memory.observe_losses(&world.reports, &blocks, |block| quarantine_over(&ranges, block), clock);
         self.memory.ledger.update(&ranges, &blocks);
+        self.late.append(&mut self.unanswered.settle(&ranges, &blocks, clock));
         let snapshot = Snapshot {
             clock,
             source,

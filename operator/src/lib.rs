@@ -48,3 +48,4 @@ pub mod step;
 pub mod stretch;
 pub mod telemetry;
 pub mod topology;
+pub mod unanswered;

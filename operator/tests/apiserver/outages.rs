@@ -132,6 +132,7 @@ impl Stage {
             on("list", "podcidrs"),
             on("get", "leases"),
             on("update", "leases"),
+            on("create", "events"),
         ]
         .into_iter()
         .chain(range_before)
