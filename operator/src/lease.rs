@@ -30,6 +30,9 @@ pub struct Timing {
     pub retry: Duration,
 }
 
+/// A record is believed up to so many times one's own duration.
+const LONGEST: u32 = 10;
+
 /// A Lease as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
@@ -56,12 +59,13 @@ pub enum Decision {
     Wait,
 }
 
-/// Decides, given the Lease and for how long this candidate has seen it unchanged. Pure.
-pub fn decide(record: Option<&Record>, unchanged_for: Duration) -> Decision {
+/// Decides, given the Lease and for how long this candidate has seen it unchanged. A holder that has not renewed
+/// for `longest` is gone, however long its record says that it holds: somebody may have edited it. Pure.
+pub fn decide(record: Option<&Record>, unchanged_for: Duration, longest: Duration) -> Decision {
     match record {
         None => Decision::Create,
         Some(record) if record.holder.is_empty() => Decision::Take(Start::HandedOver),
-        Some(record) if unchanged_for > record.duration => Decision::Take(Start::Expired),
+        Some(record) if unchanged_for > record.duration.min(longest) => Decision::Take(Start::Expired),
         Some(_) => Decision::Wait,
     }
 }
@@ -149,7 +153,7 @@ impl Elector {
                         since = Instant::now();
                         seen = record;
                     }
-                    let start = match decide(seen.as_ref(), since.elapsed()) {
+                    let start = match decide(seen.as_ref(), since.elapsed(), self.timing.duration * LONGEST) {
                         Decision::Wait => None,
                         Decision::Create => Some(Start::First),
                         Decision::Take(start) => Some(start),
@@ -279,7 +283,7 @@ impl Elector {
     async fn timed<T>(&self, call: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
         let limit = self.timing.renew_deadline / 2;
         match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer.map_err(|error| chain(&error)),
+            Ok(answer) => answer.map_err(|error| why(&error)),
             Err(_) => Err(format!("no answer within {limit:?}")),
         }
     }
@@ -306,6 +310,18 @@ fn record(lease: &Lease) -> Record {
         renewed: spec.renew_time.map(|MicroTime(at)| at),
         transitions: spec.lease_transitions.unwrap_or(0),
         resource_version: lease.metadata.resource_version.clone().unwrap_or_default(),
+    }
+}
+
+fn why(error: &kube::Error) -> String {
+    let text = chain(error);
+    match error {
+        kube::Error::Api(status) if status.code == 403 => {
+            format!(
+                "{text}; the Role or RoleBinding for Leases is gone or was changed: helm upgrade puts it back"
+            )
+        }
+        _ => text,
     }
 }
 
@@ -338,14 +354,21 @@ mod tests {
     #[test]
     fn a_lease_is_taken_only_if_nobody_holds_it_or_it_was_seen_unchanged_for_its_duration() {
         let seconds = Duration::from_secs;
+        let edited = Record { duration: seconds(2_000_000), ..record("a") };
         for (lease, unchanged_for, decision) in [
             (None, seconds(0), Decision::Create),
             (Some(record("")), seconds(0), Decision::Take(Start::HandedOver)),
             (Some(record("a")), seconds(0), Decision::Wait),
             (Some(record("a")), seconds(15), Decision::Wait),
             (Some(record("a")), seconds(15) + Duration::from_millis(1), Decision::Take(Start::Expired)),
+            (Some(edited.clone()), seconds(150), Decision::Wait),
+            (Some(edited), seconds(151), Decision::Take(Start::Expired)),
         ] {
-            assert_eq!(decide(lease.as_ref(), unchanged_for), decision, "{lease:?} {unchanged_for:?}");
+            assert_eq!(
+                decide(lease.as_ref(), unchanged_for, seconds(150)),
+                decision,
+                "{lease:?} {unchanged_for:?}"
+            );
         }
     }
 
@@ -353,7 +376,7 @@ mod tests {
     fn a_wrong_clock_on_another_machine_does_not_matter() {
         let mut ancient = record("a");
         ancient.renewed = Some(Timestamp::MIN);
-        assert_eq!(decide(Some(&ancient), Duration::from_secs(3)), Decision::Wait);
+        assert_eq!(decide(Some(&ancient), Duration::from_secs(3), Duration::from_secs(150)), Decision::Wait);
     }
 
     #[test]
