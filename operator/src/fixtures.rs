@@ -1,6 +1,7 @@
 //! Worlds for tests, in English: `world().node("n1").range("default-v4", "10.244.0.0/16").block(…)`.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +34,13 @@ pub fn block(text: &str) -> Block {
     text.parse().unwrap()
 }
 
+/// The address of a node of that name: no two that tests have are equal.
+pub fn address_of(node: &str) -> IpAddr {
+    let [third, fourth] =
+        node.bytes().fold(0u16, |hash, b| hash.wrapping_mul(31).wrapping_add(b.into())).to_be_bytes();
+    Ipv4Addr::new(172, 30, third, fourth).into()
+}
+
 pub fn node(name: &str) -> NodeFact {
     NodeFact {
         name: name.into(),
@@ -40,7 +48,7 @@ pub fn node(name: &str) -> NodeFact {
         created: at(NOW - 1000),
         labels: Labels::default(),
         health: Health::Ready,
-        addresses: ["172.30.0.9".parse().unwrap()].into(),
+        addresses: [address_of(name)].into(),
         pod_cidrs: [].into(),
         pod_cidrs_by: None,
         network_unavailable: false,
@@ -107,7 +115,7 @@ pub fn held_block(cidr: &str, range: &str, node: &str) -> BlockFact {
         range: range.into(),
         node: node.into(),
         node_uid: Some(format!("uid-{node}").as_str().into()),
-        addresses: ["172.30.0.9".parse().unwrap()].into(),
+        addresses: [address_of(node)].into(),
         state: BlockState::Active,
         release_after: None,
         drain: false,

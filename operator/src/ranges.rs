@@ -14,9 +14,9 @@
 
 use std::time::Duration;
 
-use plat_crds::Block;
 use plat_crds::cluster_cidr::{Allocation, DEFAULT_QUARANTINE_SECONDS};
 use plat_crds::condition::{self, OVERLAPPING, READY, Verdict};
+use plat_crds::{Block, names};
 
 use crate::facts::RangeFact;
 use crate::reason;
@@ -98,7 +98,7 @@ pub fn judge(range: &RangeFact, snapshot: &Snapshot) -> Judgement {
     let ready = if let Some(problem) = &range.problem {
         refuse(reason::INVALID_SPEC, format!("{problem}; no blocks are carved from this ClusterCIDR"))
     } else if range.deleting {
-        refuse(reason::TERMINATING, "it is deleted and stays until its last PodCIDR is gone".to_owned())
+        refuse(reason::TERMINATING, terminating(range, snapshot))
     } else if let Some(found) = overlap.filter(|found| found.by_range || !is_in_use(range, snapshot)) {
         refuse(found.reason, format!("{}; no blocks are carved from it", found.message))
     } else if let Some(other) = unreadable_other(range, snapshot) {
@@ -113,6 +113,23 @@ pub fn judge(range: &RangeFact, snapshot: &Snapshot) -> Judgement {
         }
     };
     Judgement { ready, overlapping }
+}
+
+/// What keeps a deleted range, and how to move it on.
+fn terminating(range: &RangeFact, snapshot: &Snapshot) -> String {
+    let stays = "it is deleted, gives no new blocks, and stays until its last PodCIDR is gone";
+    let mut blocks = snapshot.blocks.values().filter(|block| block.range == range.name);
+    let Some(first) = blocks.next() else { return stays.to_owned() };
+    format!(
+        "{stays}: {} left, such as {} of node {}. To move these nodes, see that another ClusterCIDR selects them, then: \
+         kubectl annotate podcidrs -l {}={} {}=",
+        1 + blocks.count(),
+        first.name,
+        first.node,
+        names::LABEL_CLUSTER_CIDR,
+        range.name,
+        names::ANNOTATION_DRAIN
+    )
 }
 
 fn accept(range: &RangeFact) -> Verdict {

@@ -113,6 +113,12 @@ pub const RANGE_NOT_READY: &str = "ClusterCIDRNotReady";
 pub const BLOCKS_PER_NODE_REACHED: &str = "BlocksPerNodeReached";
 /// Fault: the node has no InternalIP, so nobody can route to it.
 pub const NO_ADDRESS: &str = "NodeHasNoAddress";
+/// Fault: two nodes have one InternalIP.
+pub const ADDRESS_SHARED: &str = "NodeAddressShared";
+/// Fault: a PodCIDR that the operator cannot have made.
+pub const FOREIGN_BLOCK: &str = "ForeignPodCIDRObject";
+/// Fault: a PodCIDR shares addresses with an older one.
+pub const BLOCKS_OVERLAP: &str = "PodCIDRsOverlap";
 /// Fault: `node.spec.podCIDRs` lies in no ClusterCIDR, or does not fit the one it lies in.
 pub const FOREIGN_POD_CIDR: &str = "ForeignPodCIDR";
 /// Fault: `ipam.source` is `node`, and the node has no `spec.podCIDRs` entry of a family.
@@ -127,3 +133,22 @@ pub const POD_CIDR_TAKEN: &str = "PodCIDRTaken";
 pub const BLOCKS_LOST: &str = "PodCIDRsLost";
 /// Fault: a node reports leases in a block that another node holds.
 pub const HELD_BLOCK_TAKEN: &str = "HeldBlockTaken";
+
+#[cfg(test)]
+mod tests {
+    /// What users see is what they look up: "When something is wrong" in docs/ipam.md.
+    #[test]
+    fn every_reason_is_explained_to_users() {
+        let page = include_str!("../../docs/ipam.md");
+        let (_, section) = page.split_once("## When something is wrong").unwrap();
+        let reasons: Vec<&str> = include_str!("reason.rs")
+            .lines()
+            .filter(|line| line.starts_with("pub const "))
+            .filter_map(|line| line.split('"').nth(1))
+            .collect();
+        assert!(reasons.len() > 50, "{reasons:?}");
+        let missing: Vec<_> =
+            reasons.iter().filter(|reason| !section.contains(&format!("`{reason}`"))).collect();
+        assert!(missing.is_empty(), "add them to \"When something is wrong\" in docs/ipam.md: {missing:?}");
+    }
+}

@@ -10,10 +10,12 @@
 //! | `holding`, `grow` | how many blocks a node has, and when it gets another or gives one back |
 //! | `drain` | blocks that go while their node stays |
 //! | `source` | what `node.spec.podCIDRs` counts for: faults of entries, another allocator beside us |
+//! | `conflicts` | nothing: names forged PodCIDRs and addresses of two nodes |
 //! | `nodes` | mirror into the Node, `NetworkUnavailable`, NodeNetworks, faults of nodes |
 //!
 //! Every map is ordered and nothing reads a clock, so equal snapshots give equal plans.
 
+mod conflicts;
 mod drain;
 mod grow;
 mod hold;
@@ -111,6 +113,7 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
         planner.hold_blocks();
         planner.place_nodes();
         planner.serve_nodes();
+        planner.name_conflicts();
         planner.tell_of_blocks();
         planner.name_other_allocator();
     }

@@ -12,6 +12,7 @@ mod proxy;
 
 mod blocks;
 mod faults;
+mod hand;
 mod leaders;
 mod outages;
 mod pains;

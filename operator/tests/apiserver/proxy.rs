@@ -350,6 +350,7 @@ fn disturbed(body: axum::body::BodyDataStream, rule: Rule) -> Body {
 
 fn refusal(code: u16) -> Response<Body> {
     let reason = match code {
+        403 => "Forbidden",
         409 => "Conflict",
         410 => "Expired",
         429 => "TooManyRequests",

@@ -16,7 +16,7 @@ use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
 use plat_e2e::wait::{holds, wait_until_async};
 use serde_json::json;
 
-use crate::arena::{Cluster, Operator, arena};
+use crate::arena::{Block, Cluster, Operator, arena};
 use crate::observer::Observer;
 use crate::proxy::{Fault, Proxy, on};
 
@@ -25,8 +25,8 @@ const FLAGS: [&str; 8] = [
     "--quarantine-seconds=60",
     "--quarantine-watch-seconds=1",
     "--report-wait-seconds=1",
-    "--lease-duration-seconds=3",
-    "--lease-renew-deadline-seconds=2",
+    "--lease-duration-seconds=5",
+    "--lease-renew-deadline-seconds=4",
     "--lease-retry-milliseconds=200",
     "--watch-seconds=5",
 ];
@@ -96,7 +96,7 @@ impl Rival {
             }
             _ => proxy.break_watches(),
         }
-        let long = Duration::from_millis(500 + u64::try_from(dice.roll(6000)).unwrap());
+        let long = Duration::from_millis(500 + u64::try_from(dice.roll(8000)).unwrap());
         self.disturbed = Some(Instant::now() + long);
     }
 
@@ -156,7 +156,8 @@ impl Crowd {
         }
     }
 
-    /// Every agent reports the blocks that it leases from, and that it carries every object.
+    /// Agents report the blocks that they lease from, and that they carry every object: those whose blocks have
+    /// changed, or that are asked for a proof.
     async fn report(&self) {
         let list = ListParams::default();
         let blocks = self.cluster.api::<PodCIDR>().list(&list).await.unwrap().items;
@@ -171,9 +172,18 @@ impl Crowd {
             // What a gone node said that it holds is claimed for a quarantine, and time does not pass that fast:
             // few say so.
             let tells = name.ends_with(['0', '4', '8']);
-            let mine = blocks.iter().filter(|block| tells && block.spec.node_name == name);
-            let held: Vec<_> = mine
-                .filter(|block| block.spec.state == BlockState::Active)
+            let mine = blocks.iter().filter(|block| block.spec.node_name == name);
+            let (active, other): (Vec<_>, Vec<_>) =
+                mine.partition(|block| block.spec.state == BlockState::Active);
+            let said = known.status.iter().flat_map(|status| &status.held_blocks).map(|held| &held.cidr);
+            let is_new =
+                known.status.is_none() || tells && !said.eq(active.iter().map(|block| &block.spec.cidr));
+            if other.is_empty() && !is_new {
+                return None;
+            }
+            let held: Vec<_> = active
+                .into_iter()
+                .filter(|_| tells)
                 .map(|block| json!({"cidr": block.spec.cidr, "used": 1, "capacity": 13}))
                 .collect();
             let now = k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
@@ -192,7 +202,9 @@ impl Crowd {
     async fn let_time_pass(&self) {
         let blocks = self.cluster.api::<PodCIDR>();
         let resting = blocks.list(&ListParams::default().fields("spec.state=Quarantined")).await.unwrap();
-        let patches = resting.into_iter().map(|block| {
+        let now = k8s_openapi::jiff::Timestamp::now();
+        let is_past = |block: &PodCIDR| block.spec.release_after.as_ref().is_some_and(|after| after.0 <= now);
+        let patches = resting.into_iter().filter(|block| !is_past(block)).map(|block| {
             let blocks = blocks.clone();
             async move {
                 let version = block.metadata.resource_version;
@@ -204,26 +216,21 @@ impl Crowd {
         join_all(patches).await;
     }
 
-    /// Every node has one block in use, and nothing is left over of others.
+    /// Every node has a block in use (two, where both leaders gave it one), and nothing is left over of others.
     async fn look(&self) -> Result<(), String> {
         let blocks = self.cluster.blocks().await;
         for node in &self.here {
-            let own: Vec<_> = blocks.iter().filter(|block| block.node == *node).collect();
-            holds(
-                matches!(own[..], [block] if block.state == BlockState::Active),
-                format!("{node}: {own:?}"),
-            )?;
+            let is_own = |block: &&Block| block.node == *node && block.state == BlockState::Active;
+            holds(blocks.iter().any(|block| is_own(&block)), format!("{node} has no block"))?;
         }
-        holds(
-            blocks.len() == self.here.len(),
-            format!("{} blocks for {} nodes", blocks.len(), self.here.len()),
-        )
+        let left = blocks.iter().find(|block| !self.here.contains(&block.node));
+        holds(left.is_none(), format!("{left:?} of a gone node"))
     }
 }
 
 async fn fight(cluster: Cluster, second_lease: &str, allocations: usize) {
     // Few enough blocks for them to be used again and again.
-    let size = (allocations / 8).clamp(12, 400);
+    let size = (allocations / 8).clamp(12, 150);
     let bits = (3 * size).next_power_of_two().ilog2();
     let range = format!("--cluster-cidr=10.244.0.0/{}", 28 - bits);
     let mut dice = Dice(number("PLAT_RIVAL_SEED", 7).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
