@@ -168,13 +168,7 @@ fn without_its_lease_or_the_right_to_it_the_operator_ends_says_why_and_comes_bac
     arena(|cluster| async move {
         cluster.nodes(&["n1"]).await;
         let proxy = Proxy::start(cluster.plane, cluster.client.clone()).await;
-        let flags = [
-            V4,
-            "--lease-duration-seconds=4",
-            "--lease-renew-deadline-seconds=3",
-            "--lease-retry-milliseconds=200",
-            "--report-wait-seconds=1",
-        ];
+        let flags = [V4, "--lease-retry-milliseconds=200"];
         let mut operator = proxy.operator(cluster.plane, "a", &flags);
         cluster.wait_blocks(&["n1"], 1).await;
         let leases: Api<Lease> = Api::namespaced(cluster.client.clone(), "plat-system");
