@@ -51,7 +51,13 @@ fn forged_pod_cidrs_are_named_with_their_cure_and_cost_no_node_its_block() {
             let text = cluster.wait_event("PodCIDR", &name, "ForeignPodCIDRObject").await;
             assert!(text.contains(why) && text.contains("delete it"), "{text}");
         }
-        // Over blocks that are in use.
+        // Over blocks that are in use. Times of creation are whole seconds, and the older one is in the right.
+        let created = cluster.block_of("n1").await.unwrap().metadata.creation_timestamp.unwrap().0;
+        wait_until_async("it is later", DEADLINE, async || {
+            let now = k8s_openapi::jiff::Timestamp::now().as_second();
+            holds(now > created.as_second(), now)
+        })
+        .await;
         forge(&cluster, "10.244.0.0/23", "default-v4", "n6").await;
         let text = cluster.wait_event("PodCIDR", "10-244-0-0-23", "PodCIDRsOverlap").await;
         assert!(text.contains("older PodCIDR 10-244-0-0-24 of node n1"), "{text}");
