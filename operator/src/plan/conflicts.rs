@@ -103,3 +103,76 @@ impl Planner<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::facts::{BlockFact, NodeFact, RangeFact};
+    use crate::fixtures::{Scene, address_of, at, block, held_block, node, range, scene};
+    use crate::reason;
+
+    /// `REASON OBJECT` of what this file names.
+    fn named(scene: &Scene) -> Vec<String> {
+        let ours =
+            [reason::FOREIGN_BLOCK, reason::BLOCKS_OVERLAP, reason::ADDRESS_SHARED, reason::TERMINATING];
+        let faults = scene.plan().faults.into_iter().filter(|fault| ours.contains(&fault.reason));
+        faults.map(|fault| format!("{} {}", fault.reason, fault.object.name)).collect()
+    }
+
+    fn message(scene: &Scene, reason: &str) -> String {
+        scene.plan().faults.into_iter().find(|fault| fault.reason == reason).unwrap().message
+    }
+
+    fn map() -> Scene {
+        scene()
+            .range(range("r", "10.244.0.0/16"))
+            .nodes(&["n1", "n2"])
+            .block(held_block("10.244.1.0/24", "r", "n1"))
+            .block(held_block("10.244.2.0/24", "r", "n2"))
+    }
+
+    #[test]
+    fn blocks_that_the_operator_cannot_have_made_are_named_and_its_own_are_not() {
+        assert_eq!(named(&map()), [] as [&str; 0]);
+        for (cidr, range, why) in [
+            ("192.168.1.0/24", "r", "it does not lie in ClusterCIDR r (10.244.0.0/16)"),
+            ("10.244.9.0/24", "nowhere", "there is no ClusterCIDR nowhere"),
+            ("10.244.9.0/25", "r", "blocks of ClusterCIDR r are /24"),
+        ] {
+            let scene = map().block(held_block(cidr, range, "n3"));
+            assert_eq!(named(&scene), [format!("ForeignPodCIDRObject {}", block(cidr).object_name())]);
+            let message = message(&scene, reason::FOREIGN_BLOCK);
+            assert!(message.contains(why) && message.contains("delete it"), "{message}");
+        }
+    }
+
+    #[test]
+    fn of_two_blocks_that_overlap_the_younger_is_named() {
+        let own = held_block("10.244.1.0/24", "r", "n1");
+        for (created, younger) in [(-1, "10-244-1-0-24"), (0, "10-244-1-0-24"), (1, "10-244-0-0-23")] {
+            let created = at(own.created.as_second() + created);
+            let scene = map().block(BlockFact { created, ..held_block("10.244.0.0/23", "r", "n3") });
+            let named = named(&scene);
+            assert!(named.contains(&format!("PodCIDRsOverlap {younger}")), "{named:?}");
+        }
+    }
+
+    #[test]
+    fn nodes_that_have_one_address_are_all_named() {
+        let twin = NodeFact { addresses: [address_of("n1")].into(), ..node("n3") };
+        let scene = map().node(twin);
+        assert_eq!(named(&scene), ["NodeAddressShared n1", "NodeAddressShared n3"]);
+        assert!(message(&scene, reason::ADDRESS_SHARED).contains("so has node n3"));
+        let twice = NodeFact { addresses: [address_of("n4"), address_of("n4")].into(), ..node("n4") };
+        assert_eq!(named(&map().node(twice)), [] as [&str; 0], "one node may say it twice");
+    }
+
+    #[test]
+    fn a_deleted_range_is_named_for_as_long_as_blocks_keep_it() {
+        let deleted = |name| RangeFact { deleting: true, ..range(name, "10.244.0.0/16") };
+        let scene = map().range(deleted("r"));
+        assert_eq!(named(&scene), ["Terminating r"]);
+        let message = message(&scene, reason::TERMINATING);
+        assert!(message.contains("2 left, such as 10-244-1-0-24 of node n1"), "{message}");
+        assert!(message.contains("-l plat.network/clustercidr=r plat.network/drain="), "{message}");
+    }
+}
