@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,6 +14,9 @@ use serde_json::Value;
 
 use crate::light::ControlPlane;
 use crate::testbed::{images, output};
+
+/// The API server's address.
+const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(172, 30, 0, 1);
 
 /// A process of ours; killed when dropped, and when the thread that started it ends in whatever way.
 #[derive(Debug)]
@@ -115,6 +119,42 @@ impl<'a> BareNode<'a> {
         Process::start(self.plane, &self.name(), &log, "plat-agent", &args, &admin)
     }
 
+    /// The API server does not reach it any more, nor it the API server: packets vanish. All else goes on.
+    pub fn cut_off(&self) -> Result<()> {
+        let server = CONTROL_PLANE;
+        let rules = format!(
+            "add table ip cut-off; add chain ip cut-off out {{ type filter hook output priority 0; }};
+            add rule ip cut-off out ip daddr {server} drop; add chain ip cut-off in {{ type filter hook input priority 0; }};
+            add rule ip cut-off in ip saddr {server} drop"
+        );
+        output(self.run("nft").arg(rules)).map(drop)
+    }
+
+    /// Takes that back.
+    pub fn reconnect(&self) -> Result<()> {
+        output(self.run("nft").args(["delete", "table", "ip", "cut-off"])).map(drop)
+    }
+
+    /// A program in its namespace.
+    pub fn run(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace(), program]);
+        command
+    }
+
+    /// A namespace for a pod.
+    pub fn pod(&self, name: &str) -> Result<Pod<'_>> {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig=KILL", "--", "unshare", "--net", "sh", "-c", "echo; exec sleep 3600"]);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let mut line = [0];
+        if let Some(out) = &mut child.stdout {
+            // Its first byte says that it is in its namespace.
+            out.read_exact(&mut line)?;
+        }
+        Ok(Pod { node: self, name: name.to_owned(), process: Process(child) })
+    }
+
     /// `ip` in its namespace.
     pub fn ip(&self, args: &[&str]) -> Result<String> {
         output(Command::new("ip").args(["-n", &self.namespace()]).args(args))
@@ -130,5 +170,45 @@ impl<'a> BareNode<'a> {
         let with_gateway = routes.iter().filter(|route| route["gateway"].is_string()).count();
         ensure!(gateways.len() == with_gateway, "{} has two routes to one block: {text}", self.name());
         Ok(gateways)
+    }
+}
+
+/// A pod of a [`BareNode`]: a namespace, in which nothing runs. It ends when dropped.
+#[derive(Debug)]
+pub struct Pod<'a> {
+    node: &'a BareNode<'a>,
+    name: String,
+    process: Process,
+}
+
+impl Pod<'_> {
+    /// Calls the installed CNI binary as a runtime does by the installed conflist; what it prints, or the error
+    /// object (CNI spec, "Error").
+    pub fn cni(&self, what: &str) -> Result<Result<Value, Value>> {
+        let own = self.node.plane.run_folder().join(self.node.name());
+        let list: Value = serde_json::from_str(&fs::read_to_string(own.join("conf/05-plat.conflist"))?)?;
+        let mut conf = list["plugins"][0].clone();
+        (conf["name"], conf["cniVersion"]) = (list["name"].clone(), list["cniVersion"].clone());
+        let mut command = self.node.run(&own.join("bin/plat").to_string_lossy());
+        command
+            .env("CNI_COMMAND", what)
+            .env("CNI_CONTAINERID", &self.name)
+            .env("CNI_NETNS", format!("/proc/{}/ns/net", self.process.0.id()))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", own.join("bin"));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(conf.to_string().as_bytes())?;
+        }
+        let out = child.wait_with_output()?;
+        let said = if out.stdout.is_empty() { Value::Null } else { serde_json::from_slice(&out.stdout)? };
+        Ok(if out.status.success() { Ok(said) } else { Err(said) })
+    }
+
+    /// A program in the pod.
+    pub fn run(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.process.0.id())).arg(program);
+        command
     }
 }

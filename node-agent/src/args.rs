@@ -8,6 +8,7 @@ use plat_crds::lease::Datapath;
 use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
 
 use crate::conf::Provider;
+use crate::readiness::Readiness;
 use crate::selftest::Selftest;
 
 /// Plat's node agent: keeps this node's routes, masquerade, forwarding and CNI configuration as the
@@ -70,6 +71,15 @@ pub struct Run {
     /// How long routes stay whose objects are missing without having been released, in seconds.
     #[arg(long, env = "PLAT_HOLD_SECONDS", default_value_t = 300)]
     pub hold_seconds: u64,
+    /// When a node that joins becomes Ready, which it does by its first CNI configuration: once it routes to the
+    /// others (node), or once they route to it as well (converged: condition Converged of its PodCIDRs).
+    #[arg(long, env = "PLAT_READINESS", value_enum, default_value = "node")]
+    pub readiness: Readiness,
+    /// How long a node that joins waits for the others with --readiness=converged, in seconds. Then it becomes
+    /// Ready all the same, and an Event says for whom it was too early. 1 to 3600.
+    #[arg(long, env = "PLAT_READINESS_DEADLINE_SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub readiness_deadline_seconds: u64,
     /// Address and port of /livez, /readyz and /metrics. If the port is taken, one of the next ten is used.
     #[arg(long, env = "PLAT_LISTEN", default_value = "[::]:9539")]
     pub listen: SocketAddr,

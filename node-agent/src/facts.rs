@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use kube::ResourceExt;
 use plat_crds::block::Block;
 use plat_crds::cluster_cidr::{Allocation, MasqueradeMode};
-use plat_crds::condition;
+use plat_crds::condition::{self, CONVERGED};
 use plat_crds::node_network::NOT_WITHDRAWN;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::Routing;
@@ -139,6 +139,10 @@ pub struct BlockFact {
     pub state: BlockState,
     /// The users' policy.
     pub routing: Option<Routing>,
+    /// Condition `Converged` of this generation; only of this node's own blocks, or each agent would be woken by
+    /// the status of every block.
+    #[serde(default)]
+    pub converged: bool,
 }
 
 /// A ClusterCIDR.
@@ -215,8 +219,20 @@ impl BlockFact {
             node: object.spec.node_name.clone(),
             state: object.spec.state,
             routing: object.spec.routing.clone(),
+            converged: false,
             name,
         })
+    }
+
+    /// The same on that node, which also looks at the status of its own.
+    pub fn read_on(node: &str, object: &PodCIDR) -> Result<BlockFact, Fault> {
+        let fact = BlockFact::read(object)?;
+        let conditions =
+            object.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+        let condition = condition::find(conditions, CONVERGED);
+        let holds =
+            condition.is_some_and(|c| c.status == "True" && c.observed_generation == Some(fact.generation));
+        Ok(BlockFact { converged: holds && fact.node == node, ..fact })
     }
 
     /// Whether its node is gone: nobody routes to it, nobody leases from it.

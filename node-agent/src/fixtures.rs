@@ -22,6 +22,7 @@ pub fn block(n: u8) -> BlockFact {
         addresses: vec![[172, 30, 0, 10 + n].into()],
         state: BlockState::Active,
         routing: None,
+        converged: false,
     }
 }
 

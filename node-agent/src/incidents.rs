@@ -77,6 +77,10 @@ pub const LEASES_ENDED: &str = "LeasesEnded";
 pub const LEASES_TAKEN_OVER: &str = "LeasesTakenOver";
 /// Reason of the incident that a pod of another network has the address of a pod of ours.
 pub const ADDRESS_CONFLICT: &str = "AddressConflict";
+/// Reason of the incident that the node became Ready before every live node routed to it.
+pub const READY_EARLY: &str = "ReadyBeforeConverged";
+/// Reason of the incident that pods were taken off the network, as their addresses are another node's.
+pub const PODS_CUT_OFF: &str = "PodsCutOff";
 /// Reason of the incident that the lease store was rebuilt from the kernel.
 pub const LEASES_REBUILT: &str = "LeasesRebuilt";
 
@@ -125,6 +129,21 @@ impl Incidents {
         let Some(first) = conflicts.first() else { return };
         let message = format!("two pods have one address: {first}; delete one of the two");
         self.note(ADDRESS_CONFLICT, &message, conflicts.len(), now);
+    }
+
+    /// Adds that the node became Ready before every live node routed to it.
+    pub fn ready_early(&mut self, words: &str, now: Timestamp) {
+        self.note(READY_EARLY, words, 1, now);
+    }
+
+    /// Adds that pods, in words, were taken off the network.
+    pub fn pods_cut_off(&mut self, pods: &[String], now: Timestamp) {
+        let Some(first) = pods.first() else { return };
+        let (more, were) = and_more(pods.len());
+        let message = format!(
+            "the link of {first}{more} {were} taken down: this node was away for so long that its block was given to another; delete these pods"
+        );
+        self.note(PODS_CUT_OFF, &message, pods.len(), now);
     }
 
     /// Adds that the lease store was rebuilt, and why each time.

@@ -31,8 +31,8 @@ pub struct Usage {
     certainty: Certainty,
     /// How pods are joined to the host.
     datapaths: BTreeSet<Datapath>,
-    /// The leases of pods without bridge, whose routes this host must have.
-    pub routed: Vec<Lease>,
+    /// All leases that were read.
+    pub pods: Vec<Lease>,
     /// The first addresses of the pods that another network attached.
     foreign: Vec<IpAddr>,
 }
@@ -59,16 +59,14 @@ enum Certainty {
 impl Usage {
     /// Of the leases of the node's own blocks, as the store has them.
     pub fn of<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Usage {
-        let (mut leased, mut datapaths, mut routed) = (Vec::new(), BTreeSet::new(), Vec::new());
+        let (mut leased, mut datapaths, mut pods) = (Vec::new(), BTreeSet::new(), Vec::new());
         let mut foreign = Vec::new();
         for lease in leases {
             if foreign::is_foreign(lease) {
                 foreign.extend(lease.addresses.first().map(|leased| leased.address));
             }
             datapaths.insert(lease.datapath);
-            if lease.datapath == Datapath::Routed {
-                routed.push(lease.clone());
-            }
+            pods.push(lease.clone());
             for address in &lease.addresses {
                 let origin = match lease.pool {
                     Pool::Blocks => Block::of(address.address, address.subnet_length).map(Origin::Block),
@@ -78,7 +76,7 @@ impl Usage {
                 leased.extend(origin.map(|origin| (address.address, origin)));
             }
         }
-        Usage { leased, certainty: Certainty::Counted, datapaths, routed, foreign }
+        Usage { leased, certainty: Certainty::Counted, datapaths, pods, foreign }
     }
 
     /// Number of pods with an address in one of these ranges that another network attached.
@@ -274,7 +272,7 @@ impl Leases {
 }
 
 /// A lease in few words.
-fn words(lease: &Lease) -> String {
+pub fn words(lease: &Lease) -> String {
     let addresses: Vec<String> = lease.addresses.iter().map(|a| a.address.to_string()).collect();
     format!("{} of container {} ({})", addresses.join(" and "), lease.container_id, lease.ifname)
 }

@@ -20,6 +20,7 @@ use crate::closing::{self, Closing, Evidence, Trials};
 use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
+use crate::doubled::{self, Cuts, Doubled};
 use crate::fabric::{self, Admit, Desired, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
 use crate::folder;
@@ -31,6 +32,7 @@ use crate::kernel::{host, route, sysctl};
 use crate::leases::{Count, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
+use crate::readiness::Readiness;
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
 
@@ -59,6 +61,10 @@ pub struct Settings {
     pub bandwidth: Provider,
     /// How long unconfirmed withdrawals wait.
     pub hold: Duration,
+    /// What the first conflist waits for.
+    pub readiness: Readiness,
+    /// How long it waits at most.
+    pub readiness_deadline: Duration,
     /// Addresses by which the API server is reached, and of resolvers.
     pub needed: BTreeSet<IpAddr>,
 }
@@ -172,10 +178,11 @@ impl Node {
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
         let grant = Grant { own: &own, lease: &lease, mtu: host.mtu, may_grow: &may_grow };
-        let cni = outlet.write(&grant, &machine.done, &mut outcome)?;
+        let cni = outlet.write(&grant, map, &machine.done, &mut outcome)?;
         machine.keep_record()?;
         let count_at = machine.recount_leases(outlet.granted(), now);
         let grow_at = machine.watch_growth(&own, now);
+        let doubled = machine.cut_doubled(map, &own);
         machine.restore_pod_routes(&desired, &mut outcome);
         let cni = match &machine.unusable {
             Some(why) if cni.is_ready() => CniState::StoreUnusable(why.clone()),
@@ -194,6 +201,8 @@ impl Node {
             faults,
             outcome,
             held,
+            doubled,
+            early: outlet.take_early(),
             closing,
             cni,
             lease: &lease,
@@ -201,7 +210,8 @@ impl Node {
             chained: outlet.chained(),
         };
         let mut report = reporter.report(known, map, pass, culprits);
-        report.next = [report.next, count_at, grow_at, rules_at].into_iter().flatten().min();
+        report.next =
+            [report.next, outlet.opens_at(), count_at, grow_at, rules_at].into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)
@@ -239,6 +249,8 @@ struct Machine {
     done: Done,
     /// The forward hook, with the generation of the ruleset and the forwarding that it was judged for.
     forward: Option<(u32, BTreeSet<Admit>, Forwarding)>,
+    /// Links of pods whose addresses are another node's.
+    cuts: Cuts,
     /// Whether the pods' tables were as the leases say when they were last looked at.
     rules: Rules,
     /// Routes of others that went before ours when that was last looked at.
@@ -261,6 +273,7 @@ impl Machine {
             desired: None,
             done: Done::default(),
             forward: None,
+            cuts: Cuts::default(),
             rules: Rules::Doubtful,
             overridden: Vec::new(),
         })
@@ -370,7 +383,14 @@ impl Machine {
     /// Behind the count: a store that was rebuilt knows pods that nobody knew before.
     fn restore_pod_routes(&mut self, desired: &Desired, outcome: &mut Outcome) {
         let blocks: Vec<Block> = desired.gateways.iter().copied().collect();
-        apply::restore_pod_routes(&mut self.kernel, &self.usage.routed, &blocks, outcome);
+        apply::restore_pod_routes(&mut self.kernel, &self.usage.pods, &blocks, outcome);
+    }
+
+    /// Takes the pods off the network whose addresses are another node's by now.
+    fn cut_doubled(&mut self, map: Map<'_>, own: &OwnBlocks) -> Doubled {
+        let leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
+        let taken = doubled::taken(map, own, &leased);
+        self.cuts.apply(&mut self.kernel.route, &self.usage.pods, &taken, own)
     }
 
     fn sweep_leases(&mut self, now: Duration) {

@@ -2,6 +2,7 @@
 //! that a runtime that sees the conflist finds the rest.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use plat_crds::block::{Block, Family};
 use plat_crds::cni_conf::PlatPlugin;
@@ -12,6 +13,7 @@ use plat_cni::boot;
 
 use crate::apply::{Done, Outcome, Part};
 use crate::conf::{self, BANDWIDTH, Feature, HOST_PORTS, Installed, Lease, Provider};
+use crate::desired::Map;
 use crate::fabric::Target;
 use crate::files::{self, Files};
 use crate::folder::{self, Folder};
@@ -19,6 +21,7 @@ use crate::incidents::Repair;
 use crate::kernel::events::WatchedFolder;
 use crate::node::{Error, OwnBlocks, Settings};
 use crate::objects::Contact;
+use crate::readiness::{Admission, Gate};
 use crate::report::CniState;
 
 /// What the CNI binary is allowed.
@@ -49,6 +52,10 @@ pub struct Outlet {
     plugin_done: bool,
     blocks_done: Option<String>,
     conflist_done: Option<String>,
+    /// What the first conflist waits for.
+    gate: Gate,
+    opens_at: Option<Duration>,
+    early: Option<String>,
     /// What may be leased from, by the blocks file that is there; `None` if the last one could not be written.
     granted: Option<BTreeSet<Block>>,
 }
@@ -58,6 +65,7 @@ impl Outlet {
     pub fn open(settings: &Settings, boot_id: &str) -> Outlet {
         let files = Files::new(&settings.conf_dir, &settings.bin_dir, &settings.run_dir, &settings.plugin);
         let text = files.run.get(BLOCKS_FILE).ok().flatten().unwrap_or_default();
+        let has_conflist = files.conf.path().join(CONFLIST_FILE).exists();
         let providers = [(HOST_PORTS, settings.host_ports), (BANDWIDTH, settings.bandwidth)];
         let by = |provider| {
             let wanted = providers.iter().filter(move |(_, by)| *by == provider);
@@ -80,6 +88,9 @@ impl Outlet {
             plugin_done: false,
             blocks_done: None,
             conflist_done: None,
+            gate: Gate::new(settings.readiness, settings.readiness_deadline, has_conflist),
+            opens_at: None,
+            early: None,
             granted: None,
         }
     }
@@ -122,11 +133,13 @@ impl Outlet {
     pub fn write(
         &mut self,
         grant: &Grant<'_>,
+        map: Map<'_>,
         done: &Done,
         outcome: &mut Outcome,
     ) -> Result<CniState, Error> {
         let own = grant.own;
         self.granted = None;
+        self.opens_at = None;
         for folder in [&self.files.conf, &self.files.bin, &self.files.run] {
             // Any other error is met where a file is written.
             if let Err(error) = folder.ensure() {
@@ -158,12 +171,39 @@ impl Outlet {
         if grant.lease.until_boot_ms == 0 {
             return Ok(CniState::Unconfirmed);
         }
+        if let Some(waiting) = self.waits_for_peers(map) {
+            return Ok(waiting);
+        }
         let chain: Vec<(Feature, Installed)> =
             self.behind.iter().map(|feature| (*feature, self.files.installed(*feature))).collect();
         if let Err(error) = self.write_conflist(&chain, outcome) {
             return Ok(CniState::ConflistNotWritten(words(error)?));
         }
         Ok(self.state(&chain, grant.lease))
+    }
+
+    fn waits_for_peers(&mut self, map: Map<'_>) -> Option<CniState> {
+        match self.gate.admit(&self.node, map, Duration::from_millis(boot::boot_ms())) {
+            Admission::Open => None,
+            Admission::Late(words) => {
+                self.early = Some(words);
+                None
+            }
+            Admission::Wait { until, names } => {
+                self.opens_at = Some(until);
+                Some(CniState::Unconverged(names))
+            }
+        }
+    }
+
+    /// When the first conflist will be written, at the latest; on `CLOCK_BOOTTIME`.
+    pub fn opens_at(&self) -> Option<Duration> {
+        self.opens_at
+    }
+
+    /// For whom the first conflist came too early, in words; once.
+    pub fn take_early(&mut self) -> Option<String> {
+        self.early.take()
     }
 
     fn install_plugin(&mut self, outcome: &mut Outcome) -> Result<(), files::Error> {

@@ -44,7 +44,7 @@ pub async fn run(run: Run) -> anyhow::Result<()> {
     let stop = stop_on_signal()?;
     let links = Links { objects, asks, reports, pulse: served.pulse.clone(), stop: stop.clone() };
 
-    tokio::spawn(watching::run(client.clone(), objects_in, asked, reported.clone()));
+    tokio::spawn(watching::run(client.clone(), run.node_name.clone(), objects_in, asked, reported.clone()));
     tokio::spawn(publish::run(client, run.node_name.clone(), reported.clone()));
     tokio::spawn(measure(served.metrics.clone(), reported));
     tokio::spawn(telemetry::serve_port(served.clone(), run.listen));
@@ -75,6 +75,8 @@ fn settings(run: &Run, config: &Config) -> Settings {
         host_ports: run.host_ports,
         bandwidth: run.bandwidth,
         hold: Duration::from_secs(run.hold_seconds),
+        readiness: run.readiness,
+        readiness_deadline: Duration::from_secs(run.readiness_deadline_seconds),
         needed,
     }
 }

@@ -32,6 +32,8 @@ pub enum CniState {
     Waiting,
     /// The API server has not confirmed this node's blocks yet.
     Unconfirmed,
+    /// Not every live node routes to these PodCIDRs of this node yet.
+    Unconverged(Vec<String>),
     /// The CNI binary could not be installed.
     PluginNotInstalled(String),
     /// The blocks file could not be written.
@@ -68,6 +70,8 @@ pub struct Findings {
     pub held: Vec<String>,
     /// Blocks whose PodCIDRs went without having been released.
     pub lost: Vec<LostBlock>,
+    /// Pods whose addresses are another node's, in words.
+    pub doubled: Vec<String>,
     /// Routes.
     pub routes: RouteCounts,
     /// Blocks of this node, with their counters.
@@ -278,6 +282,13 @@ fn forwarding_blocked(findings: &Findings) -> Verdict {
 }
 
 fn overlapping(findings: &Findings) -> Verdict {
+    if let Some(first) = findings.doubled.first() {
+        let message = format!(
+            "{} pods of this node have addresses that are another node's by now, and are off the network; delete them: {first}",
+            findings.doubled.len()
+        );
+        return Verdict::new(OVERLAPPING, Some(true), "PodsCutOff", message);
+    }
     match findings.faults.iter().find(|fault| fault.reason == Reason::Overlapping) {
         Some(fault) => Verdict::new(OVERLAPPING, Some(true), "Overlapping", fault.message.clone()),
         None => Verdict::new(OVERLAPPING, Some(false), "Disjoint", "no two blocks share addresses"),
@@ -325,6 +336,11 @@ fn cni_ready(state: &CniState) -> Verdict {
             false,
             "Unconfirmed",
             "the conflist is written once the API server confirms that this node's blocks are still its own".to_owned(),
+        ),
+        CniState::Unconverged(names) => (
+            false,
+            "Unconverged",
+            format!("the conflist is written once every live node routes to PodCIDR {} (readiness=converged), or when the deadline passes", names.join(", ")),
         ),
         CniState::PluginNotInstalled(why) => (false, "PluginNotInstalled", why.clone()),
         CniState::BlocksNotWritten(why) => (false, "BlocksNotWritten", why.clone()),
@@ -461,6 +477,7 @@ mod tests {
             (CniState::Waiting, "False", "NotProgrammed"),
             (CniState::StoreUnusable("x".into()), "False", "StoreUnusable"),
             (CniState::Unconfirmed, "False", "Unconfirmed"),
+            (CniState::Unconverged(vec!["b".into()]), "False", "Unconverged"),
             (CniState::PluginNotInstalled("w".into()), "False", "PluginNotInstalled"),
             (CniState::BlocksNotWritten("w".into()), "False", "BlocksNotWritten"),
             (CniState::ConflistNotWritten("w".into()), "False", "ConflistNotWritten"),

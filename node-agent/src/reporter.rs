@@ -14,6 +14,7 @@ use crate::apply::{Done, Outcome, Part};
 use crate::closing::Closing;
 use crate::conf::{self, Lease};
 use crate::desired::{self, Host, Map};
+use crate::doubled::Doubled;
 use crate::fabric::Desired;
 use crate::facts::{Fault, Reason};
 use crate::failstatic::Held;
@@ -84,6 +85,10 @@ pub struct Pass<'a> {
     pub outcome: Outcome,
     /// Withdrawals that wait.
     pub held: Held,
+    /// Pods whose addresses are another node's.
+    pub doubled: Doubled,
+    /// For whom the first conflist came too early, in words.
+    pub early: Option<String>,
     /// Which ranges are closed.
     pub closing: Closing,
     /// The CNI side.
@@ -157,6 +162,11 @@ impl Reporter {
             self.record(&pass.outcome, &culprits());
         }
         self.record_swept(&pass.swept);
+        if let Some(words) = &pass.early {
+            tracing::warn!("{words}");
+            self.incidents.ready_early(words, Timestamp::now());
+        }
+        self.incidents.pods_cut_off(&pass.doubled.newly, Timestamp::now());
         let mut faults = std::mem::take(&mut pass.faults);
         faults.append(&mut pass.outcome.faults);
         faults.append(&mut pass.closing.faults);
@@ -256,6 +266,7 @@ impl Reporter {
             legacy: legacy.map(|family| format!("{family} filter")).collect(),
             held: pass.held.names.clone(),
             lost: pass.held.lost.clone(),
+            doubled: pass.doubled.pods.clone(),
             routes: RouteCounts {
                 desired: count(pass.desired.routes.len()),
                 installed: count(pass.done.routes.len()),

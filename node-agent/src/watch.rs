@@ -40,6 +40,7 @@ const DOUBT_AFTER: Duration = Duration::from_secs(1);
 /// Follows the API server until the task is dropped.
 pub async fn run(
     client: Client,
+    node: String,
     objects: watch::Sender<Objects>,
     mut asks: mpsc::Receiver<Ask>,
     reports: watch::Receiver<(Report, Duration)>,
@@ -50,7 +51,7 @@ pub async fn run(
     let blocks = follow(
         Api::<DeserializeGuard<PodCIDR>>::all(client.clone()),
         Kind::PodCIDR,
-        BlockFact::read,
+        |object: &PodCIDR| BlockFact::read_on(&node, object),
         (&relist_blocks, &reached),
         |change| objects.send_if_modified(|objects| objects.blocks.apply(change)),
     );
@@ -72,7 +73,7 @@ pub async fn run(
             }
         }
     };
-    let contacts = keep_contact(Api::all(client), &objects, reports, &contact, &reached);
+    let contacts = keep_contact(Api::all(client), &objects, reports, &contact, (&relist_blocks, &reached));
     futures::future::join4(blocks, ranges, answers, contacts).await;
 }
 
@@ -86,7 +87,7 @@ pub async fn run(
 async fn follow<K, F>(
     api: Api<DeserializeGuard<K>>,
     kind: Kind,
-    read: fn(&K) -> Result<F, Fault>,
+    read: impl Fn(&K) -> Result<F, Fault>,
     (relist, reached): (&Notify, &Notify),
     apply: impl Fn(Change<F>) -> bool,
 ) where
@@ -132,14 +133,14 @@ async fn follow<K, F>(
             match event {
                 None => break,
                 Some(Ok(Event::Init)) => listing.clear(),
-                Some(Ok(Event::InitApply(object))) => listing.push(parse(object, kind, read)),
+                Some(Ok(Event::InitApply(object))) => listing.push(parse(object, kind, &read)),
                 Some(Ok(Event::InitDone)) => {
                     let listed = std::mem::take(&mut listing);
                     tracing::info!(?kind, objects = listed.len(), "listed");
                     apply(Change::Listed(listed));
                 }
                 Some(Ok(Event::Apply(object))) => {
-                    apply(Change::Applied(parse(object, kind, read)));
+                    apply(Change::Applied(parse(object, kind, &read)));
                 }
                 Some(Ok(Event::Delete(object))) => {
                     tracing::info!(?kind, name = %object.name_any(), "deleted");
@@ -249,7 +250,7 @@ fn refuses_streams(error: &watcher::Error) -> bool {
 fn parse<K: Resource<DynamicType = ()>, F>(
     object: DeserializeGuard<K>,
     kind: Kind,
-    read: fn(&K) -> Result<F, Fault>,
+    read: impl Fn(&K) -> Result<F, Fault>,
 ) -> Result<F, Fault> {
     match object.0 {
         Ok(object) => read(&object),
@@ -265,13 +266,14 @@ fn parse<K: Resource<DynamicType = ()>, F>(
     }
 }
 
-/// Confirms again and again that this node's blocks are its own, and notes when that was.
+/// Confirms again and again that this node's blocks are its own, and notes when that was. An answer that says
+/// otherwise shows that the watch is late, as after a cut it may be for a minute: then all blocks are listed anew.
 async fn keep_contact(
     api: Api<DeserializeGuard<PodCIDR>>,
     objects: &watch::Sender<Objects>,
     mut reports: watch::Receiver<(Report, Duration)>,
     asked: &Notify,
-    reached: &Notify,
+    (relist, reached): (&Notify, &Notify),
 ) {
     let mut confirmed = BTreeSet::new();
     let mut due = Instant::now();
@@ -300,26 +302,48 @@ async fn keep_contact(
         match answer {
             Ok(()) if own.is_empty() => {}
             Ok(()) => objects.send_modify(|objects| objects.contact = Some(at)),
-            Err(why) => tracing::warn!(why, "the API server does not confirm this node's blocks"),
+            Err(Unconfirmed::NoAnswer(why)) => {
+                tracing::warn!(why, "the API server does not confirm this node's blocks");
+            }
+            Err(Unconfirmed::Denied(why)) => {
+                tracing::warn!(why, "this node's blocks are not what the watch has shown; listing anew");
+                reached.notify_waiters();
+                relist.notify_one();
+            }
         }
         confirmed = own;
     }
+}
+
+/// Why a node's blocks are not confirmed.
+enum Unconfirmed {
+    /// Nobody says.
+    NoAnswer(String),
+    /// One of them is not the node's any more.
+    Denied(String),
 }
 
 /// Whether every block still is this node's, by its UID and state.
 async fn confirm(
     api: &Api<DeserializeGuard<PodCIDR>>,
     own: &BTreeSet<(String, String)>,
-) -> Result<(), String> {
+) -> Result<(), Unconfirmed> {
+    let denied = |name: &str, what: &str| Err(Unconfirmed::Denied(format!("PodCIDR '{name}' {what}")));
     for (name, uid) in own {
         let answer = timeout(CONTACT_TIMEOUT, api.get(name)).await;
-        let object = answer.map_err(|_| format!("no answer in {} s", CONTACT_TIMEOUT.as_secs()))?;
-        let object = object.map_err(|error| format!("PodCIDR '{name}': {}", words(&error)))?;
+        let late = |_| Unconfirmed::NoAnswer(format!("no answer in {} s", CONTACT_TIMEOUT.as_secs()));
+        let object = match answer.map_err(late)? {
+            Ok(object) => object,
+            Err(kube::Error::Api(status)) if status.code == 404 => return denied(name, "is gone"),
+            Err(error) => {
+                return Err(Unconfirmed::NoAnswer(format!("PodCIDR '{name}': {}", words(&error))));
+            }
+        };
         if object.meta().uid.as_deref() != Some(uid) {
-            return Err(format!("PodCIDR '{name}' is another object now"));
+            return denied(name, "is another object now");
         }
         if object.0.is_ok_and(|block| block.spec.state == BlockState::Quarantined) {
-            return Err(format!("PodCIDR '{name}' is quarantined"));
+            return denied(name, "is quarantined");
         }
     }
     Ok(())

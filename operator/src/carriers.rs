@@ -148,7 +148,8 @@ fn may_have_agent(node: &NodeFact, snapshot: &Snapshot) -> bool {
     now.saturating_sub(since) < snapshot.settings.withdrawal_deadline
 }
 
-fn was_converged(block: &BlockFact) -> bool {
+/// Whether the block's status says that it is converged, as its spec is now.
+pub fn was_converged(block: &BlockFact) -> bool {
     let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
     plat_crds::condition::find(conditions, CONVERGED)
         .is_some_and(|c| c.status == "True" && c.observed_generation == Some(block.generation))

@@ -16,7 +16,7 @@ use plat_crds::routing::{self, Mode};
 use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
 
 use crate::budget::Budget;
-use crate::carriers::Carriers;
+use crate::carriers::{Carriers, was_converged};
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
 use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
 use crate::plan::holding::Holding;
@@ -58,6 +58,8 @@ pub struct Write {
 /// How urgent a status write is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
+    /// A node may be waiting for it before it becomes Ready.
+    Awaited,
     /// A condition flips, or the spec it speaks of has changed.
     Flip,
     /// Only counters or words differ.
@@ -136,7 +138,7 @@ impl Due {
         chosen.steps = ranges;
         for ((class, ..), step) in blocks {
             let may = |budget: &mut Budget| budget.take(clock.steady, 1) == 1;
-            if (class == Class::Flip || may(&mut memory.counters_budget)) && may(&mut memory.budget) {
+            if (class <= Class::Flip || may(&mut memory.counters_budget)) && may(&mut memory.budget) {
                 chosen.steps.push(step);
             } else {
                 chosen.later(BACKLOG_WAIT);
@@ -164,7 +166,7 @@ impl Chosen {
 
 fn interval(write: &Write) -> Duration {
     match (write.class, &write.step) {
-        (Class::Flip, _) => Duration::ZERO,
+        (Class::Awaited | Class::Flip, _) => Duration::ZERO,
         (Class::Counters, Step::RangeStatus { .. }) => RANGE_COUNTERS_EVERY,
         (Class::Counters, _) => BLOCK_COUNTERS_EVERY,
         (Class::Progress, _) => PROGRESS_EVERY,
@@ -297,7 +299,9 @@ fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &S
     if new == old {
         return None;
     }
-    let class = if flips(&old.conditions, &new.conditions)
+    let class = if is_awaited(block, &new, snapshot) {
+        Class::Awaited
+    } else if flips(&old.conditions, &new.conditions)
         || (new.observed_generation, new.capacity, &new.routing)
             != (old.observed_generation, old.capacity, &old.routing)
     {
@@ -307,7 +311,8 @@ fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &S
     } else {
         Class::Counters
     };
-    let is_first = block.status.is_none() && !condition::is_true(&new.conditions, READY);
+    let is_first =
+        class != Class::Awaited && block.status.is_none() && !condition::is_true(&new.conditions, READY);
     let wait =
         if is_first { snapshot.clock.until(block.created + FIRST_STATUS_AFTER) } else { Duration::ZERO };
     let step = Step::BlockStatus {
@@ -326,6 +331,12 @@ fn differs_in_progress_only(old: &PodCIDRStatus, new: &PodCIDRStatus) -> bool {
         status
     };
     all_but_progress(old) == all_but_progress(new)
+}
+
+/// Whether the block becomes converged while its node is on its way to `Ready`.
+fn is_awaited(block: &BlockFact, new: &PodCIDRStatus, snapshot: &Snapshot) -> bool {
+    let joins = || snapshot.nodes.get(&block.node).is_some_and(|node| node.health == Health::NotReady);
+    condition::is_true(&new.conditions, CONVERGED) && !was_converged(block) && joins()
 }
 
 fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> PodCIDRStatus {
@@ -796,6 +807,64 @@ mod tests {
             },
         };
         classes.iter().enumerate().map(write).collect()
+    }
+
+    /// Seconds until it is written of each of `joining` nodes that come at once that its block is converged, in a
+    /// cluster of `live` nodes that report it one after the other within `reports` seconds.
+    fn seconds_to_converge(live: usize, joining: usize, reports: usize) -> usize {
+        let mut scene = scene().range(RangeFact { block_prefix: Some(24), ..range("r", "10.0.0.0/8") });
+        let cidr = |i: usize| format!("10.{}.{}.0/24", 1 + i / 250, i % 250);
+        let nodes: Vec<String> = (0..live + joining).map(|i| format!("n{i:04}")).collect();
+        for (i, name) in nodes.iter().enumerate() {
+            let health = if i < live { Health::Ready } else { Health::NotReady };
+            scene = scene.node(NodeFact { health, ..node(name) }).block(held_block(&cidr(i), "r", name));
+        }
+        let (mut scene, sum) = seen(scene);
+        // What a node carries that reported within the burst, the operator never knew as a whole.
+        let within = |name: &str, held: &[(&str, i64)]| reported(name, held, Digest::of([(name, 1)]));
+        for (i, name) in nodes.iter().enumerate() {
+            scene = scene.report(within(name, &[(&cidr(i), 0)]));
+        }
+        for second in 1..600 {
+            let heard = live * second.min(reports) / reports;
+            for (i, name) in nodes.iter().enumerate().take(heard) {
+                scene = scene.report(reported(name, &[(&cidr(i), 0)], sum));
+            }
+            scene.clock.steady += Duration::from_secs(1);
+            let mut memory = scene.memory.clone();
+            let plan = Plan::default();
+            let writes = writes(&scene.snapshot(), &plan).collect();
+            let chosen = choose(writes, &plan, nodes.len(), &mut memory, scene.clock);
+            scene.memory = memory;
+            for step in chosen.steps {
+                let Step::BlockStatus { object, new, .. } = step else { continue };
+                let block = (*scene.world.blocks[&object.name]).clone();
+                scene = scene.block(BlockFact { status: Some(new), ..block });
+            }
+            let mut joined = scene.world.blocks.values().filter(|b| b.node.as_ref() >= nodes[live].as_str());
+            if joined.all(|block| was_converged(block)) {
+                return second;
+            }
+        }
+        panic!("never");
+    }
+
+    #[test]
+    fn nodes_that_join_at_once_wait_for_the_write_budget_and_the_live_nodes_reports_and_not_for_each_other() {
+        assert_eq!(seconds_to_converge(0, 1, 1), 1, "the first node of a cluster");
+        assert_eq!(seconds_to_converge(0, 200, 1), 4, "50 in a second");
+        let beside = seconds_to_converge(100, 100, 3);
+        assert!((4..=6).contains(&beside), "{beside}");
+    }
+
+    /// The figures of docs/ipam.md.
+    #[test]
+    #[ignore = "a measurement: takes a minute"]
+    fn how_long_nodes_that_join_wait() {
+        for (live, joining) in [(0, 500), (100, 1), (500, 500), (1000, 1), (2000, 100)] {
+            let reports = (live + joining) / 40 + 1;
+            println!("{live} live, {joining} join: {} s", seconds_to_converge(live, joining, reports));
+        }
     }
 
     #[test]

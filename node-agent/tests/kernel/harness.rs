@@ -14,6 +14,7 @@ use plat_agent::desired::Me;
 use plat_agent::facts::{BlockFact, RangeFact};
 use plat_agent::node::Settings;
 use plat_agent::objects::{Ask, Change, Contact, Objects};
+use plat_agent::readiness::Readiness;
 use plat_agent::reconcile::{self, Ended, Links, Pulse};
 use plat_agent::reporter::Report;
 use plat_cni::boot;
@@ -176,6 +177,7 @@ fn named(cidr: &str, n: u8, range: &str) -> BlockFact {
         ],
         state: BlockState::Active,
         routing: None,
+        converged: false,
     }
 }
 
@@ -255,6 +257,8 @@ impl TestNode {
             host_ports: Provider::Plat,
             bandwidth: Provider::Plat,
             hold: Duration::from_secs(300),
+            readiness: Readiness::Node,
+            readiness_deadline: Duration::from_secs(60),
             needed: BTreeSet::new(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()

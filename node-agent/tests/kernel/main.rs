@@ -9,6 +9,7 @@
 mod blocks;
 mod cleanup;
 mod converge;
+mod doubled;
 mod forwarding;
 mod harness;
 mod held;
@@ -16,6 +17,7 @@ mod leases;
 mod masquerade;
 mod offline;
 mod pods;
+mod readiness;
 mod repair;
 mod rights;
 mod routed;

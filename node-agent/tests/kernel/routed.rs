@@ -5,7 +5,7 @@ use plat_crds::lease::{Datapath, HostVeth, Lease, LeasedAddress, Pool};
 
 use crate::harness::*;
 
-fn node(datapath: Datapath) -> TestNode {
+pub fn node(datapath: Datapath) -> TestNode {
     let mut node = TestNode::new();
     node.settings.me.datapath = datapath;
     feed(&mut node);
@@ -23,7 +23,7 @@ fn feed(node: &mut TestNode) {
 const CNI0: Port<'_> = Port { bridge: "cni0", hairpin: true, isolated: true };
 
 /// What a CNI ADD leaves of pod `n`, but for its host routes: the agent has the lease from the link's alias.
-fn pod(n: u8, datapath: Datapath) {
+pub fn pod(n: u8, datapath: Datapath) {
     let address = |address: String, subnet_length| LeasedAddress {
         address: address.parse().unwrap(),
         subnet_length,

@@ -1,0 +1,154 @@
+//! Pods of this node whose addresses are another node's by now.
+//!
+//! A node that is cut off for longer than the quarantine, while its Node object is deleted, comes back to find
+//! that another node holds its block. It has leased nothing new since `leaseUntil`, but its pods ran on: what
+//! they send would bear another pod's address, and what is meant for that pod would end here. So once a PodCIDR
+//! says whose the block is, their links go down. Kubernetes deletes these pods anyway, as their Node was deleted.
+//!
+//! Only an object proves that: while none can be read, or the block is nobody's, running pods go on. A link goes
+//! up again if the block is this node's again before the pod is gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use plat_cni::foreign;
+use plat_cni::link::{self, LinkChange};
+use plat_cni::netlink::Socket;
+use plat_crds::block::Block;
+use plat_crds::lease::Lease;
+
+use crate::desired::Map;
+use crate::leases::words;
+use crate::node::OwnBlocks;
+use crate::overlap;
+
+/// Blocks with leases here that a PodCIDR gives to another node, and its name.
+pub fn taken(map: Map<'_>, own: &OwnBlocks, leased: &BTreeSet<Block>) -> BTreeMap<Block, String> {
+    let doubtful: Vec<&Block> = leased.iter().filter(|block| !own.contains_key(block)).collect();
+    if doubtful.is_empty() {
+        return BTreeMap::new();
+    }
+    let (accepted, _) = overlap::older_first(map.blocks, map.absent);
+    let in_use = |block: &&Block| {
+        let holder =
+            accepted.iter().find(|fact| fact.block.overlaps(block) && !map.absent.contains(&fact.name))?;
+        (!holder.released() && !own.contains_key(&holder.block)).then(|| (**block, holder.node.clone()))
+    };
+    doubtful.iter().filter_map(in_use).collect()
+}
+
+/// Links that are down because of this.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cuts(BTreeSet<u32>);
+
+/// What was found and done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Doubled {
+    /// Pods with such addresses, in words.
+    pub pods: Vec<String>,
+    /// Those of them whose links were taken down just now.
+    pub newly: Vec<String>,
+}
+
+impl Cuts {
+    /// Takes down the links of pods whose addresses are `taken`, and raises those whose addresses are the
+    /// node's `own` again.
+    pub fn apply(
+        &mut self,
+        socket: &mut Socket,
+        pods: &[Lease],
+        taken: &BTreeMap<Block, String>,
+        own: &OwnBlocks,
+    ) -> Doubled {
+        let mut doubled = Doubled::default();
+        self.0.retain(|index| pods.iter().any(|lease| lease.veth.index == *index));
+        if taken.is_empty() && self.0.is_empty() {
+            return doubled;
+        }
+        // What another network attached is not ours to switch.
+        for lease in pods.iter().filter(|lease| !foreign::is_foreign(lease)) {
+            let addresses = || lease.addresses.iter().map(|leased| &leased.address);
+            if let Some(holder) = addresses().find_map(|address| holder(address, taken)) {
+                let what = format!("{}, which node {holder} holds by now", words(lease));
+                if self.switch(socket, lease, false) {
+                    doubled.newly.push(what.clone());
+                }
+                doubled.pods.push(what);
+            } else if self.0.contains(&lease.veth.index)
+                && addresses().all(|address| own.keys().any(|block| block.contains(address)))
+                && self.switch(socket, lease, true)
+            {
+                tracing::info!(pod = words(lease), "its address is this node's again: its link is up");
+            }
+        }
+        doubled
+    }
+
+    /// Whether the link was changed. It may be another's by now, or gone: then there is nothing to do.
+    fn switch(&mut self, socket: &mut Socket, lease: &Lease, up: bool) -> bool {
+        let changed = link::link_by_index(socket, lease.veth.index).and_then(|found| match found {
+            Some(host) if host.name == lease.veth.name && host.up != up => {
+                let change = LinkChange { up: Some(up), ..LinkChange::default() };
+                socket.request(link::set_link(host.index, &host.name, &change)).map(|()| true)
+            }
+            _ => Ok(false),
+        });
+        match changed {
+            Ok(changed) => {
+                if up {
+                    self.0.remove(&lease.veth.index);
+                } else {
+                    self.0.insert(lease.veth.index);
+                }
+                changed
+            }
+            // The next pass tries again.
+            Err(error) => {
+                tracing::warn!(%error, up, pod = words(lease), "the link of a pod was not switched");
+                false
+            }
+        }
+    }
+}
+
+fn holder<'a>(address: &IpAddr, taken: &'a BTreeMap<Block, String>) -> Option<&'a String> {
+    taken.iter().find(|(block, _)| block.contains(address)).map(|(_, holder)| holder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::desired::{Me, own_blocks};
+    use crate::facts::BlockFact;
+    use crate::fixtures::block;
+    use plat_crds::lease::Datapath;
+    use plat_crds::pod_cidr::BlockState;
+
+    #[test]
+    fn only_what_an_object_gives_to_another_node_is_taken() {
+        let of_n9 = |state| BlockFact { node: "n9".into(), state, ..block(1) };
+        for (fact, is_absent, expected) in [
+            (Some(block(1)), false, None),
+            (Some(BlockFact { state: BlockState::Quarantined, ..block(1) }), false, None),
+            (None, false, None),
+            (Some(of_n9(BlockState::Active)), false, Some("n9")),
+            (Some(of_n9(BlockState::Draining)), false, Some("n9")),
+            (Some(of_n9(BlockState::Unknown)), false, Some("n9")),
+            (Some(of_n9(BlockState::Quarantined)), false, None),
+            (Some(of_n9(BlockState::Active)), true, None),
+        ] {
+            let blocks: BTreeMap<_, _> = fact.into_iter().map(|fact| (fact.name.clone(), fact)).collect();
+            let absent = blocks.keys().filter(|_| is_absent).cloned().collect();
+            let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), absent: &absent };
+            let me = Me {
+                node: "n1".into(),
+                datapath: Datapath::Bridge,
+                bridge: "cni0".into(),
+                admit_forward: true,
+            };
+            let leased = ["10.244.1.0/24".parse().unwrap()].into();
+            let taken = taken(map, &own_blocks(&me, map, &leased), &leased);
+            assert_eq!(taken.values().map(String::as_str).next(), expected, "{blocks:?}");
+        }
+    }
+}
