@@ -27,8 +27,22 @@ impl Request {
     }
 }
 
-/// Answered requests of one user, by kind.
+/// Answered requests, by kind.
 pub type Counts = BTreeMap<Request, usize>;
+
+/// Counts requests by kind.
+pub fn count(requests: &[Request]) -> Counts {
+    let mut counts = Counts::new();
+    for request in requests {
+        *counts.entry(request.clone()).or_default() += 1;
+    }
+    counts
+}
+
+/// How many of them are writes.
+pub fn writes(requests: &[Request]) -> usize {
+    requests.iter().filter(|request| request.is_write()).count()
+}
 
 /// The log, read on from where the last reading ended.
 #[derive(Debug)]
@@ -67,37 +81,39 @@ impl Log {
         Log { path: plane.run_folder().join("cp/audit.log"), offset: 0 }
     }
 
-    /// What a user has asked for since the last call, leader Leases aside. Refused requests count too.
-    pub fn since(&mut self, user: &str) -> Result<Counts> {
+    /// What a user has asked for since the last call, in the order of the answers, leader Leases aside. Refused
+    /// requests are among it.
+    pub fn since(&mut self, user: &str) -> Result<Vec<Request>> {
         let mut file = BufReader::new(File::open(&self.path)?);
         file.seek(SeekFrom::Start(self.offset))?;
-        let mut counts = Counts::new();
+        let mut requests = Vec::new();
         let mut text = String::new();
         loop {
             text.clear();
             let read = file.read_line(&mut text)?;
             // A line that is just being written is read next time.
             if read == 0 || !text.ends_with('\n') {
-                return Ok(counts);
+                return Ok(requests);
             }
             self.offset += u64::try_from(read)?;
-            count(&serde_json::from_str(&text)?, user, &mut counts);
+            requests.extend(request_of(serde_json::from_str(&text)?, user));
         }
     }
 }
 
-fn count(line: &Line, user: &str, counts: &mut Counts) {
+/// The request of a line, if it is that user's.
+fn request_of(line: Line, user: &str) -> Option<Request> {
     // A watch is answered when it starts and again when it ends.
     let answered = if line.verb == "watch" { "ResponseStarted" } else { "ResponseComplete" };
-    let Some(object) = &line.object_ref else { return };
+    let object = line.object_ref?;
     if line.user.username != user || line.stage != answered || object.resource == "leases" {
-        return;
+        return None;
     }
     let resource = match object.subresource.as_str() {
-        "" => object.resource.clone(),
+        "" => object.resource,
         sub => format!("{}/{sub}", object.resource),
     };
-    *counts.entry(Request { verb: line.verb.clone(), resource }).or_default() += 1;
+    Some(Request { verb: line.verb, resource })
 }
 
 #[cfg(test)]
@@ -113,20 +129,17 @@ mod tests {
             }))
             .unwrap()
         };
-        let mut counts = Counts::new();
-        for line in [
+        let lines = [
             line("a", "patch", "ResponseComplete", "podcidrs"),
             line("b", "patch", "ResponseComplete", "podcidrs"),
             line("a", "update", "ResponseComplete", "leases"),
             line("a", "watch", "ResponseStarted", "nodes"),
             line("a", "watch", "ResponseComplete", "nodes"),
-        ] {
-            count(&line, "a", &mut counts);
-        }
+        ];
+        let requests: Vec<_> = lines.into_iter().filter_map(|line| request_of(line, "a")).collect();
         let request =
             |verb: &str, resource: &str| Request { verb: verb.to_owned(), resource: resource.to_owned() };
-        let expected = [(request("patch", "podcidrs/status"), 1), (request("watch", "nodes/status"), 1)];
-        assert!(request("patch", "x").is_write() && !request("watch", "x").is_write());
-        assert_eq!(counts, Counts::from(expected));
+        assert_eq!(requests, [request("patch", "podcidrs/status"), request("watch", "nodes/status")]);
+        assert_eq!((writes(&requests), count(&requests).len()), (1, 2));
     }
 }

@@ -18,7 +18,7 @@ box_start() {
         "$(cgroup_is_pure_v2 && echo v2 || cgroup_hierarchies | xargs)"
   ) >"$dir/init.log" 2>&1 </dev/null &
   outer=$!; disown $outer
-  wait_for 20 test -e "$dir/ready" || { cat "$dir/init.log" >&2; return 1; }
+  wait_for 60 test -e "$dir/ready" || { cat "$dir/init.log" >&2; return 1; }
   cgroup_delegate "$box"
   tr -d ' ' <"/proc/$outer/task/$outer/children" >"$dir/pid"
 }

@@ -328,13 +328,12 @@ impl<'a> Stage<'a> {
     /// bounds them, as agents are by themselves; `None` is the moment when all have just started.
     pub async fn report(&self, count: usize, used: usize, per_second: Option<u32>) -> Result<()> {
         let nodes = self.nodes.iter().take(count).collect();
-        self.report_of(nodes, used, per_second, true).await
+        self.report_of(nodes, used, per_second).await
     }
 
-    /// The agents of the newest so many nodes report, programmed or not yet.
-    pub async fn report_of_newest(&self, count: usize, programmed: bool) -> Result<()> {
-        let nodes = self.nodes.iter().rev().take(count).collect();
-        self.report_of(nodes, 0, None, programmed).await
+    /// The agents of the newest so many nodes report the same.
+    pub async fn report_of_newest(&self, count: usize) -> Result<()> {
+        self.report_of(self.nodes.iter().rev().take(count).collect(), 0, None).await
     }
 
     async fn report_of(
@@ -342,13 +341,11 @@ impl<'a> Stage<'a> {
         nodes: Vec<(&String, &String)>,
         used: usize,
         per_second: Option<u32>,
-        programmed: bool,
     ) -> Result<()> {
         let (sum, objects) = self.sum().await?;
         let reports: Vec<(String, Value)> = {
             let sight = self.sight.borrow();
-            let held =
-                |uid: &String| sight.blocks.get(uid).map(|(cidr, _)| cidr.as_str()).filter(|_| programmed);
+            let held = |uid: &String| sight.blocks.get(uid).map(|(cidr, _)| cidr.as_str());
             let report = |(name, uid): (&String, &String)| {
                 (name.clone(), objects::report(name, held(uid), used, sum, objects))
             };
