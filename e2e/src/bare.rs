@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::light::ControlPlane;
-use crate::testbed::{images, output};
+use crate::testbed::{images, output, tools};
 
 /// The API server's address.
 const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(172, 30, 0, 1);
@@ -99,22 +99,33 @@ impl<'a> BareNode<'a> {
         Ipv4Addr::new(172, 30, 0, 10 + self.number)
     }
 
-    fn namespace(&self) -> String {
+    pub(crate) fn namespace(&self) -> String {
         format!("{}-{}", self.plane.name(), self.name())
+    }
+
+    /// The folder of its agent's folders `run`, `bin` and `conf`.
+    pub fn folder(&self) -> PathBuf {
+        self.plane.run_folder().join(self.name())
+    }
+
+    /// Where things are on it, as flags of its agent.
+    fn place(&self) -> Vec<String> {
+        let flag = |name: &str, folder: &str| format!("--{name}={}", self.folder().join(folder).display());
+        vec![flag("run-dir", "run"), flag("cni-bin-dir", "bin"), flag("cni-conf-dir", "conf")]
     }
 
     /// Starts its agent.
     pub fn agent(&self) -> Result<Process> {
-        let own = self.plane.run_folder().join(self.name());
-        let flag = |name: &str, folder: &str| format!("--{name}={}", own.join(folder).display());
-        let args = [
-            format!("--node-name={}", self.name()),
-            format!("--plugin={}", images().join("bin/plat").display()),
-            flag("run-dir", "run"),
-            flag("cni-bin-dir", "bin"),
-            flag("cni-conf-dir", "conf"),
-            flag("socket", "agent.sock"),
-        ];
+        self.agent_with(&[])
+    }
+
+    /// Starts its agent with further flags.
+    pub fn agent_with(&self, flags: &[&str]) -> Result<Process> {
+        let mut args = self.place();
+        args.push(format!("--node-name={}", self.name()));
+        args.push(format!("--plugin={}", images().join("bin/plat").display()));
+        args.push(format!("--socket={}", self.folder().join("agent.sock").display()));
+        args.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let (log, admin) = (format!("{}/agent.log", self.name()), self.plane.admin_kubeconfig());
         Process::start(self.plane, &self.name(), &log, "plat-agent", &args, &admin)
     }
@@ -153,6 +164,40 @@ impl<'a> BareNode<'a> {
             out.read_exact(&mut line)?;
         }
         Ok(Pod { node: self, name: name.to_owned(), process: Process(child) })
+    }
+
+    /// What `plat-agent check` finds on it: a line each.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let program = images().join("bin/plat-agent");
+        let mut command = self.run(&program.display().to_string());
+        let found = command.arg("check").args(self.place()).output()?;
+        let text = String::from_utf8(found.stdout)?;
+        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        ensure!(
+            found.status.code() == Some(i32::from(!lines.is_empty())),
+            "{}: {text}{}",
+            found.status,
+            String::from_utf8_lossy(&found.stderr)
+        );
+        Ok(lines)
+    }
+
+    /// Starts kube-proxy with that configuration, besides name and connection.
+    pub fn kube_proxy(&self, conf: &Value) -> Result<Process> {
+        let mut whole = serde_json::json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+            "clientConnection": {"kubeconfig": self.plane.run_folder().join("proxy.kubeconfig")},
+            "hostnameOverride": self.name(), "oomScoreAdj": 0, "conntrack": {"maxPerCore": 0, "min": 0},
+        });
+        if let (Some(whole), Some(conf)) = (whole.as_object_mut(), conf.as_object()) {
+            whole.extend(conf.clone());
+        }
+        let file = self.folder().join("proxy.json");
+        fs::write(&file, whole.to_string())?;
+        let (log, args) = (format!("{}/proxy.log", self.name()), [format!("--config={}", file.display())]);
+        let program = tools().join("kube-proxy").display().to_string();
+        let admin = self.plane.admin_kubeconfig();
+        Process::start(self.plane, &self.name(), &log, &program, &args, &admin)
     }
 
     /// `ip` in its namespace.

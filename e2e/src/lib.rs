@@ -17,6 +17,7 @@
 
 pub mod audit;
 pub mod bare;
+pub mod bare_pods;
 pub mod cluster;
 pub mod light;
 pub mod matrix;

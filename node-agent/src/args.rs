@@ -33,6 +33,9 @@ pub enum Command {
     Cleanup(Cleanup),
     /// Ask the running agent on this node how it is; exit code 0 means well.
     Probe(Probe),
+    /// Look for what is in the way of pods and of their addresses on this node: a line for each finding, with its
+    /// cure. Reads only. Exit code 0: nothing found; 1: something; 2: it could not be looked.
+    Check(Check),
     /// Prove the network from inside a pod: what `helm test` runs.
     #[command(subcommand)]
     Selftest(Selftest),
@@ -161,6 +164,17 @@ pub struct Cleanup {
     /// How to log.
     #[command(flatten)]
     pub log: Log,
+}
+
+/// Flags of `check`.
+#[derive(Clone, Debug, Args)]
+pub struct Check {
+    /// Where things are on the node.
+    #[command(flatten)]
+    pub place: Place,
+    /// Print a list of objects with 'subject' and 'message' instead of lines.
+    #[arg(long, env = "PLAT_CHECK_JSON")]
+    pub json: bool,
 }
 
 /// Flags of `probe`.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::blocks_file::{BLOCKS_FILE_VERSION, BlocksFile};
 use plat_crds::cni_conf::{Conflist, PlatPlugin};
+use plat_crds::lease::Datapath;
 use plat_crds::names::CONFLIST_FILE;
 
 use crate::outlet::Grant;
@@ -55,6 +56,12 @@ pub fn conflist(plugin: &PlatPlugin, chain: &[(Feature, Installed)]) -> String {
     let mut text = serde_json::to_string_pretty(&list).unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// How new pods are joined to the host by that conflist of ours.
+pub fn datapath(text: &[u8]) -> Option<Datapath> {
+    let list: Conflist = serde_json::from_slice(text).ok()?;
+    serde_json::from_value(list.plugins.first()?.get("datapath")?.clone()).ok()
 }
 
 /// Whether a plugin's answer to `VERSION` names spec 1.1.0 (CNI spec, "VERSION").
@@ -137,7 +144,6 @@ mod tests {
     use super::*;
     use plat_crds::block::{Block, Family};
     use plat_crds::blocks_file::HeldBlock;
-    use plat_crds::lease::Datapath;
 
     fn plugin() -> PlatPlugin {
         PlatPlugin {
@@ -176,6 +182,7 @@ mod tests {
         let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
         let golden = value(include_str!("../tests/golden/05-plat.conflist"));
         assert_eq!(value(&conflist(&plugin(), &[])), golden);
+        assert_eq!(datapath(conflist(&plugin(), &[]).as_bytes()), Some(Datapath::Bridge));
     }
 
     #[test]

@@ -71,6 +71,8 @@ pub struct Host {
     pub in_use: BTreeSet<Datapath>,
     /// ClusterCIDRs for which an `unreachable` route is safe.
     pub closed_ranges: BTreeSet<String>,
+    /// Blocks that hold an address which this node needs and has no more specific route to, with that address.
+    pub exposed: BTreeMap<Block, IpAddr>,
 }
 
 /// The objects that the node is programmed for, by name.
@@ -82,6 +84,16 @@ pub struct Map<'a> {
     pub ranges: &'a BTreeMap<String, RangeFact>,
     /// Names of PodCIDRs that are believed in though no object says so any more.
     pub absent: &'a BTreeSet<String>,
+}
+
+impl<'a> Map<'a> {
+    /// The range of a block: its object's, or the one that it lies in where there is no object.
+    pub fn range_of(&self, block: &Block) -> Option<&'a RangeFact> {
+        match self.blocks.get(&block.object_name()) {
+            Some(fact) => self.ranges.get(&fact.range),
+            None => self.ranges.values().find(|range| range.range.covers(block)),
+        }
+    }
 }
 
 /// How a foreign block is reached.
@@ -96,24 +108,32 @@ enum Path {
 /// The addresses that routes to foreign blocks lead to. Their locations are what `Host` must know.
 pub fn next_hops(me: &Me, map: Map<'_>) -> BTreeSet<IpAddr> {
     let foreign = map.blocks.values().filter(|b| b.node != me.node && !b.released());
-    foreign
-        .filter_map(|b| match path(b, map.ranges) {
-            Ok(Path::Via { next_hop, .. }) => Some(next_hop),
-            _ => None,
-        })
-        .collect()
+    foreign.filter_map(|b| next_hop(b, map.ranges).ok().flatten()).collect()
+}
+
+/// The router or node to which the policy of a block sends its packets; `None` if it leaves them to others.
+pub fn next_hop(block: &BlockFact, ranges: &BTreeMap<String, RangeFact>) -> Result<Option<IpAddr>, Fault> {
+    match path(block, ranges)? {
+        Path::Via { next_hop, .. } => Ok(Some(next_hop)),
+        Path::None => Ok(None),
+    }
 }
 
 /// The blocks of this node: those that objects give it, and those that still have leases and are nobody
-/// else's. Overlapping ones are left out, and released ones are this node's only while they have leases.
-pub fn own_blocks(me: &Me, map: Map<'_>, leased: &BTreeSet<Block>) -> BTreeMap<Block, HeldBlock> {
+/// else's. Overlapping ones are left out; released ones, and those that would cut the node off, are this node's only
+/// while they have leases.
+pub fn own_blocks(me: &Me, map: Map<'_>, host: &Host) -> BTreeMap<Block, HeldBlock> {
     let (accepted, _) = overlap::older_first(map.blocks, map.absent);
+    let stands = |b: &BlockFact| {
+        host.leased.contains(&b.block) || !(b.released() || host.exposed.contains_key(&b.block))
+    };
+    let leases = |b: &BlockFact| b.state == BlockState::Active && !host.exposed.contains_key(&b.block);
     let mut own: BTreeMap<Block, HeldBlock> = accepted
         .iter()
-        .filter(|b| b.node == me.node && (!b.released() || leased.contains(&b.block)))
-        .map(|b| (b.block, HeldBlock { cidr: b.block, lease: b.state == BlockState::Active }))
+        .filter(|b| b.node == me.node && stands(b))
+        .map(|b| (b.block, HeldBlock { cidr: b.block, lease: leases(b) }))
         .collect();
-    for block in leased {
+    for block in &host.leased {
         if !accepted.iter().any(|b| b.block.overlaps(block)) {
             own.insert(*block, HeldBlock { cidr: *block, lease: false });
         }
@@ -136,7 +156,7 @@ pub fn lease_seconds(node: &str, map: Map<'_>) -> u32 {
 /// Everything that should be in the kernel, and the objects that cannot be followed.
 pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
     let (accepted, mut faults) = overlap::older_first(map.blocks, map.absent);
-    let own = own_blocks(me, map, &host.leased);
+    let own = own_blocks(me, map, host);
     let uses = |datapath| me.datapath == datapath || host.in_use.contains(&datapath);
     let forwarded = forwarded(&own, uses);
     let mut desired = Desired {
@@ -151,7 +171,14 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
     for block in own.keys() {
         own_routes(*block, &mut desired);
     }
-    for block in accepted.iter().filter(|b| b.node != me.node && !b.released()) {
+    for block in accepted.iter().filter(|b| !b.released()) {
+        if let Some(address) = host.exposed.get(&block.block) {
+            faults.push(holds_needed(block, *address, own.contains_key(&block.block)));
+            continue;
+        }
+        if block.node == me.node {
+            continue;
+        }
         match foreign_route(block, map.ranges, host) {
             Ok(Some(route)) => insert(&mut desired, Kind::PodCIDR, &block.name, route),
             Ok(None) => {}
@@ -185,6 +212,18 @@ fn own_routes(block: Block, desired: &mut Desired) {
         insert(desired, Kind::PodCIDR, &name, bridged);
     }
     insert(desired, Kind::PodCIDR, &name, unreachable(block));
+}
+
+fn holds_needed(block: &BlockFact, address: IpAddr, stands: bool) -> Fault {
+    let done = if stands { "stays only for its running pods" } else { "is not programmed" };
+    Fault::block(
+        &block.name,
+        Reason::BlockHoldsNeededAddress,
+        format!(
+            "PodCIDR '{}' of node {} holds {address}, which this node needs and has no more specific route to: it {done}, as a route to it would cut this node off; add a route to {address}, or list its addresses under spec.reserved of the ClusterCIDR and let the block go",
+            block.name, block.node
+        ),
+    )
 }
 
 fn foreign_route(
@@ -287,7 +326,7 @@ fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masque
         keep.extend(block.addresses.iter().map(|address| host_prefix(*address)));
     }
     let sources = own.keys().filter_map(|block| {
-        let range = range_of(block, map);
+        let range = map.range_of(block);
         if range.is_some_and(|range| range.masquerade == MasqueradeMode::Disabled) {
             return None;
         }
@@ -296,13 +335,6 @@ fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masque
         Some((*block, IpNet::aggregate(&same_family.collect())))
     });
     Masquerade { pod_interface: me.bridge.clone(), sources: sources.collect(), keep: IpNet::aggregate(&keep) }
-}
-
-fn range_of<'a>(block: &Block, map: Map<'a>) -> Option<&'a RangeFact> {
-    match map.blocks.get(&block.object_name()) {
-        Some(fact) => map.ranges.get(&fact.range),
-        None => map.ranges.values().find(|range| range.range.covers(block)),
-    }
 }
 
 fn sysctls(own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Vec<Sysctl> {
@@ -326,7 +358,7 @@ fn bridge(me: &Me, own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Option<Brid
 }
 
 /// The forwarding that pods of these blocks need.
-fn forwarded(own: &BTreeMap<Block, HeldBlock>, uses: impl Fn(Datapath) -> bool) -> BTreeSet<Admit> {
+pub fn forwarded(own: &BTreeMap<Block, HeldBlock>, uses: impl Fn(Datapath) -> bool) -> BTreeSet<Admit> {
     let mut forwarded = BTreeSet::new();
     for datapath in [Datapath::Bridge, Datapath::Routed].into_iter().filter(|datapath| uses(*datapath)) {
         for direction in [Direction::FromPods, Direction::ToPods] {
@@ -523,7 +555,7 @@ mod tests {
             case.routes(),
             ["10.244.1.0/24 to the pods metric 1120", "unreachable 10.244.1.0/24 metric 65535"]
         );
-        let own = own_blocks(&me(), case.map(), &case.host.leased);
+        let own = own_blocks(&me(), case.map(), &case.host);
         assert!(own.len() == 1 && own.values().all(|held| !held.lease));
     }
 
@@ -532,7 +564,7 @@ mod tests {
         for state in [BlockState::Draining, BlockState::Unknown] {
             let case = case(vec![BlockFact { state, ..block(1) }, BlockFact { state, ..block(2) }]);
             assert!(case.routes().contains(&"10.244.2.0/24 via 172.30.0.12 metric 1120".to_owned()));
-            assert!(!own_blocks(&me(), case.map(), &BTreeSet::new())[&block(1).block].lease);
+            assert!(!own_blocks(&me(), case.map(), &case.host)[&block(1).block].lease);
         }
     }
 
@@ -545,6 +577,22 @@ mod tests {
         assert!(desired.masquerade.sources.contains_key(&block(5).block), "its range still covers it");
         case.blocks.insert(block(5).name, block(5));
         assert_eq!(case.routes(), ["10.244.5.0/24 via 172.30.0.15 metric 1120"]);
+    }
+
+    #[test]
+    fn a_block_that_would_cut_the_node_off_is_not_programmed_and_the_others_are() {
+        let mut case = case(vec![block(1), block(2), block(3)]);
+        case.host.exposed = [1, 2].map(|n| (block(n).block, [10, 244, n, 9].into())).into();
+        assert_eq!(case.routes(), ["10.244.3.0/24 via 172.30.0.13 metric 1120"]);
+        let (desired, faults) = case.run();
+        assert_eq!((desired.bridge, desired.keep.len()), (None, 0));
+        let reasons: Vec<Reason> = faults.iter().map(|fault| fault.reason).collect();
+        assert_eq!(reasons, [Reason::BlockHoldsNeededAddress; 2]);
+        assert!(faults[0].message.contains("10.244.1.9") && faults[0].message.contains("is not programmed"));
+        // Never under a pod.
+        case.host.leased = [block(1).block].into();
+        assert_eq!(case.routes()[0], "10.244.1.0/24 to the pods metric 1120");
+        assert!(!own_blocks(&me(), case.map(), &case.host)[&block(1).block].lease);
     }
 
     #[test]

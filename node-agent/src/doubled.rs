@@ -118,7 +118,7 @@ fn holder<'a>(address: &IpAddr, taken: &'a BTreeMap<Block, String>) -> Option<&'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::desired::{Me, own_blocks};
+    use crate::desired::{Host, Me, own_blocks};
     use crate::facts::BlockFact;
     use crate::fixtures::block;
     use plat_crds::lease::Datapath;
@@ -146,8 +146,8 @@ mod tests {
                 bridge: "cni0".into(),
                 admit_forward: true,
             };
-            let leased = ["10.244.1.0/24".parse().unwrap()].into();
-            let taken = taken(map, &own_blocks(&me, map, &leased), &leased);
+            let host = Host { leased: ["10.244.1.0/24".parse().unwrap()].into(), ..Host::default() };
+            let taken = taken(map, &own_blocks(&me, map, &host), &host.leased);
             assert_eq!(taken.values().map(String::as_str).next(), expected, "{blocks:?}");
         }
     }

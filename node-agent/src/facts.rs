@@ -44,7 +44,7 @@ pub struct Fault {
 pub enum Reason {
     /// The object cannot be read.
     Unreadable,
-    /// It shares addresses with an older block.
+    /// It shares addresses with an older block, or a route of another program takes its packets on this node.
     Overlapping,
     /// Its routing policy has a value that this agent does not know or cannot use.
     UnusablePolicy,
@@ -60,13 +60,17 @@ pub enum Reason {
     KernelRefused,
     /// The kernel keeps a route that should go.
     NotWithdrawn,
+    /// A route to it would cut off an address that this node needs.
+    BlockHoldsNeededAddress,
+    /// A route of this host or of another program shares addresses with the range.
+    HostRoute,
     /// An `unreachable` route for the range would cut off an address that this node needs.
     RangeHoldsNeededAddress,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Reason; 10] = [
+    pub const ALL: [Reason; 12] = [
         Reason::Unreadable,
         Reason::Overlapping,
         Reason::UnusablePolicy,
@@ -76,6 +80,8 @@ impl Reason {
         Reason::Overridden,
         Reason::KernelRefused,
         Reason::NotWithdrawn,
+        Reason::BlockHoldsNeededAddress,
+        Reason::HostRoute,
         Reason::RangeHoldsNeededAddress,
     ];
 
@@ -91,6 +97,8 @@ impl Reason {
             Reason::Overridden => "Overridden",
             Reason::KernelRefused => "KernelRefused",
             Reason::NotWithdrawn => NOT_WITHDRAWN,
+            Reason::BlockHoldsNeededAddress => "BlockHoldsNeededAddress",
+            Reason::HostRoute => "HostRoute",
             Reason::RangeHoldsNeededAddress => "RangeHoldsNeededAddress",
         }
     }
@@ -166,9 +174,12 @@ pub struct RangeFact {
     pub masquerade: MasqueradeMode,
     /// Destinations that see the pods' own addresses.
     pub exclude: Vec<IpNet>,
-    /// How many blocks of its family a node may hold that gets another one from it; 0 if it gives out none now.
+    /// How many blocks of its family a node may hold that has one of it.
     #[serde(default)]
     pub max_blocks: u32,
+    /// Whether it gives out blocks now.
+    #[serde(default)]
+    pub gives_blocks: bool,
 }
 
 impl Fact for BlockFact {
@@ -265,19 +276,16 @@ impl RangeFact {
             quarantine_seconds: u32::try_from(object.spec.quarantine_seconds).unwrap_or_default(),
             routing: object.spec.routing.clone(),
             masquerade: masquerade.mode,
-            max_blocks: max_blocks(object),
+            max_blocks: u32::try_from(object.spec.blocks_per_node.max).unwrap_or_default(),
+            gives_blocks: gives_blocks(object),
             name,
         })
     }
 }
 
-fn max_blocks(object: &ClusterCIDR) -> u32 {
+fn gives_blocks(object: &ClusterCIDR) -> bool {
     let blocks = object.status.as_ref().and_then(|status| status.blocks.as_ref());
-    let has_free = blocks.is_none_or(|blocks| blocks.free > 0);
-    match object.spec.allocation {
-        Allocation::Enabled if has_free => u32::try_from(object.spec.blocks_per_node.max).unwrap_or_default(),
-        _ => 0,
-    }
+    object.spec.allocation == Allocation::Enabled && blocks.is_none_or(|blocks| blocks.free > 0)
 }
 
 fn created(metadata: &kube::api::ObjectMeta) -> i64 {

@@ -42,15 +42,16 @@ impl Growth {
         }
     }
 
-    /// The families of which another block may come: one that has a block, of which some range gives out
-    /// blocks to nodes that hold so many, and that has not waited for one in vain.
+    /// The families of which another block may come: one that holds fewer than its blocks' ranges allow, of which
+    /// some range gives out blocks, and that has not waited for one in vain.
     pub fn may_grow(&self, own: &OwnBlocks, map: Map<'_>, now: Duration) -> Vec<Family> {
         let may = |family: &Family| {
-            let held = leased_from(own, *family).len();
-            let gives = |max: u32| usize::try_from(max).is_ok_and(|max| held < max);
+            let held = leased_from(own, *family);
+            let max = held.iter().filter_map(|block| map.range_of(block)).map(|range| range.max_blocks).max();
+            let below = max.and_then(|max| usize::try_from(max).ok()).is_some_and(|max| held.len() < max);
             let mut ranges = map.ranges.values().filter(|range| range.range.family() == *family);
             let patient = self.0.get(family).is_none_or(|want| now < want.since + PATIENCE);
-            held > 0 && patient && ranges.any(|range| range.ready && gives(range.max_blocks))
+            below && patient && ranges.any(|range| range.ready && range.gives_blocks)
         };
         Family::ALL.into_iter().filter(may).collect()
     }
@@ -183,7 +184,7 @@ mod tests {
         );
         for stingy in [
             RangeFact { max_blocks: 1, ..range("r") },
-            RangeFact { max_blocks: 0, ..range("r") },
+            RangeFact { gives_blocks: false, ..range("r") },
             RangeFact { ready: false, ..range("r") },
             RangeFact { range: "fd00::/48".parse().unwrap(), ..range("r") },
         ] {

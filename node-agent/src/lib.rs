@@ -24,6 +24,7 @@ pub mod apply;
 pub mod args;
 pub mod beliefs;
 pub mod cache;
+pub mod check;
 pub mod cleanup;
 pub mod clock;
 pub mod closing;
@@ -38,6 +39,7 @@ pub mod files;
 #[cfg(test)]
 mod fixtures;
 pub mod folder;
+pub mod foreign;
 pub mod growth;
 pub mod incidents;
 pub mod kernel;

@@ -3,29 +3,45 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use plat_agent::args::{Cli, Command};
-use plat_agent::{kernel, program, selftest};
+use plat_agent::args::{Check, Cli, Command};
+use plat_agent::{check, kernel, program, selftest};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // One thread: an agent shall not weigh on its node.
+    let outcome = match cli.command {
+        None => block_on(program::run(cli.run)),
+        Some(Command::Run(run)) => block_on(program::run(run)),
+        Some(Command::Cleanup(cleanup)) => block_on(program::cleanup(cleanup)),
+        Some(Command::Probe(probe)) => block_on(program::probe(probe)),
+        Some(Command::Check(check)) => return checked(&check),
+        Some(Command::Selftest(half)) => block_on(selftest::run(half)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, ExitCode::FAILURE),
+    }
+}
+
+/// One thread: an agent shall not weigh on its node.
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_name(kernel::events::THREAD_NAME)
         .max_blocking_threads(2)
-        .build();
-    let outcome = runtime.map_err(anyhow::Error::from).and_then(|runtime| match cli.command {
-        None => runtime.block_on(program::run(cli.run)),
-        Some(Command::Run(run)) => runtime.block_on(program::run(run)),
-        Some(Command::Cleanup(cleanup)) => runtime.block_on(program::cleanup(cleanup)),
-        Some(Command::Probe(probe)) => runtime.block_on(program::probe(probe)),
-        Some(Command::Selftest(half)) => runtime.block_on(selftest::run(half)),
-    });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("plat-agent: {error:#}");
-            ExitCode::FAILURE
-        }
+        .build()?;
+    runtime.block_on(work)
+}
+
+/// What was found is told apart from what could not be looked at.
+fn checked(check: &Check) -> ExitCode {
+    match check::run(check) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::from(1),
+        Err(error) => failed(&error, ExitCode::from(2)),
     }
+}
+
+fn failed(error: &anyhow::Error, code: ExitCode) -> ExitCode {
+    eprintln!("plat-agent: {error:#}");
+    code
 }

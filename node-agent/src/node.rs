@@ -24,6 +24,7 @@ use crate::doubled::{self, Cuts, Doubled};
 use crate::fabric::{self, Admit, Desired, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
 use crate::folder;
+use crate::foreign;
 use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
@@ -102,9 +103,22 @@ pub enum Rules {
     Doubtful,
 }
 
+/// What led to a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Hints {
+    /// It is time to look at what nothing tells of.
+    pub full: bool,
+    /// Whether the pods' tables are in doubt.
+    pub rules: Rules,
+    /// Links or addresses changed.
+    pub links: bool,
+}
+
 /// How soon the pods' tables are looked at again if the lease store could not be had.
 const RULES_AGAIN: Duration = Duration::from_millis(500);
 
+/// Shortest time between two looks for overlaps: pods' links come in crowds.
+const OVERLAPS_EVERY: Duration = Duration::from_secs(2);
 /// How soon leases are counted again that could not be.
 const COUNT_AGAIN: Duration = Duration::from_secs(1);
 
@@ -140,20 +154,15 @@ impl Node {
         self.beliefs.learn(objects);
     }
 
-    /// Brings the node to where it should be, and says where it is. A `full` pass also looks at what
-    /// nothing tells of, and one with the pods' `rules` in doubt at their tables. `culprits` is asked at the
-    /// end, when who did what has surely been told.
-    pub fn pass(
-        &mut self,
-        full: bool,
-        rules: Rules,
-        culprits: impl FnOnce() -> Wake,
-    ) -> Result<Report, Error> {
+    /// Brings the node to where it should be, and says where it is. `hints` say where to look besides.
+    /// `culprits` is asked at the end, when who did what has surely been told.
+    pub fn pass(&mut self, hints: Hints, culprits: impl FnOnce() -> Wake) -> Result<Report, Error> {
+        let full = hints.full;
         let Node { beliefs, machine, outlet, reporter } = self;
         let mut outcome = Outcome::default();
 
         machine.restore_table(&mut outcome)?;
-        let rules_at = machine.restore_rules(full || rules == Rules::Doubtful, &mut outcome);
+        let rules_at = machine.restore_rules(full || hints.rules == Rules::Doubtful, &mut outcome);
         let now = Duration::from_millis(boot::boot_ms());
         let held = beliefs.update(now);
         if !beliefs.are_complete() {
@@ -168,13 +177,15 @@ impl Node {
         if full {
             machine.look_after_bridge(&desired, &mut outcome);
         }
+        let overlaps_at = machine.look_for_overlaps(map, hints, now)?;
+        faults.extend(machine.overlaps.iter().cloned());
         let observed = machine.observe(&desired)?;
         machine.apply(&desired, &observed, &mut outcome);
         if full {
             machine.look_for_overriding()?;
         }
         faults.extend(machine.overridden.iter().cloned());
-        let own = desired::own_blocks(&machine.me, map, &host.leased);
+        let own = desired::own_blocks(&machine.me, map, &host);
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
         let grant = Grant { own: &own, lease: &lease, mtu: host.mtu, may_grow: &may_grow };
@@ -210,8 +221,8 @@ impl Node {
             chained: outlet.chained(),
         };
         let mut report = reporter.report(known, map, pass, culprits);
-        report.next =
-            [report.next, outlet.opens_at(), count_at, grow_at, rules_at].into_iter().flatten().min();
+        let times = [report.next, outlet.opens_at(), count_at, grow_at, overlaps_at, rules_at];
+        report.next = times.into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)
@@ -239,6 +250,10 @@ struct Machine {
     /// The blocks of this node that the last count knew to be leased from; `None` before there was one.
     leased_from: Option<BTreeSet<Block>>,
     growth: Growth,
+    /// What others' routes share with the pods' addresses, as last looked for.
+    overlaps: Vec<Fault>,
+    overlaps_at: Duration,
+    overlaps_due: Option<Duration>,
     /// What sweeps did that is not reported yet.
     swept: Swept,
     /// Why the lease store cannot be used.
@@ -266,6 +281,9 @@ impl Machine {
             usage: Usage::default(),
             leased_from: None,
             growth: Growth::default(),
+            overlaps: Vec::new(),
+            overlaps_at: Duration::ZERO,
+            overlaps_due: None,
             swept: Swept::default(),
             unusable: None,
             needed: settings.needed.clone(),
@@ -425,14 +443,22 @@ impl Machine {
         let own = map.blocks.values().filter(|block| block.node == self.me.node);
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
         let mtu = host::path_mtu(&view, &node, devices);
-        let leased = self.leased(map);
-        let own = desired::own_blocks(&self.me, map, &leased);
-        let has_v6 = own.keys().any(|block| block.family() == Family::IPv6);
-        let ra_links = if has_v6 { self.router_advertised()? } else { BTreeSet::new() };
-        let closing = self.close(map, known)?;
-        let closed_ranges = closing.closed.clone();
-        let in_use = self.datapaths(&view);
-        Ok((Host { locations, ra_links, mtu, leased, in_use, closed_ranges }, closing))
+        let needed = self.needed(map)?;
+        let mut host = Host {
+            exposed: self.exposed(map, &needed)?,
+            locations,
+            mtu,
+            leased: self.leased(map),
+            ..Host::default()
+        };
+        let own = desired::own_blocks(&self.me, map, &host);
+        if own.keys().any(|block| block.family() == Family::IPv6) {
+            host.ra_links = self.router_advertised()?;
+        }
+        let closing = self.close(map, known, &needed)?;
+        host.closed_ranges = closing.closed.clone();
+        host.in_use = self.datapaths(&view);
+        Ok((host, closing))
     }
 
     /// How living pods are joined to the host. Before what one datapath stands on is taken away, the leases are read
@@ -466,11 +492,53 @@ impl Machine {
         Ok(names)
     }
 
-    fn close(&mut self, map: Map<'_>, known: &Objects) -> Result<Closing, Error> {
-        let socket = &mut self.kernel.route;
+    /// Addresses without which this node is cut off.
+    fn needed(&mut self, map: Map<'_>) -> Result<BTreeSet<IpAddr>, Error> {
         let mut needed = self.needed.clone();
         needed.extend(map.blocks.values().flat_map(|block| block.addresses.iter().copied()));
-        needed.extend(route::default_gateways(socket)?);
+        needed.extend(route::default_gateways(&mut self.kernel.route)?);
+        Ok(needed)
+    }
+
+    /// The blocks to which a route would cut this node off.
+    fn exposed(&mut self, map: Map<'_>, needed: &BTreeSet<IpAddr>) -> Result<BTreeMap<Block, IpAddr>, Error> {
+        let mut exposed = BTreeMap::new();
+        for (block, addresses) in foreign::exposed(map, needed) {
+            for address in addresses {
+                if !route::is_covered(&mut self.kernel.route, address, &block)? {
+                    exposed.insert(block, address);
+                    break;
+                }
+            }
+        }
+        Ok(exposed)
+    }
+
+    /// What of the host or of other programs shares addresses with the pods', by a dump of all routes: for a new link
+    /// soon, else now and then. Returns when to look, if it was too early.
+    fn look_for_overlaps(
+        &mut self,
+        map: Map<'_>,
+        hints: Hints,
+        now: Duration,
+    ) -> Result<Option<Duration>, Error> {
+        let due = match self.overlaps_due {
+            _ if hints.full => now,
+            None if hints.links => self.overlaps_at + OVERLAPS_EVERY,
+            Some(due) => due,
+            None => return Ok(None),
+        };
+        self.overlaps_due = Some(due).filter(|due| now < *due);
+        if self.overlaps_due.is_none() {
+            let routes = route::foreign(&mut self.kernel.route)?;
+            self.overlaps = foreign::overlaps(&self.me, map, &routes);
+            self.overlaps_at = now;
+        }
+        Ok(self.overlaps_due)
+    }
+
+    fn close(&mut self, map: Map<'_>, known: &Objects, needed: &BTreeSet<IpAddr>) -> Result<Closing, Error> {
+        let socket = &mut self.kernel.route;
         let there = match &self.desired {
             Some(_) => self.done.routes.clone(),
             // The first pass of this life: what an earlier one left counts.

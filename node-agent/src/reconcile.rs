@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::kernel::events::{Events, Wake};
 use crate::leases::Count;
-use crate::node::{Error, Node, Settings};
+use crate::node::{Error, Hints, Node, Settings};
 use crate::objects::{Ask, Objects};
 use crate::reporter::Report;
 
@@ -113,7 +113,8 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         // On this thread: the runtime has no other work than waiting, and memory that several threads take
         // is held several times (glibc's arenas).
         let mut who = std::mem::take(&mut wake);
-        let result = node.pass(full, who.rules(), || {
+        let hints = Hints { full, rules: who.rules(), links: who.is_about_links() };
+        let result = node.pass(hints, || {
             who.merge(events.peek());
             who
         });

@@ -95,7 +95,8 @@ pub struct Findings {
 impl Reason {
     /// Whether the object's effect is missing in the kernel, rather than being worth a word only.
     pub fn fails(self) -> bool {
-        !matches!(self, Reason::RangeHoldsNeededAddress | Reason::Overridden)
+        let notices = [Reason::RangeHoldsNeededAddress, Reason::Overridden, Reason::HostRoute];
+        !notices.contains(&self)
     }
 }
 
@@ -289,9 +290,16 @@ fn overlapping(findings: &Findings) -> Verdict {
         );
         return Verdict::new(OVERLAPPING, Some(true), "PodsCutOff", message);
     }
-    match findings.faults.iter().find(|fault| fault.reason == Reason::Overlapping) {
-        Some(fault) => Verdict::new(OVERLAPPING, Some(true), "Overlapping", fault.message.clone()),
-        None => Verdict::new(OVERLAPPING, Some(false), "Disjoint", "no two blocks share addresses"),
+    let overlaps = [Reason::BlockHoldsNeededAddress, Reason::Overlapping, Reason::HostRoute];
+    let found = |reason: &Reason| findings.faults.iter().find(|fault| fault.reason == *reason);
+    match overlaps.iter().find_map(found) {
+        Some(fault) => Verdict::new(OVERLAPPING, Some(true), fault.reason.as_str(), fault.message.clone()),
+        None => Verdict::new(
+            OVERLAPPING,
+            Some(false),
+            "Disjoint",
+            "no two blocks share addresses, nor do blocks and what else this host has routes to",
+        ),
     }
 }
 

@@ -170,7 +170,7 @@ impl Reporter {
         let mut faults = std::mem::take(&mut pass.faults);
         faults.append(&mut pass.outcome.faults);
         faults.append(&mut pass.closing.faults);
-        faults.extend(self.own_troubles(map, &pass.outcome, &pass.cni));
+        faults.extend(self.own_troubles(map, &pass.outcome));
 
         faults.extend(known.blocks.faults.values().chain(known.ranges.faults.values()).cloned());
 
@@ -239,15 +239,10 @@ impl Reporter {
         self.incidents.leases_rebuilt(&swept.rebuilt, Timestamp::now());
     }
 
-    /// What fails of the node as a whole fails its own blocks; so does a blocks file that cannot be written, by
-    /// which an old one goes on granting what it should not.
-    fn own_troubles(&self, map: Map<'_>, outcome: &Outcome, cni: &CniState) -> Vec<Fault> {
+    /// What fails of the node as a whole fails its own blocks.
+    fn own_troubles(&self, map: Map<'_>, outcome: &Outcome) -> Vec<Fault> {
         let fatal = [Part::Table, Part::Bridge, Part::Gateways, Part::Sysctl];
-        let not_written = match cni {
-            CniState::BlocksNotWritten(why) => Some(why),
-            _ => None,
-        };
-        let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)).or(not_written) else {
+        let Some(trouble) = fatal.iter().find_map(|part| outcome.troubles.get(part)) else {
             return Vec::new();
         };
         let own = map.blocks.values().filter(|block| block.node == self.node);

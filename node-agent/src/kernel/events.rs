@@ -105,6 +105,11 @@ impl Wake {
         self.sources.iter().eq([&Source::Leases])
     }
 
+    /// Whether a link or an address may have come or gone.
+    pub fn is_about_links(&self) -> bool {
+        [Source::Link, Source::Overrun].iter().any(|source| self.sources.contains(source))
+    }
+
     /// Whether somebody else than the CNI binary may have changed the pods' tables.
     pub fn rules(&self) -> Rules {
         let doubts = [Source::PodRules, Source::Overrun];

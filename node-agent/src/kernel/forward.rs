@@ -203,14 +203,14 @@ pub fn ours(nft: &mut Nft, bridge: &str) -> Result<Vec<(Family, u64)>, Error> {
 }
 
 /// What a rule does to packets, taken apart.
-struct Reading<'a> {
-    tests: Vec<Test<'a>>,
-    outcome: Outcome<'a>,
+pub(super) struct Reading<'a> {
+    pub(super) tests: Vec<Test<'a>>,
+    pub(super) outcome: Outcome<'a>,
     comment: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Test<'a> {
+pub(super) enum Test<'a> {
     Source(Block, Cmp),
     Destination(Block, Cmp),
     In(InterfaceName<'a>, Cmp),
@@ -221,13 +221,13 @@ enum Test<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum InterfaceName<'a> {
+pub(super) enum InterfaceName<'a> {
     Whole(&'a [u8]),
     Start(&'a [u8]),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome<'a> {
+pub(super) enum Outcome<'a> {
     Accept,
     Drop,
     Return,
@@ -254,7 +254,7 @@ impl InterfaceName<'_> {
     }
 }
 
-fn read_rule(rule: &RuleInfo, family: Family) -> Reading<'_> {
+pub(super) fn read_rule(rule: &RuleInfo, family: Family) -> Reading<'_> {
     let mut reading = Reading { tests: Vec::new(), outcome: Outcome::None, comment: rule.comment.clone() };
     let mut rest = rule.expressions.as_slice();
     while let Some((first, behind)) = rest.split_first() {

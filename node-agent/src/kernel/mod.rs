@@ -3,6 +3,7 @@
 pub mod events;
 pub mod forward;
 pub mod host;
+pub mod kube_proxy;
 pub mod nft;
 pub mod route;
 pub mod sysctl;

@@ -17,7 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use plat_cni::netlink::{APPEND, CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
 use plat_crds::block::{Block, Family};
-use plat_crds::names::ROUTE_PROTOCOL;
+use plat_crds::names::{POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::{DefaultNla, Emitable, NlasIterator, Parseable, ParseableParametrized};
 use rtnetlink::packet_route::route::{
@@ -26,7 +26,8 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::fabric::{Route, RouteKey, Target};
+use crate::fabric::{MAIN_TABLE, Route, RouteKey, Target};
+use crate::foreign::ForeignRoute;
 
 /// The message of a route. `bridge` is the index of the pods' bridge; `None` for a target that no message
 /// can express.
@@ -231,6 +232,49 @@ fn dump_protocol<T>(
         let message = parse(received.payload).filter(|message| self::family(&message.header) == Some(family));
         read(&message?)
     })
+}
+
+/// Routes of the main table that are not Plat's, but for those that every link has by itself (multicast, link-local).
+pub fn foreign(socket: &mut Socket) -> Result<Vec<ForeignRoute>, Error> {
+    let mut found = BTreeMap::new();
+    for family in Family::ALL {
+        let mut filter = RouteMessage::default();
+        filter.header = RouteHeader { table: RouteHeader::RT_TABLE_MAIN, ..header(family) };
+        let request =
+            message(&RouteNetlinkMessage::GetRoute(filter), 0, format!("list {family} routes of others"));
+        for (route, device) in
+            socket.dump(&request, |received| read_foreign(&parse(received.payload)?, family))?
+        {
+            found.entry((route, device)).or_insert(());
+        }
+    }
+    let mut routes = Vec::new();
+    for (route, device) in found.into_keys() {
+        let device = match device {
+            Some(index) => super::host::name(socket, index)?,
+            None => None,
+        };
+        routes.push(ForeignRoute { device, ..route });
+    }
+    Ok(routes)
+}
+
+/// A route of others, still without the name of its link, and the link's index.
+fn read_foreign(message: &RouteMessage, of: Family) -> Option<(ForeignRoute, Option<u32>)> {
+    let fixed = &message.header;
+    let facts = Facts::of(message);
+    let leads = [RouteType::Unicast, RouteType::BlackHole, RouteType::Unreachable, RouteType::Prohibit];
+    let protocol = u8::from(fixed.protocol);
+    let is_main = facts.table.unwrap_or(u32::from(fixed.table)) == MAIN_TABLE;
+    let is_ours = protocol == ROUTE_PROTOCOL || protocol == POD_ROUTE_PROTOCOL;
+    let prefix = Block::of(facts.destination?, fixed.destination_prefix_length)?;
+    let by_itself = match prefix.network() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(network) => network.is_unicast_link_local() || network.is_multicast(),
+    };
+    let wanted =
+        family(fixed) == Some(of) && is_main && !is_ours && !by_itself && leads.contains(&fixed.kind);
+    wanted.then_some((ForeignRoute { prefix, device: None, gateway: facts.gateway }, facts.device))
 }
 
 /// Interface indexes of the links with IPv6 routes from router advertisements.

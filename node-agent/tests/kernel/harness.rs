@@ -200,6 +200,7 @@ pub fn range(name: &str) -> RangeFact {
         masquerade: MasqueradeMode::Enabled,
         exclude: vec![],
         max_blocks: 8,
+        gives_blocks: true,
     }
 }
 

@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod blocks;
+mod checks;
 mod cleanup;
 mod converge;
 mod doubled;
@@ -16,6 +17,7 @@ mod held;
 mod leases;
 mod masquerade;
 mod offline;
+mod overlaps;
 mod pods;
 mod readiness;
 mod repair;
