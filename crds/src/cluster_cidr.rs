@@ -1,6 +1,6 @@
 //! ClusterCIDR: one range that blocks are carved from.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
@@ -128,6 +128,7 @@ pub struct Masquerade {
     printcolumn(name = "Allocation", type_ = "string", json_path = ".spec.allocation", priority = 1, description = "Enabled or Draining"),
     printcolumn(name = "Quarantined", type_ = "integer", json_path = ".status.blocks.quarantined", priority = 1, description = "Released blocks that wait before reuse"),
     printcolumn(name = "Topology", type_ = "string", json_path = ".spec.topologyKey", priority = 1, description = "Node label whose values' blocks lie together"),
+    printcolumn(name = "RunsOut", type_ = "string", json_path = ".status.forecast.exhaustedAt", priority = 1, description = "When no block is free any more, at the pace of the last weeks"),
     printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].reason"#, priority = 1, description = "Why it is ready or not"),
     validation = Rule::new("size(self.metadata.name) <= 63").message("the name must not be longer than 63 characters: it becomes a label value")
 )]
@@ -282,7 +283,11 @@ pub struct ClusterCIDRStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub groups: Vec<TopologyGroup>,
-    /// `Ready`: blocks are carved from it. `Exhausted`: none is free. `Overlapping`: it shares addresses
+    /// How fast it fills up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<RangeForecast>,
+    /// `Ready`: blocks are carved from it. `Exhausted`: none is free; `False` with another reason than
+    /// `BlocksFree` warns ahead. `Overlapping`: it shares addresses
     /// with an older range, the Service range or a node. `Draining`: no new blocks, and how many are left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
@@ -313,6 +318,28 @@ pub struct TopologyGroup {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 4), inner(length(max = 43)))]
     pub prefixes: Vec<String>,
+}
+
+/// Days that [`RangeForecast::peaks`] holds at most: four weeks and today.
+pub const MAX_PEAKS: usize = 29;
+
+/// How fast a range fills up, by the blocks that were in use on the last days.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RangeForecast {
+    /// Growth at the pace seen, in blocks per 30 days; 0 if it shrinks or not even a week was seen.
+    pub growth: i32,
+    /// When no block is free any more, if it goes on at that pace. Not set if that is further away than
+    /// twice the time seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exhausted_at: Option<Time>,
+    /// The first of the days seen (UTC).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Time>,
+    /// The most blocks in use (held, quarantined or reserved) on each day from `since` to today, at most 29.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 29))]
+    pub peaks: Vec<i32>,
 }
 
 /// Blocks of a range, counted.

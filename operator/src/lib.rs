@@ -21,6 +21,7 @@ pub mod dice;
 pub mod facts;
 #[cfg(test)]
 mod fixtures;
+pub mod forecast;
 pub mod fragmentation;
 pub mod http;
 pub mod kube_server;

@@ -180,7 +180,17 @@ fn range_flips(range: &ObjectKey, old: &[Condition], new: &[Condition]) -> Vec<N
     if let Some(c) = became(EXHAUSTED) {
         notes.push(warning(range.clone(), reason::RANGE_EXHAUSTED, "Judge", c.message.clone()));
     }
+    if let Some(c) = condition::find(new, EXHAUSTED).filter(|c| warns_ahead(c)) {
+        let is_old = condition::find(old, EXHAUSTED).is_some_and(|c| c.status == "True" || warns_ahead(c));
+        if !is_old {
+            notes.push(warning(range.clone(), &c.reason, "Judge", c.message.clone()));
+        }
+    }
     notes
+}
+
+fn warns_ahead(exhausted: &Condition) -> bool {
+    [reason::RUNS_OUT_SOON, reason::FEW_BLOCKS_LEFT].contains(&exhausted.reason.as_str())
 }
 
 fn became_true<'a>(old: &[Condition], new: &'a [Condition], type_: &str) -> Option<&'a Condition> {
@@ -353,6 +363,38 @@ mod tests {
             new: Box::new(conflict),
         };
         assert_eq!(texts(step, Outcome::Done, None), ["PodCIDR b NodeSpecConflict: words"]);
+    }
+
+    #[test]
+    fn a_range_that_runs_out_is_told_ahead_once() {
+        let status = |holds, reason| {
+            let mut status = ClusterCIDRStatus::default();
+            let verdict = Verdict::new(EXHAUSTED, Some(holds), reason, "words");
+            condition::set(&mut status.conditions, &verdict, None, &Time(at(NOW)));
+            Box::new(status)
+        };
+        let (calm, soon, low, others) = (
+            || status(false, reason::BLOCKS_FREE),
+            || status(false, reason::RUNS_OUT_SOON),
+            || status(false, reason::FEW_BLOCKS_LEFT),
+            || status(false, reason::OTHERS_TAKE_OVER),
+        );
+        let full = || status(true, reason::RANGE_EXHAUSTED);
+        for (old, new, told) in [
+            (Box::default(), soon(), &["ClusterCIDR r RunsOutSoon: words"][..]),
+            (calm(), soon(), &["ClusterCIDR r RunsOutSoon: words"]),
+            (calm(), low(), &["ClusterCIDR r FewBlocksLeft: words"]),
+            (others(), soon(), &["ClusterCIDR r RunsOutSoon: words"]),
+            (soon(), low(), &[]),
+            (low(), soon(), &[]),
+            (full(), low(), &[]),
+            (low(), full(), &["ClusterCIDR r RangeExhausted: words"]),
+            (soon(), calm(), &[]),
+            (soon(), others(), &[]),
+        ] {
+            let step = Step::RangeStatus { object: version("r"), old, new };
+            assert_eq!(texts(step, Outcome::Done, None), told);
+        }
     }
 
     #[test]

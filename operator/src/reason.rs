@@ -28,6 +28,12 @@ pub const OVERLAPS_NODE: &str = "OverlapsNodeAddress";
 pub const NO_OVERLAP: &str = "NoOverlap";
 /// ClusterCIDR `Exhausted=True`, and the fault of a node that gets no block for that reason.
 pub const RANGE_EXHAUSTED: &str = "RangeExhausted";
+/// ClusterCIDR `Exhausted=False`, and a warning Event: at the pace seen no block is free within two weeks.
+pub const RUNS_OUT_SOON: &str = "RunsOutSoon";
+/// ClusterCIDR `Exhausted=False`, and a warning Event: fewer than one block in twenty is free.
+pub const FEW_BLOCKS_LEFT: &str = "FewBlocksLeft";
+/// ClusterCIDR `Exhausted=False`: it runs out, but its nodes then get blocks of another ClusterCIDR.
+pub const OTHERS_TAKE_OVER: &str = "OthersTakeOver";
 /// ClusterCIDR `Exhausted=False`.
 pub const BLOCKS_FREE: &str = "BlocksFree";
 /// The operator's `--cluster-cidr` differs from the range that exists.

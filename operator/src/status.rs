@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plat_crds::cluster_cidr::{Allocation, BlockCounts, MAX_GROUPS, MAX_PREFIXES, TopologyGroup};
 use plat_crds::condition::{
-    self, CONVERGED, DRAINING, EXHAUSTED, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, OTHER_ALLOCATOR, READY, Verdict,
+    self, CONVERGED, DRAINING, GROWTH_BLOCKED, NODE_SPEC_CONFLICT, OTHER_ALLOCATOR, READY, Verdict,
 };
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
@@ -18,6 +18,7 @@ use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
 use crate::budget::Budget;
 use crate::carriers::{Carriers, was_converged};
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
+use crate::forecast::{exhausted, forecast};
 use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
 use crate::plan::holding::Holding;
 use crate::plan::{Plan, RangeOutlook, release};
@@ -83,10 +84,7 @@ pub struct Chosen {
 /// blocks would be most of the operator's memory.
 pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item = Write> + 'a {
     let carriers = Carriers::of(snapshot);
-    let ranges = snapshot
-        .ranges
-        .values()
-        .filter_map(|range| range_write(range, plan.ranges.get(&range.name)?, snapshot));
+    let ranges = snapshot.ranges.values().filter_map(move |range| range_write(range, plan, snapshot));
     let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
     ranges.chain(readable.filter_map(move |block| block_write(block, &carriers, plan, snapshot)))
 }
@@ -181,14 +179,15 @@ fn uid(step: &Step) -> &Name {
     }
 }
 
-fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -> Option<Write> {
+fn range_write(range: &RangeFact, plan: &Plan, snapshot: &Snapshot) -> Option<Write> {
+    let outlook = plan.ranges.get(&range.name)?;
     let was_ready = condition::is_true(&range.status.conditions, READY);
     let becomes_ready = outlook.judgement.is_good() && !was_ready;
     // `Ready=True` lets blocks be carved: it is written only for a prepared range, judged on live LISTs.
     if becomes_ready && !(range.is_prepared() && snapshot.source == Source::Live) {
         return None;
     }
-    let new = range_status(range, outlook, snapshot);
+    let new = range_status(range, outlook, plan, snapshot);
     if new == range.status {
         return None;
     }
@@ -201,7 +200,12 @@ fn range_write(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -
     Some(Write { class: if flips { Class::Flip } else { Class::Counters }, wait: Duration::ZERO, step })
 }
 
-fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) -> ClusterCIDRStatus {
+fn range_status(
+    range: &RangeFact,
+    outlook: &RangeOutlook,
+    plan: &Plan,
+    snapshot: &Snapshot,
+) -> ClusterCIDRStatus {
     let (generation, now) = (Some(range.generation), Time(snapshot.clock.wall));
     let mut status = ClusterCIDRStatus { observed_generation: generation, ..range.status.clone() };
     condition::set(&mut status.conditions, &outlook.judgement.ready, generation, &now);
@@ -222,7 +226,10 @@ fn range_status(range: &RangeFact, outlook: &RangeOutlook, snapshot: &Snapshot) 
         status.groups = groups(range, outlook);
         status.cursor = Some(signed(outlook.cursor));
         status.quarantine_seconds = Some(quarantine_that_holds(range, snapshot));
-        condition::set(&mut status.conditions, &exhausted(outlook), generation, &now);
+        let forecast = forecast(range.status.forecast.as_ref(), outlook.fill(), snapshot.clock.wall);
+        let exhausted = exhausted(range, &forecast, plan, snapshot);
+        condition::set(&mut status.conditions, &exhausted, generation, &now);
+        status.forecast = Some(forecast);
         let other = other_allocator(outlook);
         if other.status == Some(true) || condition::find(&status.conditions, OTHER_ALLOCATOR).is_some() {
             condition::set(&mut status.conditions, &other, generation, &now);
@@ -272,18 +279,6 @@ fn groups(range: &RangeFact, outlook: &RangeOutlook) -> Vec<TopologyGroup> {
         }
     };
     holdings.into_iter().map(group).collect()
-}
-
-fn exhausted(outlook: &RangeOutlook) -> Verdict {
-    if outlook.free == 0 {
-        let message = format!(
-            "all {} blocks are held, quarantined or reserved: nodes without a block wait; add another ClusterCIDR",
-            outlook.total
-        );
-        Verdict::new(EXHAUSTED, Some(true), reason::RANGE_EXHAUSTED, message)
-    } else {
-        Verdict::new(EXHAUSTED, Some(false), reason::BLOCKS_FREE, "")
-    }
 }
 
 fn other_allocator(outlook: &RangeOutlook) -> Verdict {
@@ -476,6 +471,7 @@ mod tests {
     use crate::facts::Fact;
     use crate::fixtures::{NOW, Scene, at, block, held_block, node, range, report, scene, spec};
     use crate::memory::Memory;
+    use plat_crds::condition::EXHAUSTED;
     use plat_crds::digest::Digest;
     use plat_crds::node_network::FailedObject;
     use plat_crds::pod_cidr::BlockState;
@@ -653,7 +649,8 @@ mod tests {
         let draining = RangeFact { allocation: Allocation::Draining, ..range("default-v4", "10.244.0.0/16") };
         let told = |scene: &Scene| {
             let range = &scene.world.ranges["default-v4"];
-            let status = range_status(range, &scene.plan().ranges["default-v4"], &scene.snapshot());
+            let status =
+                range_status(range, &scene.plan().ranges["default-v4"], &scene.plan(), &scene.snapshot());
             let condition = condition::find(&status.conditions, DRAINING).cloned();
             (status.blocks.unwrap().draining, condition.map(|c| (c.reason, c.message)))
         };
@@ -728,14 +725,15 @@ mod tests {
             .block(held_block("10.244.0.0/24", "r", "n1"))
             .block(BlockFact { state: BlockState::Quarantined, ..held_block("10.244.1.0/24", "r", "gone") });
         let plan = scene.plan();
-        let status = range_status(&scene.world.ranges["r"], &plan.ranges["r"], &scene.snapshot());
+        let status = range_status(&scene.world.ranges["r"], &plan.ranges["r"], &plan, &scene.snapshot());
         assert_eq!(
             status.blocks,
             Some(BlockCounts { total: 4, allocated: 1, draining: 0, quarantined: 1, free: 1 })
         );
         assert!(!condition::is_true(&status.conditions, EXHAUSTED));
         let full = scene.node(node("n2")).block(held_block("10.244.2.0/24", "r", "n2"));
-        let status = range_status(&full.world.ranges["r"], &full.plan().ranges["r"], &full.snapshot());
+        let status =
+            range_status(&full.world.ranges["r"], &full.plan().ranges["r"], &full.plan(), &full.snapshot());
         assert!(condition::is_true(&status.conditions, EXHAUSTED));
     }
 
@@ -768,7 +766,7 @@ mod tests {
             });
             let plan = scene.plan();
             let range = &scene.world.ranges["r"];
-            range_status(range, &plan.ranges["r"], &scene.snapshot()).quarantine_seconds
+            range_status(range, &plan.ranges["r"], &plan, &scene.snapshot()).quarantine_seconds
         };
         let one = knows(knows(after.clone(), "n1", new), "cut-off", old);
         assert_eq!(holds(one), Some(900), "it may go by the old one");

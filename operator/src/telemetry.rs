@@ -4,7 +4,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use plat_crds::condition::{self, READY};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use plat_crds::ClusterCIDRStatus;
+use plat_crds::condition::{self, EXHAUSTED, READY};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -16,6 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::apply::{Done, Outcome};
 use crate::leader::{Pass, World};
+use crate::reason;
 use crate::step::Step;
 
 /// `/livez` fails if the loop has not turned for so long: far longer than any call may take.
@@ -61,6 +65,7 @@ pub struct Metrics {
     blocks_released_unproven: Counter,
     blocks: Family<BlockLabels, Gauge>,
     range_ready: Family<RangeLabels, Gauge>,
+    range_exhausted_at: Family<RangeLabels, Gauge>,
     faults: Family<ReasonLabels, Gauge>,
     passes: Histogram,
     steps: Family<StepLabels, Counter>,
@@ -83,6 +88,7 @@ impl Default for Metrics {
             blocks_released_unproven: Counter::default(),
             blocks: Family::default(),
             range_ready: Family::default(),
+            range_exhausted_at: Family::default(),
             faults: Family::default(),
             passes: Histogram::new(exponential_buckets(0.001, 2.0, 14)),
             steps: Family::default(),
@@ -129,6 +135,12 @@ impl Metrics {
             "plat_operator_clustercidr_ready",
             "1 if a ClusterCIDR is Ready",
             self.range_ready.clone(),
+        );
+        registry.register_with_unit(
+            "plat_operator_clustercidr_exhausted_at",
+            "When a ClusterCIDR runs out of blocks at the pace of the last weeks, since the epoch; absent while that is not in sight or another ClusterCIDR takes over",
+            Unit::Seconds,
+            self.range_exhausted_at.clone(),
         );
         registry.register(
             "plat_operator_faults",
@@ -205,6 +217,7 @@ impl Metrics {
         }
         self.blocks.clear();
         self.range_ready.clear();
+        self.range_exhausted_at.clear();
         for (name, outlook) in &pass.plan.ranges {
             let of_range = |quarantined| {
                 let blocks = world.blocks.values().filter(|block| block.range == *name);
@@ -218,13 +231,13 @@ impl Metrics {
                     .get_or_create(&BlockLabels { clustercidr: name.to_string(), state })
                     .set(signed(count));
             }
-            let ready = world
-                .ranges
-                .get(name)
-                .is_some_and(|range| condition::is_true(&range.status.conditions, READY));
-            self.range_ready
-                .get_or_create(&RangeLabels { clustercidr: name.to_string() })
-                .set(i64::from(ready));
+            let status = world.ranges.get(name).map(|range| &range.status);
+            let labels = RangeLabels { clustercidr: name.to_string() };
+            let ready = status.is_some_and(|status| condition::is_true(&status.conditions, READY));
+            self.range_ready.get_or_create(&labels).set(i64::from(ready));
+            if let Some(at) = status.and_then(foretold_end) {
+                self.range_exhausted_at.get_or_create(&labels).set(at.as_second());
+            }
         }
     }
 
@@ -239,6 +252,13 @@ impl Metrics {
         encode(&mut text, &self.registry)?;
         Ok(text)
     }
+}
+
+/// When a range runs out, unless another takes over.
+fn foretold_end(status: &ClusterCIDRStatus) -> Option<Timestamp> {
+    let exhausted = condition::find(&status.conditions, EXHAUSTED);
+    let Time(at) = status.forecast.as_ref()?.exhausted_at.as_ref()?;
+    exhausted.is_none_or(|c| c.reason != reason::OTHERS_TAKE_OVER).then_some(*at)
 }
 
 fn signed(number: usize) -> i64 {
@@ -365,8 +385,10 @@ impl Health {
 mod tests {
     use super::*;
     use crate::apply::Outcome;
-    use crate::fixtures::{held_block, node, range, scene};
+    use crate::fixtures::{NOW, at, held_block, node, range, scene};
     use crate::step::Step;
+    use plat_crds::cluster_cidr::RangeForecast;
+    use plat_crds::condition::Verdict;
 
     #[test]
     fn metrics_say_what_a_pass_left() {
@@ -411,6 +433,25 @@ mod tests {
         metrics.pass(&Pass { plan: other.plan(), ..Pass::default() }, &other.world, Duration::ZERO);
         let text = metrics.text().unwrap();
         assert!(text.contains(r#"clustercidr="new""#) && !text.contains(r#"clustercidr="old""#));
+    }
+
+    #[test]
+    fn the_time_a_range_runs_out_is_told_while_it_is_in_sight_and_nobody_takes_over() {
+        let (metrics, end) = (Metrics::default(), Time(at(NOW + 99)));
+        let told = |exhausted_at, reason| {
+            let mut range = range("r", "10.244.0.0/22");
+            range.status.forecast = Some(RangeForecast { exhausted_at, ..RangeForecast::default() });
+            let verdict = Verdict::new(EXHAUSTED, Some(false), reason, "");
+            condition::set(&mut range.status.conditions, &verdict, None, &Time(at(NOW)));
+            let one = scene().range(range);
+            metrics.pass(&Pass { plan: one.plan(), ..Pass::default() }, &one.world, Duration::ZERO);
+            let line =
+                format!(r#"plat_operator_clustercidr_exhausted_at_seconds{{clustercidr="r"}} {}"#, NOW + 99);
+            metrics.text().unwrap().contains(&line)
+        };
+        assert!(told(Some(end.clone()), reason::RUNS_OUT_SOON));
+        assert!(!told(None, reason::BLOCKS_FREE));
+        assert!(!told(Some(end), reason::OTHERS_TAKE_OVER));
     }
 
     #[test]

@@ -56,7 +56,8 @@ fn fill(plane: &ControlPlane) {
         ensure(plane, object);
     }
     patch(plane, &range, json!({"status": {"observedGeneration": 1, "cursor": 5,
-        "blocks": {"total": 256, "allocated": 1, "quarantined": 1, "free": 254}, "conditions": [condition("Ready", "True", "Carving")]}}), Do).unwrap();
+        "blocks": {"total": 256, "allocated": 1, "quarantined": 1, "free": 254}, "forecast": {"growth": 30, "exhaustedAt": "2027-01-01T00:00:00Z"},
+        "conditions": [condition("Ready", "True", "Carving")]}}), Do).unwrap();
     patch(plane, &block, json!({"status": {"used": 7, "capacity": 253, "routing": {"mode": "Direct", "via": "172.30.0.11", "metric": 1120},
         "conditions": [condition("Converged", "False", "NodesBehind"), condition("Ready", "True", "Programmed")]}}), Do).unwrap();
     patch(plane, &report, json!({"status": {"agentVersion": "0.1.0", "mtu": 1500, "cni": {"active": "05-plat.conflist"},
@@ -82,8 +83,8 @@ fn tables_show_the_map_at_a_glance_and_more_when_wide() {
     );
     assert_eq!(
         table(plane, &["ccidr", "shown", "-o", "wide"]),
-        "NAME CIDR BLOCK ALLOCATED FREE READY AGE ALLOCATION QUARANTINED TOPOLOGY REASON\n\
-         shown 10.99.0.0/16 24 1 254 True <age> Enabled 1 Carving\n"
+        "NAME CIDR BLOCK ALLOCATED FREE READY AGE ALLOCATION QUARANTINED TOPOLOGY RUNSOUT REASON\n\
+         shown 10.99.0.0/16 24 1 254 True <age> Enabled 1 2027-01-01T00:00:00Z Carving\n"
     );
     assert_eq!(
         table(plane, &["nn", "shown", "-o", "wide"]),

@@ -44,6 +44,7 @@ use plat_crds::{Block, Family, names};
 use crate::carriers::Carriers;
 use crate::claims::{Claim, Claims};
 use crate::facts::{BlockFact, Name, NodeFact, RangeFact};
+use crate::forecast::Fill;
 use crate::pool::Pool;
 use crate::ranges::{Judgement, Standing, judge, stands};
 use crate::snapshot::{Clock, Snapshot, Source};
@@ -96,6 +97,13 @@ pub struct RangeOutlook {
     pub holdings: Vec<GroupBlocks>,
     /// That another program gives its nodes `spec.podCIDRs`, in words.
     pub other_allocator: Option<String>,
+}
+
+impl RangeOutlook {
+    /// How full it is.
+    pub fn fill(&self) -> Fill {
+        Fill { total: self.total, free: self.free }
+    }
 }
 
 impl Plan {

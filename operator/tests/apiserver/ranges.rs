@@ -1,6 +1,7 @@
 //! ClusterCIDRs: defaults, overlap, exhaustion, the finalizer.
 
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, PodCIDR, names};
@@ -85,6 +86,37 @@ fn the_default_range_is_sized_by_the_first_node_where_that_is_asked_for() {
         cluster.nodes(&["n1"]).await;
         cluster.patch_node_status("n1", json!({"allocatable": {"pods": "40"}})).await;
         assert_eq!(cluster.wait_blocks(&["n1"], 1).await["n1"], ["10.244.0.0/26"]);
+    });
+}
+
+#[test]
+fn a_range_that_fills_up_day_by_day_warns_ahead_also_after_a_restart() {
+    arena(|cluster| async move {
+        cluster
+            .range(
+                "grows",
+                json!({"cidr": "10.9.0.0/20", "blockPrefixLength": 24, "reserved": ["10.9.0.0/21"]}),
+            )
+            .await;
+        let operator = cluster.operator("a", &[]);
+        cluster.wait_range("grows", "Exhausted", "False", "BlocksFree").await;
+        let forecast = async || {
+            cluster.api::<ClusterCIDR>().get("grows").await.unwrap().status.unwrap().forecast.unwrap()
+        };
+        assert_eq!((forecast().await.peaks, forecast().await.exhausted_at), (vec![8], None));
+        assert!(operator.terminate().await.success());
+
+        // Ten days, as an operator would have seen them.
+        let day = 24 * 3600;
+        let since = Timestamp::from_second((Timestamp::now().as_second() / day - 10) * day).unwrap();
+        let seen = json!({"growth": 0, "since": since, "peaks": [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 8]});
+        let status = Patch::Merge(json!({"status": {"forecast": seen}}));
+        cluster.api::<ClusterCIDR>().patch_status("grows", &PatchParams::default(), &status).await.unwrap();
+        let _other = cluster.operator("b", &[]);
+        let message = cluster.wait_range("grows", "Exhausted", "False", "RunsOutSoon").await;
+        assert!(message.contains("its 16 blocks are used up by"), "{message}");
+        cluster.wait_event("ClusterCIDR", "grows", "RunsOutSoon").await;
+        assert!(forecast().await.growth > 0 && forecast().await.exhausted_at.is_some());
     });
 }
 
