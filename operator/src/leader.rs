@@ -168,17 +168,20 @@ impl Leader {
         let due = (!self.settings.cleanup && !comes_again && wait.is_none())
             .then(|| status::due(status::writes(&snapshot, &plan), &plan, &self.memory, clock));
         self.memory.observe_spare(&plan.spare, clock);
-        let Some(due) = due else { return (plan, Chosen { wake_after: wait, ..Chosen::default() }) };
-        self.memory.statuses_at = Some(clock.steady);
+        let Some(due) = due else {
+            self.memory.statuses_left_since.get_or_insert(clock.steady);
+            return (plan, Chosen { wake_after: wait, ..Chosen::default() });
+        };
+        self.memory.statuses_left_since = None;
         let chosen = due.choose(world.nodes.len(), &mut self.memory, clock);
         (plan, chosen)
     }
 
     /// How long statuses wait beside new blocks, which somebody waits for. Comparing those of thousands of nodes takes
-    /// longer than planning a block.
+    /// longer than planning a block; and a range's counters would be written before its new blocks count, and again after.
     fn statuses_wait(&self, plan: &Plan, clock: Clock) -> Option<Duration> {
         let is_urgent = plan.steps.iter().any(|step| matches!(step, Step::CreateBlock(_)));
-        let due = self.memory.statuses_at.unwrap_or_default() + STATUSES_WITHIN;
+        let due = self.memory.statuses_left_since.unwrap_or(clock.steady) + STATUSES_WITHIN;
         Some(due.saturating_sub(clock.steady)).filter(|wait| is_urgent && !wait.is_zero())
     }
 

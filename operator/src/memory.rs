@@ -74,8 +74,8 @@ pub struct Memory {
     pub budget: Budget,
     /// Of those, writes of counters alone.
     pub counters_budget: Budget,
-    /// When statuses were last compared.
-    pub statuses_at: Option<Duration>,
+    /// Since when statuses have been left for later.
+    pub statuses_left_since: Option<Duration>,
     /// Object uid → when its status was last written.
     pub status_written: BTreeMap<Name, Duration>,
     /// Failed writes: how often in a row, and when to try again.
@@ -138,7 +138,7 @@ impl Memory {
             ledger: Ledger::default(),
             budget: Budget::new(STATUS_WRITES_PER_SECOND),
             counters_budget: Budget::new(STATUS_WRITES_PER_SECOND),
-            statuses_at: None,
+            statuses_left_since: None,
             status_written: BTreeMap::new(),
             retries: BTreeMap::new(),
             fresh_cluster,

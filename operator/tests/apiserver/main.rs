@@ -23,3 +23,4 @@ mod scale;
 mod several;
 mod source;
 mod topology;
+mod writes;
