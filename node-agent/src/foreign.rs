@@ -50,7 +50,8 @@ pub fn overlaps(me: &Me, map: Map<'_>, routes: &[ForeignRoute]) -> Vec<Fault> {
 
 fn is_of_pods(me: &Me, route: &ForeignRoute) -> bool {
     let device = route.device.as_deref().unwrap_or_default();
-    device == me.bridge || device.starts_with(VETH_PREFIX)
+    // On lo stand the gateways of pods without bridge; nothing is reached by it but this host.
+    device == me.bridge || device == "lo" || device.starts_with(VETH_PREFIX)
 }
 
 fn overlap(me: &Me, map: Map<'_>, route: &ForeignRoute, range: &RangeFact) -> Option<Fault> {
@@ -196,6 +197,7 @@ mod tests {
             (all(), via("10.244.2.0/24", "192.0.2.9"), None),
             (all(), link("10.244.1.0/24", "cni0"), None),
             (all(), link("10.244.1.7/32", "plat1234"), None),
+            (all(), link("10.244.1.1/32", "lo"), None),
             (all(), via("0.0.0.0/0", "192.0.2.1"), None),
             (all(), link("172.17.0.0/16", "docker0"), None),
         ] {

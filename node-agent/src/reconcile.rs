@@ -100,10 +100,12 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
     let mut wake = Wake::default();
     let mut tick = Instant::now();
     let mut failures = 0u32;
+    // Until there are objects to program, nothing was looked at.
+    let mut programmed = false;
     // The first pass programs from the cache, if there is one, before any object came.
     loop {
         let started = Instant::now();
-        let full = started >= tick;
+        let full = started >= tick || !programmed;
         if full {
             tick = started + TICK;
         }
@@ -123,6 +125,7 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         let until = match result {
             Ok(report) => {
                 failures = 0;
+                programmed |= report.programmed;
                 conclude(&mut links, &mut asked, report, started.elapsed()).min(tick)
             }
             Err(error) if error.needs_restart() => return Err(error.into()),
