@@ -9,6 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use plat_crds::{Block, Family};
 
 use crate::lease::Timing;
+use crate::planner::args::PlanArgs;
 use crate::snapshot::{DefaultRange, IpamSource, Settings};
 
 /// Gives every node its block of pod addresses.
@@ -36,6 +37,9 @@ pub enum Command {
         #[arg(long, env = "PLAT_SOCKET", default_value = DEFAULT_SOCKET)]
         socket: PathBuf,
     },
+    /// Say what fits into which ranges, what growth uses up first and when, and which ClusterCIDR to add. Asks no
+    /// cluster and changes none.
+    Plan(Box<PlanArgs>),
 }
 
 /// What a probe asks.

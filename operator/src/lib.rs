@@ -33,6 +33,7 @@ pub mod node_view;
 pub mod note;
 pub mod observe;
 pub mod plan;
+pub mod planner;
 pub mod pool;
 pub mod publish;
 pub mod ranges;

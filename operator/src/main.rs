@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use plat_operator::args::{Cli, Command, LogFormat, RunArgs};
-use plat_operator::{http, run};
+use plat_operator::{http, planner, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::error;
@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Some(Command::Probe { question, socket }) => {
             ended(http::probe(&socket, question.path()).map(|text| println!("{text}")))
         }
+        Some(Command::Plan(args)) => ended(planner::run(&args).map(|text| println!("{}", text.trim_end()))),
         None => match start_log(&run) {
             Err(error) => ended(Err(error)),
             // From here on the log says it.
