@@ -65,6 +65,11 @@ pub struct PlanArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_BLOCKS_PER_NODE.max, value_parser = clap::value_parser!(i32).range(1..=16))]
     pub max_blocks_per_node: i32,
 
+    /// Zones (racks, rooms) that the nodes are in: shows how their blocks scatter over half a year of nodes that
+    /// join and leave, with and without a topologyKey. 1 to 1000.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub zones: Option<u32>,
+
     /// Range of Services: no range may touch it. Repeat it, or separate by commas.
     #[arg(long, value_delimiter = ',', value_name = "CIDR")]
     pub service_cidr: Vec<String>,

@@ -8,6 +8,7 @@
 //! | `fit` | how many nodes fit, and how many blocks each of them takes |
 //! | `growth` | when they no longer do |
 //! | `advice` | where the next range goes |
+//! | `zones` | how the blocks of zones scatter over months |
 //! | `text` | answer → text; **a new section of the answer is added there**, to [`text::SECTIONS`] |
 //!
 //! It counts as the operator carves: a node takes blocks of the first range that has one, and, as it fills up,
@@ -19,6 +20,7 @@ pub mod cluster;
 pub mod fit;
 pub mod growth;
 pub mod text;
+pub mod zones;
 
 #[cfg(test)]
 mod tests;
@@ -30,6 +32,7 @@ use k8s_openapi::jiff::Timestamp;
 use plat_crds::{Block, Family};
 use serde::Serialize;
 
+use crate::fragmentation::Comparison;
 use crate::pool::Pool;
 use crate::sizing::{block_prefixes, prefix_for};
 use advice::{Advice, advise};
@@ -93,6 +96,9 @@ pub struct Answer {
     pub families: Vec<FamilyAnswer>,
     /// What is wrong already.
     pub problems: Vec<String>,
+    /// How the blocks of zones scatter over months, if zones were asked for: one for each family.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub zones: Vec<Comparison>,
 }
 
 /// The answer for one family.
@@ -169,7 +175,10 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<String> {
                 .with_context(|| format!("--from {}", path.display()))?
         }
     };
-    let answer = answer(&question);
+    let mut answer = answer(&question);
+    if let Some(zones) = args.zones {
+        answer.zones = zones::zones(&question, zones);
+    }
     match args.output {
         Output::Text => Ok(text::render(&answer)),
         Output::Json => Ok(serde_json::to_string_pretty(&answer)?),
@@ -187,6 +196,7 @@ pub fn answer(question: &Question) -> Answer {
         months: question.months,
         families,
         problems: question.problems.clone(),
+        zones: Vec::new(),
     }
 }
 

@@ -9,7 +9,7 @@ use super::{Answer, FamilyAnswer};
 pub type Section = fn(&Answer) -> String;
 
 /// The parts of the text, in their order. A new one goes here.
-pub const SECTIONS: [Section; 5] = [problems, what_fits, other_sizes, running_out, what_to_add];
+pub const SECTIONS: [Section; 6] = [problems, what_fits, other_sizes, running_out, what_to_add, zones];
 
 /// The whole text.
 pub fn render(answer: &Answer) -> String {
@@ -157,6 +157,16 @@ fn what_to_add(answer: &Answer) -> String {
                 };
             }
         }
+    }
+    text
+}
+
+fn zones(answer: &Answer) -> String {
+    let mut text = String::new();
+    for seen in &answer.zones {
+        let _ =
+            writeln!(text, "Zones of {} over months, with and without spec.topologyKey", seen.churn.range);
+        seen.to_string().lines().for_each(|line| text += &format!("  {line}\n"));
     }
     text
 }
