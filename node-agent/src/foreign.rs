@@ -21,6 +21,7 @@ use plat_crds::names::VETH_PREFIX;
 
 use crate::desired::{self, Map, Me};
 use crate::facts::{BlockFact, Fault, RangeFact, Reason};
+use crate::overlap;
 
 /// As many are told as a report has room for.
 const MAX_TOLD: usize = 16;
@@ -122,9 +123,10 @@ fn describe(route: &ForeignRoute) -> String {
 /// server, resolvers, routers and nodes.
 pub fn exposed(map: Map<'_>, needed: &BTreeSet<IpAddr>) -> BTreeMap<Block, BTreeSet<IpAddr>> {
     let mut exposed: BTreeMap<Block, BTreeSet<IpAddr>> = BTreeMap::new();
-    let blocks: BTreeSet<Block> = map.blocks.values().map(|block| block.block).collect();
+    // Only these are programmed. They are disjoint, so the nearest below an address is the one that may hold it.
+    let (accepted, _) = overlap::older_first(map.blocks, map.absent);
+    let blocks: BTreeSet<Block> = accepted.iter().map(|fact| fact.block).collect();
     for address in needed {
-        // Blocks are disjoint but for faults, so the nearest below is the one that may hold it.
         let Some(host) = Block::of(*address, if address.is_ipv4() { 32 } else { 128 }) else { continue };
         let nearest = blocks.range(..=host).next_back().filter(|block| block.contains(address));
         if let Some(block) = nearest {
@@ -223,5 +225,16 @@ mod tests {
         let found = exposed(map, &needed.iter().map(|a| a.parse().unwrap()).collect());
         let expected = ["10.244.2.1", "10.244.2.9"].map(|a| a.parse().unwrap());
         assert_eq!(found, [(block(2).block, expected.into())].into());
+    }
+
+    #[test]
+    fn a_block_that_is_refused_does_not_hide_the_one_around_it() {
+        let wide = BlockFact { name: "wide".into(), block: "10.244.0.0/16".parse().unwrap(), ..block(1) };
+        let refused = BlockFact { created: 99, ..block(1) };
+        let blocks = [wide.clone(), refused].map(|b| (b.name.clone(), b)).into();
+        let (ranges, absent) = (BTreeMap::new(), BTreeSet::new());
+        let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
+        let needed: BTreeSet<IpAddr> = ["10.244.1.9", "10.244.200.1"].map(|a| a.parse().unwrap()).into();
+        assert_eq!(exposed(map, &needed), [(wide.block, needed)].into());
     }
 }
