@@ -185,6 +185,7 @@ impl Outlet {
     fn waits_for_peers(&mut self, map: Map<'_>) -> Option<CniState> {
         match self.gate.admit(&self.node, map, Duration::from_millis(boot::boot_ms())) {
             Admission::Open => None,
+            Admission::NoBlock => Some(CniState::NoBlock),
             Admission::Late(words) => {
                 self.early = Some(words);
                 None

@@ -30,6 +30,8 @@ pub enum Readiness {
 pub enum Admission {
     /// It may.
     Open,
+    /// Not before the node has a block to lease from: no pod could start.
+    NoBlock,
     /// It may from now on, as the deadline has passed; in words, for whom it is too early.
     Late(String),
     /// Not before the peers carry these PodCIDRs, or that time.
@@ -58,7 +60,11 @@ impl Gate {
     /// Asked when nothing else is in the way, at `now` (any monotonic clock). Once open it stays so.
     pub fn admit(&mut self, node: &str, map: Map<'_>, now: Duration) -> Admission {
         let Some(deadline) = self.deadline else { return Admission::Open };
-        let own = map.blocks.values().filter(|b| b.node == node && b.state == BlockState::Active);
+        let mut own =
+            map.blocks.values().filter(|b| b.node == node && b.state == BlockState::Active).peekable();
+        if own.peek().is_none() {
+            return Admission::NoBlock;
+        }
         let names: Vec<String> = own.filter(|b| !b.converged).map(|b| b.name.clone()).collect();
         let until = *self.since.get_or_insert(now) + deadline;
         if names.is_empty() {
@@ -113,6 +119,19 @@ mod tests {
         assert_eq!(ask(&mut gate.clone(), &draining, 159), Admission::Open, "no pod gets an address of it");
         assert_eq!(ask(&mut gate, &[converged(block(1)), converged(block_v6(1))], 159), Admission::Open);
         assert_eq!(ask(&mut gate, &[block(1)], 9999), Admission::Open, "once open it stays so");
+    }
+
+    #[test]
+    fn a_node_that_only_drains_waits_for_a_block_that_it_may_lease_from() {
+        let mut gate = Gate::new(Readiness::Converged, DEADLINE, false);
+        let old = [BlockState::Draining, BlockState::Unknown].map(|state| BlockFact { state, ..block(1) });
+        for block in old {
+            assert_eq!(ask(&mut gate, &[block], 0), Admission::NoBlock);
+        }
+        let fresh = [BlockFact { state: BlockState::Draining, ..block(1) }, block_v6(1)];
+        let wait =
+            Admission::Wait { until: Duration::from_secs(560), names: vec!["fd00-10-244-1---64".into()] };
+        assert_eq!(ask(&mut gate, &fresh, 500), wait, "the deadline counts from the first such block");
     }
 
     #[test]

@@ -333,7 +333,7 @@ fn cni_ready(state: &CniState) -> Verdict {
         CniState::NoBlock => (
             false,
             "NoBlock",
-            "this node has no PodCIDR yet; see 'kubectl get clustercidrs' for a range that selects it and has free blocks".to_owned(),
+            "this node has no PodCIDR to lease from yet; see 'kubectl get clustercidrs' for a range that selects it and has free blocks".to_owned(),
         ),
         CniState::Waiting => (
             false,
