@@ -109,7 +109,7 @@ fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Do
                     ..given(net, style, held)
                 });
             }
-            Err(error) if may_grow(&mut store, conf, &source, &file) => error,
+            Err(error) if may_grow(&mut store, conf, &source, &file, &error) => error,
             Err(error) => return Err(error),
         };
         // Others, whose DELs free addresses, need the lock.
@@ -119,18 +119,26 @@ fn from_blocks(call: &mut Call, conf: &Attachment, netns: NetnsId, done: &mut Do
 }
 
 /// Whether what an ADD failed for is a full family of which another block may come.
-fn may_grow(store: &mut Locked<'_>, conf: &Attachment, source: &Source, file: &BlocksFile) -> bool {
+fn may_grow(
+    store: &mut Locked<'_>,
+    conf: &Attachment,
+    source: &Source,
+    file: &BlocksFile,
+    error: &Error,
+) -> bool {
     // A requested address is in a block or not, whatever comes.
-    if file.may_grow.is_empty() || !conf.requested_ips.is_empty() {
+    if error.code != Code::Exhausted as u32 || file.may_grow.is_empty() || !conf.requested_ips.is_empty() {
         return false;
     }
     let Ok(survey) = store.survey("", "") else { return false };
-    let view = StoreView {
+    let mut view = StoreView {
         survey: &survey,
         pool: PoolId::new(&source.pool, ""),
         cursors: Vec::new(),
         foreign: HashSet::new(),
     };
+    // Fails as the ADD did; then the view knows which addresses are others'.
+    let _ = choose(store, source, &[], &mut view, None);
     pool::full(source, &view).is_some_and(|family| file.may_grow.contains(&family))
 }
 
@@ -205,13 +213,7 @@ pub fn lease_from(
     let mut view = StoreView { survey: &survey, pool, cursors, foreign: HashSet::new() };
     // Where addresses come from the configuration, another network's pods may well have the same on another bridge.
     let network = lease.network.clone().filter(|_| source.pool == Pool::Ranges);
-    let chosen = loop {
-        let chosen = pool::choose(source, requested, &view)?;
-        match foreign_of(store.kernel(), &chosen, network.as_deref())? {
-            Some(address) => view.foreign.insert(address),
-            None => break chosen,
-        };
-    };
+    let chosen = choose(store, source, requested, &mut view, network.as_deref())?;
     let leased = |c: &Chosen| LeasedAddress {
         address: c.address,
         subnet_length: c.range.subnet.prefix_len(),
@@ -225,6 +227,23 @@ pub fn lease_from(
         let _ = store.set_cursor(pool, set, picked.address);
     }
     Ok((Held { slot, lease }, chosen))
+}
+
+/// Chooses addresses that no pod of another network has. What turns out to be such a pod's is noted in the view.
+fn choose(
+    store: &mut Locked<'_>,
+    source: &Source,
+    requested: &[IpAddr],
+    view: &mut StoreView<'_>,
+    network: Option<&str>,
+) -> Result<Vec<Chosen>, Error> {
+    loop {
+        let chosen = pool::choose(source, requested, view)?;
+        match foreign_of(store.kernel(), &chosen, network)? {
+            Some(address) => view.foreign.insert(address),
+            None => return Ok(chosen),
+        };
+    }
 }
 
 /// The first chosen address that a pod of another network has, or may be about to have.

@@ -10,6 +10,7 @@ use lab::{
     Answer, Datapath, Plat, add, address, cluster_conf, eventually, in_each_datapath, netns, ping, with,
 };
 use plat_crds::block::Family;
+use rustix::mount::{MountFlags, mount};
 use serde_json::{Value, json};
 
 /// Two blocks of five addresses.
@@ -36,10 +37,11 @@ fn answer(call: Child) -> Answer {
 /// Starts an ADD and sees that it waits, without the lease store's lock.
 fn waiting(id: &str, conf: &Value) -> Child {
     netns(id);
+    let held = lab::leases().len();
     let mut call = Plat::call("ADD", id, conf).start();
     // `plat leases` takes the lock as well. What it took it for is over by the time of a few of these.
     for _ in 0..10 {
-        assert_eq!(lab::leases().len(), 5);
+        assert_eq!(lab::leases().len(), held);
         assert!(call.try_wait().unwrap().is_none(), "it did not wait: {:?}", answer(call));
     }
     call
@@ -102,6 +104,35 @@ fn an_add_that_waits_takes_an_address_that_a_del_frees() {
     let call = waiting("late", &conf);
     Plat::call("DEL", "c4", &conf).run().silent();
     assert_eq!(address(&answer(call).json()), "10.244.3.4");
+}
+
+#[test]
+fn a_block_that_pods_of_another_network_fill_is_waited_for_as_well() {
+    enter();
+    let conf = cluster_conf();
+    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    // Seen by this test alone.
+    mount("tmpfs", "/var/lib", "tmpfs", MountFlags::empty(), None).unwrap();
+    let others = "/var/lib/cni/networks/ref";
+    std::fs::create_dir_all(others).unwrap();
+    for n in 3..7 {
+        std::fs::write(format!("{others}/10.244.3.{n}"), format!("old{n}\r\neth0")).unwrap();
+    }
+    assert_eq!(address(&add("c2", &conf)), "10.244.3.2");
+    let call = waiting("late", &conf);
+    lab::write_blocks(&[FULL, NEXT], |_| {});
+    assert_eq!(address(&answer(call).json()), "10.244.9.2");
+}
+
+#[test]
+fn an_add_that_fails_for_something_else_than_addresses_does_not_wait() {
+    enter();
+    let conf = cluster_conf();
+    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    fill(&conf);
+    netns("again");
+    let words = Plat::call("ADD", "c2", &conf).set("CNI_NETNS", "/run/netns/again").run().error(103);
+    assert!(!words.contains("no other block"), "{words}");
 }
 
 #[test]
