@@ -35,6 +35,7 @@ impl Call {
         let boot = BootId::read().map_err(|e| Error::because(Code::Io, "cannot read the boot id", e))?;
         let kernel = HostKernel::new(Socket::open(Protocol::Route)?);
         let kernel = kernel.with_state_of_others(&network.state_of_others);
+        let kernel = kernel.with_bridges(network.bridges.clone());
         Ok(Call { container, network, input, plugin_path, kernel, boot })
     }
 

@@ -54,6 +54,8 @@ pub struct Network {
     pub leases: PathBuf,
     /// Where libcni and the reference plugins keep their state.
     pub state_of_others: PathBuf,
+    /// The bridges on which pods of a network that was here before may hang: this one's, and the usual one.
+    pub bridges: Vec<String>,
     /// Who hands out addresses.
     pub ipam: IpamKind,
     /// How long to wait for the lease store's lock.
@@ -64,6 +66,13 @@ pub struct Network {
     pub full_is_failure: bool,
     /// The whole configuration.
     pub json: Json,
+}
+
+/// A bridge that cannot be read is told of by who makes one: not every verb does.
+fn bridges_of_pods(json: &Json) -> Vec<String> {
+    let own = json.get("bridge").text("bridge").unwrap_or_default();
+    let own = Some(own).filter(|own| !own.is_empty() && *own != names::BRIDGE);
+    [names::BRIDGE].into_iter().chain(own).map(str::to_owned).collect()
 }
 
 /// Who hands out addresses.
@@ -116,6 +125,7 @@ impl Network {
                 "" => PathBuf::from(STATE_DIR),
                 path => PathBuf::from(path),
             },
+            bridges: bridges_of_pods(&json),
             ipam: kind,
             lock_timeout: seconds("lockTimeoutSeconds", LOCK_TIMEOUT)?,
             gc_grace: seconds("gcGraceSeconds", GC_GRACE)?,

@@ -2,6 +2,9 @@
 //! have no alias of ours. The kernel is the proof; the files of `host-local` are the second witness, and say whose the
 //! pod is.
 //!
+//! Others have veths too: docker, LXD, a container's own way out. One leads to a pod if it is a port of the pods'
+//! bridge, if the host has a route to the address alone over it, or if such a file names the address.
+//!
 //! They become leases of unknown origin, so that their addresses are taken in every pool for as long as the
 //! link lives. Nothing of the pod is touched before its DEL.
 
@@ -9,6 +12,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use plat_crds::alias;
 use plat_crds::lease::{HostVeth, Lease, MAX_ADDRESSES, Pool};
 
@@ -43,7 +47,17 @@ pub struct Found {
 }
 
 /// The foreign pods, but for those whose link is in `known`. One that goes away while it is looked at is none.
-pub fn look(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<Found, netlink::Error> {
+/// `bridges` are the names of those that pods hang on.
+pub fn look(
+    socket: &mut Socket,
+    files: &HostLocal,
+    bridges: &[String],
+    known: &[Lease],
+) -> Result<Found, netlink::Error> {
+    let mut indices = HashSet::new();
+    for bridge in bridges {
+        indices.extend(link::link_by_name(socket, bridge)?.map(|bridge| bridge.index));
+    }
     let known: HashSet<&str> = known.iter().map(|lease| lease.veth.name.as_str()).collect();
     let links = link::links(socket, Some("veth"))?;
     let mut found = Found::default();
@@ -56,8 +70,8 @@ pub fn look(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<F
         let addresses =
             behind.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr())).collect::<Vec<_>>();
         let owner = addresses.iter().find_map(|net| files.owner(&net.addr(), None));
-        // A link that is no port may be the node's own way out, and what is behind it another machine.
-        if addresses.is_empty() || (link.master.is_none() && owner.is_none()) {
+        let is_port = link.master.is_some_and(|master| indices.contains(&master));
+        if addresses.is_empty() || !(is_port || owner.is_some() || is_routed(socket, link, &addresses)?) {
             continue;
         }
         let ifname = || link::link_in(socket, netns, peer).ok().flatten().map(|pod| pod.name);
@@ -74,6 +88,16 @@ pub fn look(socket: &mut Socket, files: &HostLocal, known: &[Lease]) -> Result<F
         });
     }
     Ok(found)
+}
+
+/// Whether the link is one as the reference `ptp` makes them: no port, and a route to an address alone leads over it.
+fn is_routed(socket: &mut Socket, link: &Link, addresses: &[IpNet]) -> Result<bool, netlink::Error> {
+    for net in addresses.iter().filter(|_| link.master.is_none()) {
+        if link::is_routed_over(socket, net.addr(), link.index)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The addresses behind a link; `None` if it will not tell.
@@ -123,6 +147,7 @@ pub struct Proven {
 pub fn holds(
     socket: &mut Socket,
     files: &HostLocal,
+    bridges: &[String],
     address: &IpAddr,
     network: Option<&str>,
     proven: &mut Option<Proven>,
@@ -132,7 +157,7 @@ pub fn holds(
         return Ok(true);
     }
     if proven.is_none() {
-        let Found { leases, unheard } = look(socket, files, &[])?;
+        let Found { leases, unheard } = look(socket, files, bridges, &[])?;
         let addresses =
             leases.iter().flat_map(|lease| &lease.addresses).map(|leased| leased.address).collect();
         *proven = Some(Proven { addresses, is_whole: unheard == 0 });

@@ -12,6 +12,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use plat_crds::alias::{self, Alias, Leased};
 use plat_crds::lease::{HostVeth, Lease, LeasedAddress, MAX_ADDRESSES, MAX_CONTAINER_ID, Pool};
+use plat_crds::names;
 
 use crate::boot::since_now;
 use crate::foreign;
@@ -32,6 +33,8 @@ pub struct HostKernel {
     route: Socket,
     /// The files of a network that was here before.
     files: HostLocal,
+    /// The bridges that its pods may hang on.
+    bridges: Vec<String>,
     /// The addresses of foreign pods, once they were asked for.
     foreign: Option<foreign::Proven>,
 }
@@ -39,12 +42,18 @@ pub struct HostKernel {
 impl HostKernel {
     /// Asks through that socket, which was opened in the host's network namespace.
     pub fn new(route: Socket) -> HostKernel {
-        HostKernel { route, files: HostLocal::at(Path::new(host_local::STATE_DIR)), foreign: None }
+        let files = HostLocal::at(Path::new(host_local::STATE_DIR));
+        HostKernel { route, files, bridges: vec![names::BRIDGE.to_owned()], foreign: None }
     }
 
     /// The same with the state of other networks in that folder.
     pub fn with_state_of_others(self, dir: &Path) -> HostKernel {
         HostKernel { files: HostLocal::at(dir), ..self }
+    }
+
+    /// The same for a node whose pods hang on these bridges.
+    pub fn with_bridges(self, bridges: Vec<String>) -> HostKernel {
+        HostKernel { bridges, ..self }
     }
 
     /// The socket.
@@ -69,11 +78,11 @@ impl Kernel for HostKernel {
     }
 
     fn foreign(&mut self, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
-        foreign::look(&mut self.route, &self.files, known).map(|found| found.leases)
+        foreign::look(&mut self.route, &self.files, &self.bridges, known).map(|found| found.leases)
     }
 
     fn is_foreign(&mut self, address: &IpAddr, network: Option<&str>) -> Result<bool, netlink::Error> {
-        foreign::holds(&mut self.route, &self.files, address, network, &mut self.foreign)
+        foreign::holds(&mut self.route, &self.files, &self.bridges, address, network, &mut self.foreign)
     }
 
     fn links(&mut self) -> Result<Vec<Link>, netlink::Error> {

@@ -86,6 +86,10 @@ const RTA_TABLE: u16 = 15;
 const METRIC_MTU: u16 = 2;
 const METRIC_ADVMSS: u16 = 8;
 const ROUTE_HEADER: usize = 12;
+/// Where the flags are in it.
+const ROUTE_FLAGS: usize = 8;
+/// `RTM_F_FIB_MATCH`: answer with the entry that matches, instead of what follows from it.
+const FIB_MATCH: u32 = 0x2000;
 /// Where the kind of a route is in its header.
 const ROUTE_TYPE: usize = 7;
 const RTN_UNICAST: u8 = 1;
@@ -661,6 +665,37 @@ pub fn way(socket: &mut Socket, address: IpAddr) -> Result<Option<Way>, Error> {
         Err(error) if matches!(error.errno(), Some(Errno::NETUNREACH | Errno::HOSTUNREACH)) => Ok(None),
         Err(error) => Err(error),
         Ok(()) => Ok(way),
+    }
+}
+
+/// Whether a route to that address alone leads straight over that link.
+pub fn is_routed_over(socket: &mut Socket, address: IpAddr, link: u32) -> Result<bool, Error> {
+    let (family, length) = (Family::of(&address), IpNet::from(address).prefix_len());
+    let mut header = vec![0; ROUTE_HEADER];
+    header.splice(..2, [family_number(family), length]);
+    header.splice(ROUTE_FLAGS.., FIB_MATCH.to_ne_bytes());
+    let mut get = Message::new(RTM_GETROUTE, 0, &header, format!("look up the route to {address}"));
+    get.attr(RTA_DST, &octets(address));
+    let mut is_routed = false;
+    let answer = socket.ask(get, |received| {
+        is_routed = read_route(&received).is_some_and(|route| {
+            route.link == link && route.gateway.is_none() && route.destination.prefix_len() == length
+        });
+    });
+    match answer {
+        Ok(()) => Ok(is_routed),
+        // No route, one that says so, or no such family in this kernel.
+        Err(error) => match error.errno() {
+            Some(
+                Errno::NETUNREACH
+                | Errno::HOSTUNREACH
+                | Errno::ACCESS
+                | Errno::INVAL
+                | Errno::AFNOSUPPORT
+                | Errno::OPNOTSUPP,
+            ) => Ok(false),
+            _ => Err(error),
+        },
     }
 }
 

@@ -199,6 +199,42 @@ fn pods_with_a_link_of_their_own_are_taken_over_too() {
 }
 
 #[test]
+fn pods_with_a_link_of_their_own_are_found_by_their_routes_where_no_file_tells_of_them() {
+    lab::enter();
+    sh("sysctl -qw net.ipv4.ip_forward=1");
+    // kindnet has its files elsewhere.
+    install("10-ref.conflist", &reference_by("ptp", &["10.244.3.0/24"]));
+    let old = [start("old1", &pod(None)), start("old2", &pod(None))].concat();
+    sh("mv /var/lib/cni /var/lib/gone");
+    // The node's own way out is no pod, though another machine is behind it.
+    sh("ip netns add router; ip link add uplink type veth peer name eth0 netns router");
+    sh("ip addr add 10.244.3.100/24 dev uplink; ip link set uplink up");
+    sh("ip -n router addr add 10.244.3.4/24 dev eth0; ip -n router link set eth0 up");
+    take_over(&["10.244.3.0/24"]);
+    let new = [start("new1", &pod(None)), start("new2", &pod(None))].concat();
+    assert_eq!(
+        (old.join(" "), new.join(" ")),
+        ("10.244.3.2 10.244.3.3".into(), "10.244.3.4 10.244.3.5".into())
+    );
+}
+
+#[test]
+fn containers_on_other_bridges_are_nobodys_pods() {
+    lab::enter();
+    sh("mount -t tmpfs tmpfs /var/lib");
+    for (number, bridge) in ["docker0", "br0"].iter().enumerate() {
+        sh(&format!("ip link add {bridge} type bridge; ip link set {bridge} up; ip netns add c{number}"));
+        sh(&format!("ip link add veth{number} type veth peer name eth0 netns c{number}"));
+        sh(&format!("ip link set veth{number} master {bridge} up; ip -n c{number} link set eth0 up"));
+        sh(&format!("ip -n c{number} addr add 10.244.3.{}/24 dev eth0", number + 2));
+    }
+    blocks(&["10.244.3.0/24"]);
+    assert_eq!(sweep().leases, []);
+    sh("ip link set veth1 nomaster; ip link add cni0 type bridge; ip link set veth1 master cni0");
+    assert_eq!(sweep().leases.len(), 1, "it counts once it is the pods' bridge");
+}
+
+#[test]
 fn an_address_that_the_other_network_gives_a_second_time_is_told_with_both_pods() {
     lab::enter();
     // ptp; bridge refuses a bridge that has an address besides its own, as Plat's gateway is one.

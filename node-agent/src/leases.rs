@@ -184,9 +184,10 @@ pub enum Count {
 }
 
 impl Leases {
-    /// The store in that run folder.
-    pub fn open(run: &Path, boot: BootId) -> Result<Leases, netlink::Error> {
-        let kernel = || Socket::open(Protocol::Route).map(HostKernel::new);
+    /// The store in that run folder, on a node whose pods hang on that bridge.
+    pub fn open(run: &Path, boot: BootId, bridge: &str) -> Result<Leases, netlink::Error> {
+        let of_node = |socket| HostKernel::new(socket).with_bridges(vec![bridge.to_owned()]);
+        let kernel = || Socket::open(Protocol::Route).map(of_node);
         let store = Store::at(&run.join(LEASES_FILE));
         // One that is missing is made from what the kernel holds: somebody removed it, or no pod ever was.
         let sweeper = Sweeper::new(store.clone(), boot.clone(), Missing::Create, Box::new(kernel()?));
@@ -336,7 +337,7 @@ mod tests {
     #[test]
     fn leases_are_counted_again_when_the_store_was_written_but_not_all_the_time() {
         let run = tempfile::tempdir().unwrap();
-        let mut leases = Leases::open(run.path(), BootId::read().unwrap()).unwrap();
+        let mut leases = Leases::open(run.path(), BootId::read().unwrap(), "cni0").unwrap();
         let at = Duration::from_secs;
         assert_eq!(leases.count(at(100)), Count::Due, "never counted");
         leases.sweep(at(100)).unwrap();

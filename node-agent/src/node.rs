@@ -277,7 +277,7 @@ impl Machine {
         Ok(Machine {
             me: settings.me.clone(),
             kernel: Kernel::open(sysctl::Sysctls::new(&settings.sysctl_dir, run, SYSCTLS_FILE))?,
-            leases: Leases::open(run.path(), boot)?,
+            leases: Leases::open(run.path(), boot, &settings.me.bridge)?,
             usage: Usage::default(),
             leased_from: None,
             growth: Growth::default(),
