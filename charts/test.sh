@@ -124,6 +124,19 @@ flags() { # CLAIM KIND TEXT: the flags that objects of that kind give are in the
 if command -v cargo >/dev/null; then
   flags "the operator has every flag that the chart gives it" Deployment "$(help plat-operator)"
   flags "the agent has every flag that the chart gives it" DaemonSet "$(help plat-agent run; help plat-agent cleanup)"
+  # What is told by the environment holds for every command that somebody runs in the container, such as `check`.
+  agent_env=$(awk 'BEGIN { RS = "---\n" } /kind: DaemonSet\n/' "$work"/*.yaml | grep -oE 'name: PLAT_[A-Z_]+' | cut -d' ' -f2 | sort -u)
+  wanted=$(help plat-agent check | grep -oE 'env: PLAT_[A-Z_]+' | cut -d' ' -f2 | grep -v PLAT_CHECK_JSON | sort -u)
+  known=$(help plat-agent run; help plat-agent cleanup)
+  unknown=""; for name in $agent_env; do [[ $known == *"[env: $name="* ]] || unknown+=" $name"; done
+  [[ -n $agent_env && -z $unknown ]] && pass "the agent has every variable that the chart gives it" || fail "the agent has every variable that the chart gives it" "unknown:$unknown"
+  [[ $wanted == *PLAT_CNI_CONF_DIR* ]] && pass "check says which variables it takes" || fail "check says which variables it takes" "$wanted"
+  for file in "$work"/*.yaml; do
+    missing="" daemonset=$(awk 'BEGIN { RS = "---\n" } /kind: DaemonSet\n/' "$file")
+    for name in $wanted; do [[ $daemonset == *"{name: $name, value: "* ]] || missing+=" $name"; done
+    claim="profile $(basename "$file" .yaml) tells 'kubectl exec … /plat-agent check' where everything is"
+    [[ -z $missing ]] && pass "$claim" || fail "$claim" "not in the environment:$missing"
+  done
   flags "the test has every flag that the chart gives it" Pod "$(help plat-agent selftest check)"
 fi
 
@@ -132,6 +145,11 @@ agent() { awk 'BEGIN { RS = "---\n" } /kind: DaemonSet/' "$work/default.yaml"; }
 says "the agent has NET_ADMIN alone" "capabilities: {drop: [ALL], add: [NET_ADMIN]}" agent
 for text in "privileged: false" "allowPrivilegeEscalation: false" "readOnlyRootFilesystem: true"; do says "the agent is $text" "$text" agent; done
 [[ $(grep -cE 'privileged: true|hostPID|hostIPC' "$work/default.yaml") == 0 ]] && pass "nothing is privileged" || fail "nothing is privileged"
+
+# Each path of the node that the environment names is where a volume is mounted.
+for path in $(agent | grep -oE 'PLAT_[A-Z]+(_[A-Z]+)*_DIR, value: "?[^"}]+' | sed -E 's/.*value: "?//'); do
+  says "the agent finds $path where it is mounted" "mountPath: $path}" agent
+done
 
 # ---------------------------------------------------------------- what an API server makes of it
 

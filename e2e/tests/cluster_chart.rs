@@ -53,6 +53,21 @@ fn later_chart(cluster: &Cluster) -> PathBuf {
     copy
 }
 
+/// The documented line, in the container of each agent. Exit code 1 means that something was found.
+fn nothing_is_found_on_a_node_that_is_well(cluster: &Cluster) {
+    let agents =
+        ["get", "pods", "-n", "plat-system", "-l", "app.kubernetes.io/component=agent", "-o", "name"];
+    let agents = cluster.kubectl(&agents).unwrap();
+    assert_eq!(agents.lines().count(), 2, "{agents}");
+    for pod in agents.lines() {
+        wait_until("plat-agent check finds nothing", DEADLINE, || {
+            let found = cluster.kubectl(&["exec", "-n", "plat-system", pod, "--", "/plat-agent", "check"])?;
+            anyhow::ensure!(found.is_empty(), "{found}");
+            Ok(())
+        });
+    }
+}
+
 #[test]
 fn from_install_on_one_node_to_uninstall_without_a_trace() {
     let cluster = Cluster::up(1, ProxyMode::Nftables).unwrap();
@@ -66,6 +81,7 @@ fn from_install_on_one_node_to_uninstall_without_a_trace() {
     wait_converged(&cluster, 2, DEADLINE);
     let said = cluster.helm(&["test", "plat", "-n", "plat-system", "--timeout", "90s"]).unwrap();
     assert!(said.contains("Succeeded"), "{said}");
+    nothing_is_found_on_a_node_that_is_well(&cluster);
 
     an_upgrade_of_values_and_of_a_kind_costs_no_datagram(&cluster);
 

@@ -172,6 +172,9 @@ pub struct Check {
     /// Where things are on the node.
     #[command(flatten)]
     pub place: Place,
+    /// How new pods are joined to the host, where no CNI configuration of Plat's says it yet.
+    #[arg(long, env = "PLAT_DATAPATH", default_value = "bridge")]
+    pub datapath: DatapathArg,
     /// Print a list of objects with 'subject' and 'message' instead of lines.
     #[arg(long, env = "PLAT_CHECK_JSON")]
     pub json: bool,
@@ -266,8 +269,7 @@ mod tests {
 
     #[test]
     fn cleanup_and_probe_take_what_the_chart_gives_them() {
-        let line = "plat-agent cleanup --stay --bridge=cni0 --cni-bin-dir=/host/opt/cni/bin --cni-conf-dir=/host/etc/cni/net.d \
-            --run-dir=/run/plat --sysctl-dir=/host/proc/sys/net --log-format=json --log-level=info";
+        let line = "plat-agent cleanup --stay --log-format=json --log-level=info";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         assert!(
             matches!(cli.command, Some(Command::Cleanup(c)) if c.stay && c.log.log_format == LogFormat::Json)

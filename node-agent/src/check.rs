@@ -219,6 +219,7 @@ fn look(check: &Check) -> anyhow::Result<Seen> {
         boot_id: BootId::read()?.text,
         boot_ms: boot::boot_ms(),
         confs: files.confs(),
+        datapath: check.datapath.into(),
         ..Seen::default()
     };
     match Cache::load(&files.run) {
@@ -227,8 +228,8 @@ fn look(check: &Check) -> anyhow::Result<Seen> {
         Loaded::Unusable(why) => seen.unknown = Some(why),
     }
     seen.file = files.run.get(BLOCKS_FILE)?.map(|text| BlocksFile::parse(&text).map_err(|e| e.to_string()));
-    if let Some(text) = files.conf.get(CONFLIST_FILE)? {
-        seen.datapath = conf::datapath(&text).unwrap_or_default();
+    if let Some(datapath) = files.conf.get(CONFLIST_FILE)?.and_then(|text| conf::datapath(&text)) {
+        seen.datapath = datapath;
     }
     let own: BTreeMap<Block, HeldBlock> = seen
         .file

@@ -4,9 +4,15 @@ use crate::harness::*;
 
 /// What it finds: its lines. The exit code says whether there are any.
 fn check(node: &TestNode) -> Vec<String> {
-    let folders = [("cni-conf-dir", "net.d"), ("cni-bin-dir", "bin"), ("run-dir", "plat")];
-    let flags = folders.map(|(flag, folder)| format!("--{flag}={}", node.file(folder).display()));
-    let output = try_run(&format!("{} check {}", env!("CARGO_BIN_EXE_plat-agent"), flags.join(" ")));
+    check_with(node, "bridge")
+}
+
+/// The same with that setting. Everything is told by the environment, as in the container of the chart.
+fn check_with(node: &TestNode, datapath: &str) -> Vec<String> {
+    let folders = [("PLAT_CNI_CONF_DIR", "net.d"), ("PLAT_CNI_BIN_DIR", "bin"), ("PLAT_RUN_DIR", "plat")];
+    let places = folders.map(|(name, folder)| format!("{name}={}", node.file(folder).display()));
+    let agent = env!("CARGO_BIN_EXE_plat-agent");
+    let output = try_run(&format!("env {} PLAT_DATAPATH={datapath} {agent} check", places.join(" ")));
     let text = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<String> = text.lines().map(str::to_owned).collect();
     let expected = i32::from(!lines.is_empty());
@@ -81,5 +87,24 @@ fn what_is_in_the_way_is_found_with_its_cure_and_nothing_on_a_node_that_is_well(
         run("nft delete table inet site");
         std::fs::write(node.file("net.d/00-multus.conf"), "{}").unwrap();
         expect_one(&node, &["cni: the container runtime takes 00-multus.conf"]);
+    });
+}
+
+#[test]
+fn how_pods_are_joined_is_known_by_the_conflist_or_before_it_by_the_setting() {
+    isolated("checks::how_pods_are_joined_is_known_by_the_conflist_or_before_it_by_the_setting", || {
+        let mut node = TestNode::with(vec![block(1), block(2)], vec![range("default-v4")]);
+        node.expect_condition("CNIReady", "True", "Installed");
+        shell(&proxies("iifname != \"eth0\"", "")[0]);
+        assert!(check_with(&node, "routed").iter().all(|line| line.contains("bridgeInterface: cni0")));
+        node.stop();
+        run(&format!("rm {}", node.file("net.d/05-plat.conflist").display()));
+        let found = check_with(&node, "routed");
+        assert!(
+            found.len() == 2
+                && found[0].starts_with("cni: 05-plat.conflist is not there")
+                && found[1].contains("interfaceNamePrefix: plat"),
+            "{found:#?}"
+        );
     });
 }
