@@ -41,6 +41,16 @@ impl Budget {
         taken
     }
 
+    /// Spends one large permit, if any is left: what it costs more than is there is owed, and comes off what follows.
+    pub fn spend(&mut self, now: Duration, cost: f64) -> bool {
+        self.fill(now);
+        let may = self.tokens >= 1.0;
+        if may {
+            self.tokens -= cost;
+        }
+        may
+    }
+
     fn fill(&mut self, now: Duration) {
         let elapsed = now.saturating_sub(self.filled_at).as_secs_f64();
         self.filled_at = self.filled_at.max(now);
@@ -73,6 +83,16 @@ mod tests {
         assert_eq!(budget.take(at(1), 99), 1, "what was saved up is cut");
         assert_eq!(budget.take(at(2), 99), 0);
         assert_eq!(budget.take(at(3), 99), 1);
+    }
+
+    #[test]
+    fn what_is_owed_is_paid_back_before_anything_else() {
+        let mut budget = Budget::new(1.0);
+        let at = Duration::from_secs;
+        assert!(budget.spend(at(0), 5.0));
+        assert!(!budget.spend(at(4), 5.0));
+        assert_eq!(budget.take(at(4), 9), 0);
+        assert_eq!(budget.take(at(5), 9), 1);
     }
 
     #[test]

@@ -165,15 +165,16 @@ impl Leader {
         let plan = plan(&snapshot);
         let comes_again = source == Source::Cache && self.wants_list(&plan, clock);
         let wait = self.statuses_wait(&plan, clock);
+        let nodes = world.nodes.len();
         let due = (!self.settings.cleanup && !comes_again && wait.is_none())
-            .then(|| status::due(status::writes(&snapshot, &plan), &plan, &self.memory, clock));
+            .then(|| status::due(status::writes(&snapshot, &plan), &plan, nodes, &self.memory, clock));
         self.memory.observe_spare(&plan.spare, clock);
         let Some(due) = due else {
             self.memory.statuses_left_since.get_or_insert(clock.steady);
             return (plan, Chosen { wake_after: wait, ..Chosen::default() });
         };
         self.memory.statuses_left_since = None;
-        let chosen = due.choose(world.nodes.len(), &mut self.memory, clock);
+        let chosen = due.choose(&mut self.memory, clock);
         (plan, chosen)
     }
 

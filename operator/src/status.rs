@@ -30,8 +30,12 @@ use crate::topology::GroupBlocks;
 
 /// Counters of one PodCIDR are written at most so often.
 const BLOCK_COUNTERS_EVERY: Duration = Duration::from_secs(10);
-/// Counters of one ClusterCIDR are written at most so often.
+/// Counters of one ClusterCIDR are written at most so often; see [`range_counters_every`] for larger clusters.
 const RANGE_COUNTERS_EVERY: Duration = Duration::from_secs(2);
+/// However many agents and ranges there are, they need not wait longer: from then on the budget alone holds them up.
+const RANGE_COUNTERS_LATEST: Duration = Duration::from_secs(60);
+/// So many groups of a ClusterCIDR's status weigh as much as the status of a PodCIDR.
+const GROUPS_PER_EVENT: f64 = 12.0;
 /// Words that only say how far a block has spread are written at most so often, unless something else is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(60);
 /// A new block's first status waits so long for its node to be ready: most agents are quicker, and then "not yet" was
@@ -92,8 +96,10 @@ pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item 
 /// The writes that could be made now.
 #[derive(Clone, Debug, Default)]
 pub struct Due {
+    /// Nodes of the cluster: as many agents receive each write.
+    nodes: usize,
     /// Of ranges.
-    ranges: Vec<Step>,
+    ranges: Vec<(Class, Step)>,
     /// Of blocks, in their order: no more than the budget ever allows at once.
     blocks: BTreeMap<Rank, Step>,
     /// Those that were left.
@@ -103,17 +109,26 @@ pub struct Due {
 /// Flips first, then whatever has waited longest: class, time of the last write, uid.
 type Rank = (Class, Option<Duration>, Name);
 
-/// Finds what may be written: what has waited for its interval, and not beside another write to the same object.
-pub fn due(writes: impl IntoIterator<Item = Write>, plan: &Plan, memory: &Memory, clock: Clock) -> Due {
+/// Finds what may be written in a cluster of that many nodes: what has waited for its interval, and not beside
+/// another write to the same object.
+pub fn due(
+    writes: impl IntoIterator<Item = Write>,
+    plan: &Plan,
+    nodes: usize,
+    memory: &Memory,
+    clock: Clock,
+) -> Due {
     let busy: std::collections::BTreeSet<_> = plan.steps.iter().map(Step::target).collect();
-    let mut due = Due::default();
+    let ranges_every = range_counters_every(nodes, plan.ranges.values().map(|range| range.holdings.len()));
+    let mut due = Due { nodes, ..Due::default() };
     for write in writes {
         let target = write.step.target();
         if busy.contains(&target) || !memory.is_ripe(&target, clock) {
             continue;
         }
         let last = memory.status_written.get(uid(&write.step)).copied();
-        let rest = last.map_or(Duration::ZERO, |at| (at + interval(&write)).saturating_sub(clock.steady));
+        let rest = last
+            .map_or(Duration::ZERO, |at| (at + interval(&write, ranges_every)).saturating_sub(clock.steady));
         match (rest.max(write.wait), &write.step) {
             (Duration::ZERO, Step::BlockStatus { object, .. }) => {
                 due.blocks.insert((write.class, last, object.uid.clone()), write.step);
@@ -121,7 +136,7 @@ pub fn due(writes: impl IntoIterator<Item = Write>, plan: &Plan, memory: &Memory
                     due.left.later(BACKLOG_WAIT);
                 }
             }
-            (Duration::ZERO, _) => due.ranges.push(write.step),
+            (Duration::ZERO, _) => due.ranges.push((write.class, write.step)),
             (wait, _) => due.left.later(wait),
         }
     }
@@ -129,11 +144,18 @@ pub fn due(writes: impl IntoIterator<Item = Write>, plan: &Plan, memory: &Memory
 }
 
 impl Due {
-    /// Chooses what to write now in a cluster of that many nodes: as much as the budgets allow.
-    pub fn choose(self, nodes: usize, memory: &mut Memory, clock: Clock) -> Chosen {
-        let Due { ranges, blocks, left: mut chosen } = self;
+    /// Chooses what to write now: as much as the budgets allow. Counters of ranges go before those of blocks, which
+    /// their interval leaves half of the budget.
+    pub fn choose(self, memory: &mut Memory, clock: Clock) -> Chosen {
+        let Due { nodes, ranges, blocks, left: mut chosen } = self;
         memory.counters_budget.set_rate(clock.steady, counters_per_second(nodes));
-        chosen.steps = ranges;
+        for (class, step) in ranges {
+            if class <= Class::Flip || memory.counters_budget.spend(clock.steady, cost(&step)) {
+                chosen.steps.push(step);
+            } else {
+                chosen.later(BACKLOG_WAIT);
+            }
+        }
         for ((class, ..), step) in blocks {
             let may = |budget: &mut Budget| budget.take(clock.steady, 1) == 1;
             if (class <= Class::Flip || may(&mut memory.counters_budget)) && may(&mut memory.budget) {
@@ -155,6 +177,27 @@ pub fn counters_per_second(nodes: usize) -> f64 {
     (COUNTER_EVENTS_PER_SECOND / f64::from(agents)).min(STATUS_WRITES_PER_SECOND)
 }
 
+/// How often the counters of each ClusterCIDR are written, if their statuses have so many groups: so that all of
+/// them together cost half of what counters may cost.
+pub fn range_counters_every(nodes: usize, groups: impl Iterator<Item = usize>) -> Duration {
+    let seconds = 2.0 * groups.map(weight).sum::<f64>() / counters_per_second(nodes);
+    Duration::try_from_secs_f64(seconds)
+        .unwrap_or(RANGE_COUNTERS_LATEST)
+        .clamp(RANGE_COUNTERS_EVERY, RANGE_COUNTERS_LATEST)
+}
+
+/// What an event of a ClusterCIDR with so many groups costs, in events of a PodCIDR.
+pub fn weight(groups: usize) -> f64 {
+    1.0 + groups.min(MAX_GROUPS) as f64 / GROUPS_PER_EVENT
+}
+
+fn cost(step: &Step) -> f64 {
+    match step {
+        Step::RangeStatus { new, .. } => weight(new.groups.len()),
+        _ => 1.0,
+    }
+}
+
 impl Chosen {
     fn later(&mut self, wait: Duration) {
         self.backlog += 1;
@@ -162,10 +205,10 @@ impl Chosen {
     }
 }
 
-fn interval(write: &Write) -> Duration {
+fn interval(write: &Write, ranges_every: Duration) -> Duration {
     match (write.class, &write.step) {
         (Class::Awaited | Class::Flip, _) => Duration::ZERO,
-        (Class::Counters, Step::RangeStatus { .. }) => RANGE_COUNTERS_EVERY,
+        (Class::Counters, Step::RangeStatus { .. }) => ranges_every,
         (Class::Counters, _) => BLOCK_COUNTERS_EVERY,
         (Class::Progress, _) => PROGRESS_EVERY,
     }
@@ -786,7 +829,7 @@ mod tests {
     }
 
     fn choose(writes: Vec<Write>, plan: &Plan, nodes: usize, memory: &mut Memory, clock: Clock) -> Chosen {
-        due(writes, plan, memory, clock).choose(nodes, memory, clock)
+        due(writes, plan, nodes, memory, clock).choose(memory, clock)
     }
 
     fn block_statuses(classes: &[Class]) -> Vec<Write> {
@@ -909,6 +952,56 @@ mod tests {
         let classes: Vec<_> = (0..60).map(|i| if i >= 20 { Class::Counters } else { Class::Flip }).collect();
         let chosen = choose(block_statuses(&classes), &plan, 5000, &mut memory, clock(1));
         assert_eq!((chosen.steps.len(), chosen.backlog), (30, 30), "20 flips and 10 counters");
+    }
+
+    fn a_group(index: usize) -> TopologyGroup {
+        TopologyGroup {
+            value: Some(format!("europe-west-{index}")),
+            blocks: 1000,
+            outside: 100,
+            prefix_count: 12,
+            prefixes: vec!["10.100.112.0/20".to_owned(); MAX_PREFIXES],
+        }
+    }
+
+    #[test]
+    fn counters_of_ranges_are_paid_from_the_same_budget_and_rarer_the_more_agents_they_wake() {
+        let every = |nodes, groups: &[usize]| range_counters_every(nodes, groups.iter().copied()).as_secs();
+        for (nodes, groups, seconds) in [
+            (0, &[][..], 2),
+            (5000, &[0, 0], 2),
+            (5000, &[64, 64], 2),
+            (15_000, &[64, 64], 7),
+            (65_000, &[0, 0], 5),
+            (65_000, &[64, 64], 32),
+            (1_000_000, &[64; 100], 60),
+        ] {
+            assert_eq!(every(nodes, groups), seconds, "{nodes} nodes, groups {groups:?}");
+        }
+        let range = |class| {
+            let new = ClusterCIDRStatus { groups: (0..60).map(a_group).collect(), ..Default::default() };
+            let object = version(&"r".into(), &"range".into(), "1");
+            let step = Step::RangeStatus { object, old: Box::default(), new: Box::new(new) };
+            Write { class, wait: Duration::ZERO, step }
+        };
+        let (plan, clock) = (Plan::default(), Clock { wall: at(NOW), steady: Duration::from_secs(1) });
+        for (class, counters) in [(Class::Counters, 4), (Class::Flip, 10)] {
+            let mut memory = Memory::new(false);
+            let writes = [range(class)].into_iter().chain(block_statuses(&[Class::Counters; 40])).collect();
+            let chosen = choose(writes, &plan, 5000, &mut memory, clock);
+            assert_eq!(chosen.steps.len(), 1 + counters, "{class:?}: 60 groups weigh as much as 6 blocks");
+            memory.status_written.clear();
+            let again = choose(vec![range(class)], &plan, 5000, &mut memory, clock);
+            assert_eq!(again.steps.len(), usize::from(class == Class::Flip), "{class:?}: nothing is left");
+        }
+    }
+
+    /// The unit is a PodCIDR with its status, of 2,223 bytes in the watch (docs/scale.md).
+    #[test]
+    fn groups_weigh_as_much_as_is_reckoned() {
+        let bytes = serde_json::to_string(&a_group(0)).unwrap().len() as f64;
+        let reckoned = 2223.0 / GROUPS_PER_EVENT;
+        assert!((0.5..=1.0).contains(&(bytes / reckoned)), "{bytes} bytes against {reckoned}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use plat_operator::budget::Budget;
 use plat_operator::memory::STATUS_WRITES_PER_SECOND;
-use plat_operator::status::counters_per_second;
+use plat_operator::status::{counters_per_second, range_counters_every, weight};
 
 /// Blocks per second that one API server with its etcd creates on two processors; 290 to 560 were
 /// measured on a busy one.
@@ -25,6 +25,8 @@ const STATUSES_PER_JOIN: f64 = 2.0;
 const WRITES_PER_JOIN: f64 = 9.0;
 /// Bytes of a PodCIDR in a watch or a list: measured.
 const BLOCK_BYTES: f64 = 2_223.0;
+/// Ranges of a cluster, and the groups that the status of each tells of: both families, and as many zones as there may be.
+const RANGES: [usize; 2] = [64, 64];
 /// Bytes in etcd for a node: PodCIDR and NodeNetwork, which last, and two Events, which last an hour.
 const STORED_BYTES: f64 = 2_200.0 + 1_500.0 + 2.0 * 800.0;
 /// Memory of the operator: program and runtime, and what is kept of a node.
@@ -63,6 +65,19 @@ impl Model {
     fn counters(&self) -> f64 {
         let nodes = self.0 as usize;
         counters_per_second(nodes).min(REPORTS_PER_SECOND).min(self.0 / 10.0) * 3600.0
+    }
+
+    /// Of these, events of ClusterCIDRs while blocks come and go without end: their numbers change with each.
+    fn range_counters(&self) -> f64 {
+        let every = range_counters_every(self.0 as usize, RANGES.into_iter());
+        RANGES.len() as f64 * 3600.0 / every.as_secs_f64()
+    }
+
+    /// MiB per second that the API server sends for those to all agents together.
+    fn range_bytes(&self) -> f64 {
+        let bytes =
+            RANGES.map(|groups| weight(groups) * BLOCK_BYTES).iter().sum::<f64>() / RANGES.len() as f64;
+        self.range_counters() / 3600.0 * bytes * self.0 / MIB
     }
 
     /// Events per second that the API server sends for that to all agents together, and MiB.
@@ -104,6 +119,12 @@ fn table() -> String {
         row("status events per agent and hour, counters changing without end", &Model::counters, 0),
         row("for counters: events/s to all agents", &|m| m.fan_out().0, 0),
         row("for counters: MiB/s to all agents", &|m| m.fan_out().1, 0),
+        row(
+            "of these, of 2 ClusterCIDRs with 64 groups each: events per agent and hour",
+            &Model::range_counters,
+            0,
+        ),
+        row("of these, of 2 ClusterCIDRs with 64 groups each: MiB/s to all agents", &Model::range_bytes, 0),
         row("one agent starts: its list, MiB", &|m| m.lists().0, 0),
         row("all agents start: their lists, GiB", &|m| m.lists().1, 0),
         row("routes of a node, per family", &|m| m.0 - 1.0, 0),
@@ -111,6 +132,20 @@ fn table() -> String {
         row("etcd, Plat's objects, MiB", &Model::etcd_mib, 0),
     ]
     .concat()
+}
+
+/// Whatever the size of the cluster, the counters of ranges cost no more than half of what all counters may.
+#[test]
+fn ranges_leave_half_of_the_counters_to_blocks() {
+    for nodes in [1.0, 100.0, 1000.0, 5000.0, 15_000.0, 65_000.0, 100_000.0] {
+        let model = Model(nodes);
+        let bound = counters_per_second(nodes as usize) * nodes * BLOCK_BYTES / MIB;
+        assert!(
+            model.range_bytes() <= bound / 2.0 * 1.001,
+            "{nodes} nodes: {} of {bound}",
+            model.range_bytes()
+        );
+    }
 }
 
 /// A number with commas.

@@ -256,8 +256,8 @@ fn a_joining_fleet_writes_no_more_range_statuses_for_its_topology() {
         let first = scene.world.ranges["zoned"].status.blocks.is_none();
         assert!(writes.iter().all(|write| write.class == Class::Counters || first));
         let mut memory = std::mem::replace(&mut scene.memory, crate::memory::Memory::new(false));
-        let due = due(writes, &plan, &memory, scene.clock);
-        for step in due.choose(index + 1, &mut memory, scene.clock).steps {
+        let due = due(writes, &plan, index + 1, &memory, scene.clock);
+        for step in due.choose(&mut memory, scene.clock).steps {
             if let Step::RangeStatus { new, .. } = step {
                 written += 1;
                 scene = scene.range(RangeFact { status: *new, ..zoned("10.244.0.0/16") });
