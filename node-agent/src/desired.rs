@@ -67,6 +67,8 @@ pub struct Host {
     pub mtu: Option<u32>,
     /// Blocks with living leases, whatever the objects say.
     pub leased: BTreeSet<Block>,
+    /// Those of them for which nothing speaks but an address that may be another network's.
+    pub guessed: BTreeSet<Block>,
     /// How living pods are joined to the host, which may be otherwise than new ones.
     pub in_use: BTreeSet<Datapath>,
     /// ClusterCIDRs for which an `unreachable` route is safe.
@@ -121,7 +123,8 @@ pub fn next_hop(block: &BlockFact, ranges: &BTreeMap<String, RangeFact>) -> Resu
 
 /// The blocks of this node: those that objects give it, and those that still have leases and are nobody
 /// else's. Overlapping ones are left out; released ones, and those that would cut the node off, are this node's only
-/// while they have leases.
+/// while they have leases. Those that are guessed from an address never cut the node off, and are believed only where
+/// the operator gives out blocks.
 pub fn own_blocks(me: &Me, map: Map<'_>, host: &Host) -> BTreeMap<Block, HeldBlock> {
     let (accepted, _) = overlap::older_first(map.blocks, map.absent);
     let stands = |b: &BlockFact| {
@@ -133,7 +136,12 @@ pub fn own_blocks(me: &Me, map: Map<'_>, host: &Host) -> BTreeMap<Block, HeldBlo
         .filter(|b| b.node == me.node && stands(b))
         .map(|b| (b.block, HeldBlock { cidr: b.block, lease: leases(b) }))
         .collect();
-    for block in &host.leased {
+    let doubtful = |block: &Block| {
+        let mut ready = map.ranges.values().filter(|range| range.ready);
+        host.guessed.contains(block)
+            && (host.exposed.contains_key(block) || !ready.any(|range| range.range.covers(block)))
+    };
+    for block in host.leased.iter().filter(|block| !doubtful(block)) {
         if !accepted.iter().any(|b| b.block.overlaps(block)) {
             own.insert(*block, HeldBlock { cidr: *block, lease: false });
         }
@@ -577,6 +585,21 @@ mod tests {
         assert!(desired.masquerade.sources.contains_key(&block(5).block), "its range still covers it");
         case.blocks.insert(block(5).name, block(5));
         assert_eq!(case.routes(), ["10.244.5.0/24 via 172.30.0.15 metric 1120"]);
+    }
+
+    #[test]
+    fn a_block_that_is_guessed_from_an_address_must_lie_in_a_ready_range_and_cut_nobody_off() {
+        let mut case = case(vec![]);
+        case.host.leased = [block(5).block].into();
+        case.host.guessed = case.host.leased.clone();
+        assert_eq!(case.routes()[0], "10.244.5.0/24 to the pods metric 1120");
+        case.host.exposed = [(block(5).block, [10, 244, 5, 1].into())].into();
+        assert_eq!(case.routes(), [] as [&str; 0]);
+        case.host.exposed.clear();
+        case.ranges.get_mut("default-v4").unwrap().ready = false;
+        assert_eq!(case.routes(), [] as [&str; 0]);
+        case.host.guessed.clear();
+        assert_eq!(case.routes()[0], "10.244.5.0/24 to the pods metric 1120", "pods of ours are there");
     }
 
     #[test]

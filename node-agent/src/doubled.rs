@@ -18,23 +18,24 @@ use plat_crds::block::Block;
 use plat_crds::lease::Lease;
 
 use crate::desired::Map;
+use crate::facts::BlockFact;
 use crate::leases::words;
 use crate::node::OwnBlocks;
 use crate::overlap;
 
-/// Blocks with leases here that a PodCIDR gives to another node, and its name.
+/// The blocks of other nodes, with their names, that hold addresses of blocks with leases here.
 pub fn taken(map: Map<'_>, own: &OwnBlocks, leased: &BTreeSet<Block>) -> BTreeMap<Block, String> {
     let doubtful: Vec<&Block> = leased.iter().filter(|block| !own.contains_key(block)).collect();
     if doubtful.is_empty() {
         return BTreeMap::new();
     }
     let (accepted, _) = overlap::older_first(map.blocks, map.absent);
-    let in_use = |block: &&Block| {
-        let holder =
-            accepted.iter().find(|fact| fact.block.overlaps(block) && !map.absent.contains(&fact.name))?;
-        (!holder.released() && !own.contains_key(&holder.block)).then(|| (**block, holder.node.clone()))
+    let is_anothers = |fact: &&&BlockFact| {
+        !fact.released() && !map.absent.contains(&fact.name) && !own.contains_key(&fact.block)
     };
-    doubtful.iter().filter_map(in_use).collect()
+    let others = accepted.iter().filter(is_anothers);
+    let shared = others.filter(|fact| doubtful.iter().any(|block| block.overlaps(&fact.block)));
+    shared.map(|fact| (fact.block, fact.node.clone())).collect()
 }
 
 /// Links that are down because of this.
@@ -119,8 +120,8 @@ fn holder<'a>(address: &IpAddr, taken: &'a BTreeMap<Block, String>) -> Option<&'
 mod tests {
     use super::*;
     use crate::desired::{Host, Me, own_blocks};
-    use crate::facts::BlockFact;
-    use crate::fixtures::block;
+    use crate::fixtures::{block, block as block_of};
+    use plat_crds::blocks_file::HeldBlock;
     use plat_crds::lease::Datapath;
     use plat_crds::pod_cidr::BlockState;
 
@@ -150,5 +151,20 @@ mod tests {
             let taken = taken(map, &own_blocks(&me, map, &host), &host.leased);
             assert_eq!(taken.values().map(String::as_str).next(), expected, "{blocks:?}");
         }
+    }
+
+    #[test]
+    fn of_a_block_that_several_nodes_share_only_what_is_anothers_is_taken() {
+        let of = |cidr: &str, node: &str| {
+            let block: Block = cidr.parse().unwrap();
+            let fact = BlockFact { name: block.object_name(), block, node: node.into(), ..block_of(7) };
+            (fact.name.clone(), fact)
+        };
+        let blocks = [of("10.244.7.0/26", "n1"), of("10.244.7.64/26", "n2")].into();
+        let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), absent: &BTreeSet::new() };
+        let cidr = |text: &str| text.parse::<Block>().unwrap();
+        let own = [(cidr("10.244.7.64/26"), HeldBlock { cidr: cidr("10.244.7.64/26"), lease: true })].into();
+        let taken = taken(map, &own, &[cidr("10.244.7.0/24")].into());
+        assert_eq!(taken, [(cidr("10.244.7.0/26"), "n1".to_owned())].into());
     }
 }

@@ -180,6 +180,9 @@ pub struct RangeFact {
     /// Whether it gives out blocks now.
     #[serde(default)]
     pub gives_blocks: bool,
+    /// Prefix length of its blocks; 0 if that is not known.
+    #[serde(default)]
+    pub block_prefix: u8,
 }
 
 impl Fact for BlockFact {
@@ -278,6 +281,7 @@ impl RangeFact {
             masquerade: masquerade.mode,
             max_blocks: u32::try_from(object.spec.blocks_per_node.max).unwrap_or_default(),
             gives_blocks: gives_blocks(object),
+            block_prefix: object.spec.block_prefix(&range),
             name,
         })
     }

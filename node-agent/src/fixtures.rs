@@ -52,6 +52,7 @@ pub fn range(name: &str) -> RangeFact {
         exclude: vec![],
         max_blocks: 8,
         gives_blocks: true,
+        block_prefix: 24,
     }
 }
 

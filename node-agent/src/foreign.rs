@@ -120,12 +120,17 @@ fn describe(route: &ForeignRoute) -> String {
 }
 
 /// The blocks that hold addresses which this node needs, with one of them each. `needed` are addresses of the API
-/// server, resolvers, routers and nodes.
-pub fn exposed(map: Map<'_>, needed: &BTreeSet<IpAddr>) -> BTreeMap<Block, BTreeSet<IpAddr>> {
+/// server, resolvers, routers and nodes, `guessed` blocks without an object.
+pub fn exposed(
+    map: Map<'_>,
+    guessed: &BTreeSet<Block>,
+    needed: &BTreeSet<IpAddr>,
+) -> BTreeMap<Block, BTreeSet<IpAddr>> {
     let mut exposed: BTreeMap<Block, BTreeSet<IpAddr>> = BTreeMap::new();
     // Only these are programmed. They are disjoint, so the nearest below an address is the one that may hold it.
     let (accepted, _) = overlap::older_first(map.blocks, map.absent);
-    let blocks: BTreeSet<Block> = accepted.iter().map(|fact| fact.block).collect();
+    let mut blocks: BTreeSet<Block> = accepted.iter().map(|fact| fact.block).collect();
+    blocks.extend(guessed.iter().filter(|block| !accepted.iter().any(|fact| fact.block.overlaps(block))));
     for address in needed {
         let Some(host) = Block::of(*address, if address.is_ipv4() { 32 } else { 128 }) else { continue };
         let nearest = blocks.range(..=host).next_back().filter(|block| block.contains(address));
@@ -222,9 +227,11 @@ mod tests {
         let (ranges, absent) = (BTreeMap::new(), BTreeSet::new());
         let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
         let needed = ["10.244.2.1", "10.244.2.9", "10.244.3.1", "172.30.0.1", "fd00::1"];
-        let found = exposed(map, &needed.iter().map(|a| a.parse().unwrap()).collect());
+        let found =
+            exposed(map, &[block(3).block].into(), &needed.iter().map(|a| a.parse().unwrap()).collect());
         let expected = ["10.244.2.1", "10.244.2.9"].map(|a| a.parse().unwrap());
-        assert_eq!(found, [(block(2).block, expected.into())].into());
+        let guessed = ["10.244.3.1".parse().unwrap()];
+        assert_eq!(found, [(block(2).block, expected.into()), (block(3).block, guessed.into())].into());
     }
 
     #[test]
@@ -235,6 +242,6 @@ mod tests {
         let (ranges, absent) = (BTreeMap::new(), BTreeSet::new());
         let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
         let needed: BTreeSet<IpAddr> = ["10.244.1.9", "10.244.200.1"].map(|a| a.parse().unwrap()).into();
-        assert_eq!(exposed(map, &needed), [(wide.block, needed)].into());
+        assert_eq!(exposed(map, &BTreeSet::new(), &needed), [(wide.block, needed)].into());
     }
 }

@@ -19,6 +19,9 @@ use plat_crds::block::{Block, Family};
 use plat_crds::lease::{Datapath, Lease, Pool};
 use plat_crds::names::LEASES_FILE;
 
+use crate::desired::Map;
+use crate::overlap;
+
 /// How long to wait for the store's lock. Counting can wait for the next tick, pods cannot wait for it.
 const LOCK_WAIT: Duration = Duration::from_millis(200);
 /// Shortest time between two counts because of changes: many pods may start at once.
@@ -109,20 +112,55 @@ impl Usage {
         }
     }
 
-    /// Blocks that have leases. An address of unknown origin that lies in one of `ranges` is taken to be
-    /// from a block of the usual size.
-    pub fn blocks(&self, ranges: impl IntoIterator<Item = Block>) -> BTreeSet<Block> {
-        let ranges: Vec<Block> = ranges.into_iter().collect();
-        let block = |(address, origin): &(IpAddr, Origin)| match origin {
+    /// Blocks that have leases. An address of unknown origin is from the block of the PodCIDR that holds it, or of
+    /// another lease; where there is none, it is taken to be from a block of its range's size.
+    pub fn blocks(&self, map: Map<'_>) -> LeasedBlocks {
+        let known = |(_, origin): &(IpAddr, Origin)| match origin {
             Origin::Block(block) => Some(*block),
-            Origin::Unknown => ranges
-                .iter()
-                .any(|range| range.contains(address))
-                .then(|| Block::of(*address, Family::of(address).default_block_prefix()))
-                .flatten(),
+            Origin::Unknown => None,
         };
-        self.leased.iter().filter_map(block).collect()
+        let mut leased =
+            LeasedBlocks { all: self.leased.iter().filter_map(known).collect(), guessed: BTreeSet::new() };
+        let unknown: Vec<&IpAddr> = self
+            .leased
+            .iter()
+            .filter(|(address, origin)| {
+                *origin == Origin::Unknown && !leased.all.iter().any(|block| block.contains(address))
+            })
+            .map(|(address, _)| address)
+            .collect();
+        if unknown.is_empty() {
+            return leased;
+        }
+        let (accepted, _) = overlap::older_first(map.blocks, map.absent);
+        for address in unknown {
+            if let Some(fact) = accepted.iter().find(|fact| fact.block.contains(address)) {
+                leased.all.insert(fact.block);
+            } else if let Some(block) = guess(map, address) {
+                leased.guessed.insert(block);
+            }
+        }
+        leased.all.extend(&leased.guessed);
+        leased
     }
+}
+
+/// The block that an address would be from.
+fn guess(map: Map<'_>, address: &IpAddr) -> Option<Block> {
+    let ranges = map.ranges.values().filter(|range| range.range.contains(address));
+    let range = ranges.max_by_key(|range| range.ready)?;
+    // Those that an older agent has kept do not say.
+    let usual = Family::of(address).default_block_prefix();
+    Block::of(*address, Some(range.block_prefix).filter(|prefix| *prefix > 0).unwrap_or(usual))
+}
+
+/// Blocks that have leases.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeasedBlocks {
+    /// All of them.
+    pub all: BTreeSet<Block>,
+    /// Those for which nothing speaks but an address of unknown origin.
+    pub guessed: BTreeSet<Block>,
 }
 
 /// The pods' tables, once they are as the leases say.
@@ -281,6 +319,8 @@ pub fn words(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::facts::{BlockFact, RangeFact};
+    use crate::fixtures::{self, range};
     use plat_crds::lease::{HostVeth, LeasedAddress, Since};
 
     fn lease(pool: Pool, address: &str, subnet_length: u8) -> Lease {
@@ -312,14 +352,48 @@ mod tests {
         let usage = Usage::of(&leases);
         assert_eq!(usage.used(&block("10.244.1.0/24")), Some(2));
         assert_eq!(usage.used(&block("10.244.2.0/24")), Some(0));
-        assert_eq!(usage.blocks([]), ["10.244.1.0/24", "10.244.9.0/24"].map(block).into());
+        let blocks = with_map(&[], &[], |map| usage.blocks(map));
+        assert_eq!(blocks.all, ["10.244.1.0/24", "10.244.9.0/24"].map(block).into());
+        assert_eq!(blocks.guessed, [].into());
     }
 
     #[test]
     fn a_block_is_held_also_by_leases_that_do_not_know_it() {
         let usage =
             Usage::of(&[lease(Pool::Unknown, "10.244.7.9", 32), lease(Pool::Unknown, "10.22.0.9", 32)]);
-        assert_eq!(usage.blocks([block("10.244.0.0/16")]), ["10.244.7.0/24"].map(block).into());
+        let blocks = with_map(&[], &[range("r")], |map| usage.blocks(map));
+        assert_eq!(blocks.all, ["10.244.7.0/24"].map(block).into());
+        assert_eq!(blocks.guessed, blocks.all);
+    }
+
+    #[test]
+    fn an_address_of_unknown_origin_is_from_the_block_that_holds_it_whatever_its_size() {
+        let of = |cidr: &str, node: &str| {
+            let block = block(cidr);
+            BlockFact { name: block.object_name(), block, node: node.into(), ..fixtures::block(7) }
+        };
+        let facts = [of("10.244.7.0/26", "n1"), of("10.244.7.64/26", "n2")];
+        let ranges = [RangeFact { block_prefix: 26, ..range("r") }];
+        for (addresses, all, guessed) in [
+            (&["10.244.7.70"][..], &["10.244.7.64/26"][..], &[][..]),
+            (&["10.244.7.5"], &["10.244.7.0/26"], &[]),
+            (&["10.244.7.200"], &["10.244.7.192/26"], &["10.244.7.192/26"]),
+            (&["10.244.7.70", "10.244.9.1"], &["10.244.7.64/26", "10.244.9.0/26"], &["10.244.9.0/26"]),
+        ] {
+            let leases: Vec<_> = addresses.iter().map(|address| lease(Pool::Unknown, address, 32)).collect();
+            let blocks = with_map(&facts, &ranges, |map| Usage::of(&leases).blocks(map));
+            assert_eq!(blocks.all, all.iter().map(|text| block(text)).collect(), "{addresses:?}");
+            assert_eq!(blocks.guessed, guessed.iter().map(|text| block(text)).collect(), "{addresses:?}");
+        }
+        let leases = [lease(Pool::Blocks, "10.244.8.70", 26), lease(Pool::Unknown, "10.244.8.71", 32)];
+        let blocks = with_map(&[], &[range("r")], |map| Usage::of(&leases).blocks(map));
+        assert_eq!((blocks.all, blocks.guessed), ([block("10.244.8.64/26")].into(), [].into()));
+    }
+
+    fn with_map<T>(facts: &[BlockFact], ranges: &[RangeFact], then: impl FnOnce(Map<'_>) -> T) -> T {
+        let blocks = facts.iter().map(|fact| (fact.name.clone(), fact.clone())).collect();
+        let ranges = ranges.iter().map(|range| (range.name.clone(), range.clone())).collect();
+        then(Map { blocks: &blocks, ranges: &ranges, absent: &BTreeSet::new() })
     }
 
     #[test]

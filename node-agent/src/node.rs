@@ -30,7 +30,7 @@ use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
 use crate::kernel::{host, route, sysctl};
-use crate::leases::{Count, Leases, PodRules, Swept, Usage};
+use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
 use crate::readiness::Readiness;
@@ -387,14 +387,14 @@ impl Machine {
     }
 
     /// Blocks with living leases, and those of this node that may have some: nothing is taken from under a pod.
-    fn leased(&self, map: Map<'_>) -> BTreeSet<Block> {
-        let mut leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
+    fn leased(&self, map: Map<'_>) -> LeasedBlocks {
+        let mut leased = self.usage.blocks(map);
         let counted = |block: &Block| match &self.leased_from {
             Some(leased_from) => !leased_from.contains(block) && !self.usage.is_outdated(),
             None => false,
         };
         let own = map.blocks.values().filter(|block| block.node == self.me.node && block.released());
-        leased.extend(own.map(|block| block.block).filter(|block| !counted(block)));
+        leased.all.extend(own.map(|block| block.block).filter(|block| !counted(block)));
         leased
     }
 
@@ -406,8 +406,7 @@ impl Machine {
 
     /// Takes the pods off the network whose addresses are another node's by now.
     fn cut_doubled(&mut self, map: Map<'_>, own: &OwnBlocks) -> Doubled {
-        let leased = self.usage.blocks(map.ranges.values().map(|range| range.range));
-        let taken = doubled::taken(map, own, &leased);
+        let taken = doubled::taken(map, own, &self.usage.blocks(map).all);
         self.cuts.apply(&mut self.kernel.route, &self.usage.pods, &taken, own)
     }
 
@@ -444,11 +443,13 @@ impl Machine {
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
         let mtu = host::path_mtu(&view, &node, devices);
         let needed = self.needed(map)?;
+        let leased = self.leased(map);
         let mut host = Host {
-            exposed: self.exposed(map, &needed)?,
+            exposed: self.exposed(map, &leased.guessed, &needed)?,
             locations,
             mtu,
-            leased: self.leased(map),
+            leased: leased.all,
+            guessed: leased.guessed,
             ..Host::default()
         };
         let own = desired::own_blocks(&self.me, map, &host);
@@ -501,9 +502,14 @@ impl Machine {
     }
 
     /// The blocks to which a route would cut this node off.
-    fn exposed(&mut self, map: Map<'_>, needed: &BTreeSet<IpAddr>) -> Result<BTreeMap<Block, IpAddr>, Error> {
+    fn exposed(
+        &mut self,
+        map: Map<'_>,
+        guessed: &BTreeSet<Block>,
+        needed: &BTreeSet<IpAddr>,
+    ) -> Result<BTreeMap<Block, IpAddr>, Error> {
         let mut exposed = BTreeMap::new();
-        for (block, addresses) in foreign::exposed(map, needed) {
+        for (block, addresses) in foreign::exposed(map, guessed, needed) {
             for address in addresses {
                 if !route::is_covered(&mut self.kernel.route, address, &block)? {
                     exposed.insert(block, address);

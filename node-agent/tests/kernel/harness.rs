@@ -201,6 +201,7 @@ pub fn range(name: &str) -> RangeFact {
         exclude: vec![],
         max_blocks: 8,
         gives_blocks: true,
+        block_prefix: if name == "default-v4" { 24 } else { 64 },
     }
 }
 

@@ -109,6 +109,32 @@ fn pods_without_a_block_make_their_node_hold_it() {
 }
 
 #[test]
+fn dockers_containers_make_their_node_hold_nothing() {
+    isolated("takeover::dockers_containers_make_their_node_hold_nothing", || {
+        let mut node = TestNode::new();
+        run("mount -t tmpfs tmpfs /var/lib");
+        run("ip link add docker0 type bridge");
+        run("ip link set docker0 up");
+        run("ip addr add 10.244.77.1/24 dev docker0");
+        run("ip netns add container");
+        run("ip link add veth1 type veth peer name eth0 netns container");
+        run("ip link set veth1 master docker0 up");
+        run("ip -n container link set eth0 up");
+        run("ip -n container addr add 10.244.77.2/24 dev eth0");
+        node.start();
+        node.contact();
+        node.list(vec![block(1)], vec![range("default-v4")]);
+        node.expect_condition("RoutesReady", "True", "HostRoute");
+        node.expect_condition("CNIReady", "True", "Installed");
+        node.settled();
+        let held: Vec<String> = node.report().status.held_blocks.into_iter().map(|held| held.cidr).collect();
+        assert_eq!(held, ["10.244.1.0/24"]);
+        assert_eq!(run("ip route show table all 10.244.77.0/24 proto 112"), "");
+        assert!(!run("ip -o addr show").contains("10.244.77.1/32"));
+    });
+}
+
+#[test]
 fn a_route_of_another_network_that_goes_before_ours_is_named_if_it_leads_elsewhere() {
     isolated(
         "takeover::a_route_of_another_network_that_goes_before_ours_is_named_if_it_leads_elsewhere",
