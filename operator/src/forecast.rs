@@ -30,6 +30,8 @@ pub const WARN_AHEAD: Duration = Duration::from_secs(14 * DAY);
 const CALM_AHEAD: Duration = Duration::from_secs(21 * DAY);
 /// A range with fewer than one free block in so many is nearly full, whatever its pace.
 const LOW_SHARE: u64 = 20;
+/// It is so until one in so many is free: not each time that a node comes or goes.
+const CALM_SHARE: u64 = 10;
 
 const DAY: u64 = 24 * 60 * 60;
 const DAYS_OF_GROWTH: f64 = 30.0;
@@ -83,7 +85,7 @@ pub fn outlook(forecast: &RangeForecast, fill: Fill, warned: bool, now: Timestam
     let by = now.checked_add(ahead).unwrap_or(Timestamp::MAX);
     match &forecast.exhausted_at {
         Some(Time(at)) if *at <= by => Outlook::RunsOut(*at),
-        _ if fill.is_low() => Outlook::Low,
+        _ if fill.is_low(warned) => Outlook::Low,
         _ => Outlook::Enough,
     }
 }
@@ -93,9 +95,7 @@ pub fn exhausted(range: &RangeFact, forecast: &RangeForecast, plan: &Plan, snaps
     let Some(fill) = plan.ranges.get(&range.name).map(RangeOutlook::fill) else {
         return Verdict::new(EXHAUSTED, None, reason::BLOCKS_FREE, "");
     };
-    let warned = condition::find(&range.status.conditions, EXHAUSTED)
-        .is_some_and(|c| [reason::RUNS_OUT_SOON, reason::OTHERS_TAKE_OVER].contains(&c.reason.as_str()));
-    let (status, reason, what) = match outlook(forecast, fill, warned, snapshot.clock.wall) {
+    let (status, reason, what) = match outlook(forecast, fill, is_warned_of(range), snapshot.clock.wall) {
         Outlook::Enough => return Verdict::new(EXHAUSTED, Some(false), reason::BLOCKS_FREE, ""),
         _ if range.allocation != Allocation::Enabled && fill.free > 0 => {
             return Verdict::new(
@@ -136,6 +136,12 @@ pub fn exhausted(range: &RangeFact, forecast: &RangeForecast, plan: &Plan, snaps
     }
 }
 
+/// Whether the range's condition warns ahead, as it is written.
+fn is_warned_of(range: &RangeFact) -> bool {
+    let ahead = [reason::RUNS_OUT_SOON, reason::FEW_BLOCKS_LEFT, reason::OTHERS_TAKE_OVER];
+    condition::find(&range.status.conditions, EXHAUSTED).is_some_and(|c| ahead.contains(&c.reason.as_str()))
+}
+
 /// A range with room that serves all nodes that this one serves.
 fn successor<'a>(range: &RangeFact, plan: &Plan, snapshot: &'a Snapshot) -> Option<&'a str> {
     let family = |range: &RangeFact| range.range.map(|range| range.family());
@@ -146,15 +152,18 @@ fn successor<'a>(range: &RangeFact, plan: &Plan, snapshot: &'a Snapshot) -> Opti
             && other.allocation == Allocation::Enabled
             && other.is_prepared()
             && (other.selector == range.selector || other.selector == Selector::default())
-            && outlook.is_some_and(|outlook| outlook.judgement.is_good() && !outlook.fill().is_low())
+            && outlook.is_some_and(|outlook| {
+                outlook.judgement.is_good() && !outlook.fill().is_low(is_warned_of(other))
+            })
     };
     snapshot.ranges.values().map(|other| &**other).find(takes_over).map(|other| &*other.name)
 }
 
 impl Fill {
-    /// Whether fewer than one block in twenty is free.
-    pub fn is_low(&self) -> bool {
-        self.free < (self.total / LOW_SHARE).max(1)
+    /// Whether fewer than one block in twenty is free; once that has been warned of, in ten.
+    fn is_low(&self, warned: bool) -> bool {
+        let share = if warned { CALM_SHARE } else { LOW_SHARE };
+        self.free < (self.total / share).max(1)
     }
 }
 
@@ -355,6 +364,46 @@ mod tests {
     }
 
     #[test]
+    fn a_range_that_was_low_is_calm_again_only_when_a_tenth_is_free() {
+        let none = RangeForecast::default();
+        let mut warned = false;
+        let mut changes = Vec::new();
+        // An autoscaler around one free block in twenty, and at last a scale-down.
+        for free in [6, 5, 4, 5, 4, 6, 4, 7, 9, 4, 9, 10, 5, 9] {
+            let low = outlook(&none, fill(100, 100 - free), warned, midday(0)) == Outlook::Low;
+            changes.extend((low != warned).then_some((free, low)));
+            warned = low;
+        }
+        assert_eq!(changes, [(4, true), (10, false)]);
+    }
+
+    #[test]
+    fn the_condition_remembers_that_few_blocks_were_left_whoever_takes_over() {
+        // Of its 256 blocks 11, 20 or 26 are free; a twentieth are 12, a tenth 25.
+        let reserved = |last: u8| {
+            let blocks = (0..=last).map(|n| format!("10.244.{n}.0/24").parse().unwrap());
+            RangeFact { reserved: blocks.collect(), ..range("a", "10.244.0.0/16") }
+        };
+        let after = |mut range: RangeFact, old: &'static str, successor: bool| {
+            let was = Verdict::new(EXHAUSTED, Some(false), old, "");
+            condition::set(&mut range.status.conditions, &was, None, &Time(at(NOW)));
+            let scene = scene().range(range);
+            let other = crate::fixtures::range("b", "10.9.0.0/16");
+            let scene = if successor { scene.range(other) } else { scene };
+            condition_of(&scene, "a", &RangeForecast::default()).1
+        };
+        for (last, old, successor, new) in [
+            (244, reason::BLOCKS_FREE, false, reason::FEW_BLOCKS_LEFT),
+            (235, reason::BLOCKS_FREE, false, reason::BLOCKS_FREE),
+            (235, reason::FEW_BLOCKS_LEFT, false, reason::FEW_BLOCKS_LEFT),
+            (235, reason::OTHERS_TAKE_OVER, true, reason::OTHERS_TAKE_OVER),
+            (229, reason::FEW_BLOCKS_LEFT, false, reason::BLOCKS_FREE),
+        ] {
+            assert_eq!(after(reserved(last), old, successor), new, "{last} {old}");
+        }
+    }
+
+    #[test]
     fn ranges_that_nobody_can_fill_have_no_end() {
         let used: Vec<u64> = (0..29).map(|day| 10 * day).collect();
         let v6 = seen(1 << 24, &used);
@@ -439,20 +488,21 @@ mod tests {
     /// Looks at the cluster every four hours for so many days; `nodes` says how many nodes there are at an hour.
     fn live(days: i64, mut nodes: impl FnMut(i64) -> u64) -> Life {
         let total = 256;
-        let (mut memory, mut soon) = (None, false);
+        let (mut memory, mut soon, mut warned) = (None, false, false);
         let mut life = Life { paced: None, warned: None, full: None, alarms: 0 };
         for hour in (0..days * 24).step_by(4) {
             let used = nodes(hour).min(total);
             let now = at(NOW + hour * 3600);
             let next = forecast(memory.as_ref(), fill(total, used), now);
-            let outlook = outlook(&next, fill(total, used), soon, now);
+            let outlook = outlook(&next, fill(total, used), warned, now);
             let paced = matches!(outlook, Outlook::RunsOut(_));
             life.alarms += usize::from(paced && !soon);
             soon = paced;
             if paced {
                 life.paced = life.paced.or(Some(hour / 24));
             }
-            if !matches!(outlook, Outlook::Enough) {
+            warned = !matches!(outlook, Outlook::Enough);
+            if warned {
                 life.warned = life.warned.or(Some(hour / 24));
             }
             if used == total {
