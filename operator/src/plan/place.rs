@@ -142,8 +142,14 @@ impl<'a> Planner<'a> {
     }
 
     fn recreate(&mut self, node: &NodeFact, block: Block, claim: Strength) -> bool {
+        // A node that alone tells of a block may take others' addresses for pods'; users reserve what is others'.
+        let vanished = self.snapshot.memory.vanished.get(&block).is_some_and(|lost| lost.node == node.name);
+        let is_doubtful = claim == Strength::Held && !vanished;
         let range = self.ranges.values().find(|range| {
-            range.judgement.is_good() && range.fact.is_prepared() && range.pool.index(&block).is_some()
+            range.judgement.is_good()
+                && range.fact.is_prepared()
+                && range.pool.index(&block).is_some()
+                && !(is_doubtful && range.is_reserved(&block))
         });
         let Some(range) = range.map(|range| range.fact.name.clone()) else { return false };
         let best = self.has_best_claim(node, &block, claim);

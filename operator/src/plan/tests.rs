@@ -437,6 +437,20 @@ fn a_block_that_others_tell_was_lost_is_given_to_nobody_but_its_node() {
 }
 
 #[test]
+fn what_is_reserved_is_given_to_no_node_because_it_says_so() {
+    let reserved = RangeFact { reserved: [block("10.244.77.0/24")].into(), ..range("default-v4", V4) };
+    let with = |range: RangeFact| {
+        scene().range(range).nodes(&["n1"]).report(report("n1", &[("10.244.77.0/24", 1)])).all_report()
+    };
+    let other = ["n1 10.244.0.0/24 default-v4 carved"];
+    assert_eq!(created(&with(reserved.clone()).plan()), other);
+    let further = with(reserved.clone()).block(held_block("10.244.5.0/24", "default-v4", "n1"));
+    assert_eq!(created(&further.plan()), [] as [&str; 0]);
+    let known = range("default-v4", V4);
+    assert_eq!(created(&with(known).plan()), ["n1 10.244.77.0/24 default-v4 recreated"]);
+}
+
+#[test]
 fn nothing_is_carved_while_more_is_lost_than_agents_can_name() {
     let scene = with_v4().nodes(&["n1", "n2"]).report(report("n2", &[("10.244.7.0/24", 1)])).all_report();
     let scene = scene.with(|s| s.memory.untold = Some(s.clock.steady + Duration::from_secs(60)));
