@@ -6,14 +6,16 @@
 //! says whose the block is, their links go down. Kubernetes deletes these pods anyway, as their Node was deleted.
 //!
 //! Only an object proves that: while none can be read, or the block is nobody's, running pods go on. A link goes
-//! up again if the block is this node's again before the pod is gone.
+//! up again if an object gives the block to this node again before the pod is gone. So do links that an earlier life
+//! of the agent took down: those of living leases that are down when this one first looks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use plat_cni::foreign;
-use plat_cni::link::{self, LinkChange};
+use plat_cni::link::{self, Link, LinkChange};
 use plat_cni::netlink::Socket;
+use plat_crds::alias;
 use plat_crds::block::Block;
 use plat_crds::lease::Lease;
 
@@ -40,7 +42,11 @@ pub fn taken(map: Map<'_>, own: &OwnBlocks, leased: &BTreeSet<Block>) -> BTreeMa
 
 /// Links that are down because of this.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cuts(BTreeSet<u32>);
+pub struct Cuts {
+    links: BTreeSet<u32>,
+    /// Whether those of an earlier life are among them.
+    remembered: bool,
+}
 
 /// What was found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -52,18 +58,33 @@ pub struct Doubled {
 }
 
 impl Cuts {
-    /// Takes down the links of pods whose addresses are `taken`, and raises those whose addresses are the
-    /// node's `own` again.
+    /// Takes down the links of pods whose addresses are `taken`, and raises those whose addresses are
+    /// [`given`] to the node again.
     pub fn apply(
         &mut self,
         socket: &mut Socket,
         pods: &[Lease],
         taken: &BTreeMap<Block, String>,
-        own: &OwnBlocks,
+        given: &BTreeSet<Block>,
+    ) -> Doubled {
+        self.links.retain(|index| pods.iter().any(|lease| lease.veth.index == *index));
+        let doubled = self.switch_all(socket, pods, taken, given);
+        // Only now, so that a link that a DEL has just taken down is gone before it would be raised.
+        if !self.remembered && !pods.is_empty() {
+            self.remember(socket, pods);
+        }
+        doubled
+    }
+
+    fn switch_all(
+        &mut self,
+        socket: &mut Socket,
+        pods: &[Lease],
+        taken: &BTreeMap<Block, String>,
+        given: &BTreeSet<Block>,
     ) -> Doubled {
         let mut doubled = Doubled::default();
-        self.0.retain(|index| pods.iter().any(|lease| lease.veth.index == *index));
-        if taken.is_empty() && self.0.is_empty() {
+        if taken.is_empty() && self.links.is_empty() {
             return doubled;
         }
         // What another network attached is not ours to switch.
@@ -75,14 +96,33 @@ impl Cuts {
                     doubled.newly.push(what.clone());
                 }
                 doubled.pods.push(what);
-            } else if self.0.contains(&lease.veth.index)
-                && addresses().all(|address| own.keys().any(|block| block.contains(address)))
+            } else if self.links.contains(&lease.veth.index)
+                && addresses().all(|address| given.iter().any(|block| block.contains(address)))
                 && self.switch(socket, lease, true)
             {
                 tracing::info!(pod = words(lease), "its address is this node's again: its link is up");
             }
         }
         doubled
+    }
+
+    /// Takes the links of these pods that are down for cut by an earlier life.
+    fn remember(&mut self, socket: &mut Socket, pods: &[Lease]) {
+        let is_of = |link: &Link, lease: &Lease| {
+            let marked = link.alias.as_deref();
+            let marked = marked.is_some_and(|text| alias::is_of(text, &lease.container_id, &lease.ifname));
+            marked && (link.index, &link.name) == (lease.veth.index, &lease.veth.name)
+        };
+        match link::links(socket, Some("veth")) {
+            Ok(links) => {
+                let down = links.iter().filter(|link| !link.up);
+                let cut = down.filter(|link| pods.iter().any(|lease| is_of(link, lease)));
+                self.links.extend(cut.map(|link| link.index));
+                self.remembered = true;
+            }
+            // The next pass tries again.
+            Err(error) => tracing::warn!(%error, "the links of pods cannot be listed"),
+        }
     }
 
     /// Whether the link was changed. It may be another's by now, or gone: then there is nothing to do.
@@ -97,9 +137,9 @@ impl Cuts {
         match changed {
             Ok(changed) => {
                 if up {
-                    self.0.remove(&lease.veth.index);
+                    self.links.remove(&lease.veth.index);
                 } else {
-                    self.0.insert(lease.veth.index);
+                    self.links.insert(lease.veth.index);
                 }
                 changed
             }
@@ -114,6 +154,13 @@ impl Cuts {
 
 fn holder<'a>(address: &IpAddr, taken: &'a BTreeMap<Block, String>) -> Option<&'a String> {
     taken.iter().find(|(block, _)| block.contains(address)).map(|(_, holder)| holder)
+}
+
+/// Those of the node's `own` blocks that an object gives to it.
+pub fn given(node: &str, map: Map<'_>, own: &OwnBlocks) -> BTreeSet<Block> {
+    let of_node = map.blocks.values().filter(|fact| fact.node == node && !fact.released());
+    let there = of_node.filter(|fact| !map.absent.contains(&fact.name));
+    there.map(|fact| fact.block).filter(|block| own.contains_key(block)).collect()
 }
 
 #[cfg(test)]

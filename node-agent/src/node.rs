@@ -407,7 +407,8 @@ impl Machine {
     /// Takes the pods off the network whose addresses are another node's by now.
     fn cut_doubled(&mut self, map: Map<'_>, own: &OwnBlocks) -> Doubled {
         let taken = doubled::taken(map, own, &self.usage.blocks(map).all);
-        self.cuts.apply(&mut self.kernel.route, &self.usage.pods, &taken, own)
+        let given = doubled::given(&self.me.node, map, own);
+        self.cuts.apply(&mut self.kernel.route, &self.usage.pods, &taken, &given)
     }
 
     fn sweep_leases(&mut self, now: Duration) {

@@ -66,6 +66,20 @@ fn cut_off_while_anothers(datapath: Datapath) {
     node.expect_condition("Overlapping", "False", "Disjoint");
     expect_link("plat3", true);
     eventually("the pod is back", || if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) });
+
+    // And if that happens between two lives of the agent of which the second knows nothing of the first.
+    node.apply(BlockFact { created: 99999, ..of_n9() });
+    expect_link("plat3", false);
+    node.stop();
+    run(&format!("rm {}", node.file("plat/map.json").display()));
+    node.start();
+    node.contact();
+    node.list(vec![block_v6(1)], vec![range("default-v4"), range("default-v6")]);
+    node.settled();
+    expect_link("plat3", false);
+    node.apply(BlockFact { uid: "fourth".into(), created: 999_999, ..block(1) });
+    expect_link("plat3", true);
+    eventually("the pod is back", || if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) });
 }
 
 #[test]
