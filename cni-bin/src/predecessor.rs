@@ -5,11 +5,12 @@
 //! and the address in `host-local`'s files. libcni keeps, for each attachment, the configuration and result of its ADD
 //! (`/var/lib/cni/results/<network>-<container>-<interface>`); by these their own DEL is run, last plugin first.
 //!
-//! That is help, no duty: a plugin that is no longer there is named on standard error. Link, lease and `host-local`'s file
+//! That is help, no duty: a plugin that is no longer there, fails or does not end is named on standard error. Link, lease and `host-local`'s file
 //! are taken away in any case.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use plat_crds::lease::Lease;
 use plat_crds::names::CNI_TYPE;
@@ -23,6 +24,8 @@ use crate::host_local::HostLocal;
 /// Set for the plugins that are run: should one of them come back to us for the same pod (a meta plugin does), that
 /// call runs no others.
 const MARK: &str = "PLAT_DEL_OF_PREDECESSOR";
+/// How long each of them may take. Link and lease go after them: without an end the pod would never be deleted.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Larger records than this are not read.
 const MAX_RECORD: u64 = 4 << 20;
 
@@ -60,10 +63,10 @@ pub fn end(call: &Call, lease: &Lease) {
         let mut whole = true;
         for PluginDel { plugin, input } in dels {
             let done = delegate::find(&plugin, &call.plugin_path)
-                .map_err(|_| "it is in none of the folders of CNI_PATH".to_owned())
-                .and_then(|_| {
+                .ok_or_else(|| "it is in none of the folders of CNI_PATH".to_owned())
+                .and_then(|file| {
                     let input = input.to_string();
-                    delegate::run_marked(&plugin, &call.plugin_path, "DEL", input.as_bytes(), MARK)
+                    delegate::run_marked(&file, input.as_bytes(), MARK, PATIENCE)
                         .map_err(|error| error.to_string())
                 });
             if let Err(why) = done {
