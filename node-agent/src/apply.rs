@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use plat_cni::bridge::{self, Spec};
 use plat_cni::netlink::{Protocol, Socket};
 use plat_cni::{netlink, routed, sysctl as cni_sysctl};
-use plat_crds::block::Block;
+use plat_crds::block::{Block, Family};
 use plat_crds::lease::Lease;
 
 use crate::diff::Step;
@@ -240,7 +240,21 @@ fn ensure_gateways(kernel: &mut Kernel, blocks: &BTreeSet<Block>, before: &Done,
         Ok(done) if done.is_empty() => {}
         Ok(done) if before.gateways == *blocks => outcome.repaired(Repair::Bridge, done.join(", ")),
         Ok(done) => tracing::info!("{}", done.join(", ")),
-        Err(error) => outcome.trouble(Part::Gateways, error),
+        Err(error) => outcome.trouble(Part::Gateways, with_cure(kernel, "lo", &wanted, &error.to_string())),
+    }
+}
+
+/// Why a link did not get the gateways of these blocks; with a cure if it is that IPv6 is switched off there.
+fn with_cure(kernel: &Kernel, link: &str, blocks: &[Block], why: &str) -> String {
+    let off = || match kernel.sysctls.read(&format!("ipv6/conf/{link}/disable_ipv6")) {
+        Ok(value) => value.is_none_or(|value| value != "0"),
+        Err(_) => false,
+    };
+    match blocks.iter().find(|block| block.family() == Family::IPv6) {
+        Some(block) if off() => format!(
+            "{why}; this node holds the IPv6 block {block}, and IPv6 is off: no pod starts, as none may get less than the node holds; switch it on (sysctl net.ipv6.conf.all.disable_ipv6=0), or give the node no such block (spec.nodeSelector of the ClusterCIDR)"
+        ),
+        _ => why.to_owned(),
     }
 }
 
@@ -275,7 +289,7 @@ pub fn ensure_bridge(
             Some(bridge.index)
         }
         Err(error) => {
-            outcome.trouble(Part::Bridge, error);
+            outcome.trouble(Part::Bridge, with_cure(kernel, &wanted.name, &blocks, &error.to_string()));
             None
         }
     }

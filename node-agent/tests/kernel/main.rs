@@ -14,6 +14,7 @@ mod doubled;
 mod forwarding;
 mod harness;
 mod held;
+mod ipv6off;
 mod leases;
 mod masquerade;
 mod offline;
