@@ -1,11 +1,12 @@
 //! Which ClusterCIDR to add, and where there is room for it.
 
+use plat_crds::cluster_cidr::{BlocksPerNode, DEFAULT_BLOCKS_PER_NODE};
 use plat_crds::{Block, Family};
 use serde::Serialize;
 
 use super::fit::{Supply, nodes_that_fit};
 use super::growth::{RunsOut, days, on};
-use super::{Question, Range, capacity, choose_prefix};
+use super::{Question, Range, choose_prefix};
 use crate::pool::Pool;
 
 /// Where new ranges are sought, after the neighbourhood of the last one: the private addresses of RFC 1918, the
@@ -28,6 +29,8 @@ pub struct Advice {
     pub prefix_length: u8,
     /// Prefix length of its blocks.
     pub block_prefix_length: u8,
+    /// Blocks of a node, as of the range before it.
+    pub blocks_per_node: BlocksPerNode,
     /// For so many nodes.
     pub nodes: u64,
     /// With so many pods each.
@@ -45,20 +48,20 @@ pub fn advise(
     if !cases.iter().any(|case| case.limit.is_some()) {
         return None;
     }
-    let (nodes, load) = on(question.growth, question, days(question.months));
+    let (nodes, pods) = on(question.growth, question, days(question.months));
     let family = ranges.first()?.range.family();
     let space = match family {
         Family::IPv4 => private(family).next()?,
         Family::IPv6 => Block::of(private(family).next()?.network(), IPV6_SITE)?,
     };
-    let blocks = choose_prefix(&space, load.pods)?;
+    let blocks = choose_prefix(&space, pods)?;
+    let per_node = ranges.last()?.per_node;
     let enough = |length: &u8| {
-        let new = Supply {
-            capacity: capacity(&space, blocks),
-            blocks: 1u64.checked_shl(u32::from(blocks - length)).unwrap_or(u64::MAX),
-        };
+        let number = 1u64.checked_shl(u32::from(blocks - length)).unwrap_or(u64::MAX);
+        let range = Range { per_node, ..Range::new(String::new(), space, blocks, Vec::new()) };
+        let new = range.supply_of(blocks, number);
         let all: Vec<Supply> = supplies.iter().copied().chain([new]).collect();
-        nodes_that_fit(&all, load) >= nodes.saturating_add(question.resting)
+        nodes_that_fit(&all, pods) >= nodes.saturating_add(question.resting)
     };
     let (largest, smallest) = match family {
         Family::IPv4 => (8, blocks),
@@ -70,8 +73,9 @@ pub fn advise(
         cidr: place(prefix_length, family, ranges, question),
         prefix_length,
         block_prefix_length: blocks,
+        blocks_per_node: per_node,
         nodes,
-        pods_per_node: load.pods,
+        pods_per_node: pods,
     })
 }
 
@@ -79,8 +83,13 @@ impl Advice {
     /// The object, to be applied.
     pub fn yaml(&self) -> Option<String> {
         let cidr = self.cidr?;
+        let BlocksPerNode { min, max } = self.blocks_per_node;
+        let per_node = match self.blocks_per_node == DEFAULT_BLOCKS_PER_NODE {
+            true => String::new(),
+            false => format!("  blocksPerNode: {{min: {min}, max: {max}}}\n"),
+        };
         Some(format!(
-            "apiVersion: plat.network/v1alpha1\nkind: ClusterCIDR\nmetadata:\n  name: {}\nspec:\n  cidr: {cidr}\n  blockPrefixLength: {}\n",
+            "apiVersion: plat.network/v1alpha1\nkind: ClusterCIDR\nmetadata:\n  name: {}\nspec:\n  cidr: {cidr}\n  blockPrefixLength: {}\n{per_node}",
             self.name, self.block_prefix_length
         ))
     }

@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use plat_crds::cluster_cidr::{DEFAULT_BLOCKS_PER_NODE, DEFAULT_QUARANTINE_SECONDS};
+use plat_crds::cluster_cidr::{BlocksPerNode, DEFAULT_BLOCKS_PER_NODE, DEFAULT_QUARANTINE_SECONDS};
 use plat_crds::{Block, Family};
 
-use super::fit::Load;
 use super::growth::{Growth, Rate};
 use super::{Question, Range, choose_prefix};
 use crate::sizing::{KUBELET_MAX_PODS, block_prefixes};
@@ -61,7 +60,12 @@ pub struct PlanArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_QUARANTINE_SECONDS, value_parser = clap::value_parser!(i32).range(60..=604_800))]
     pub quarantine: i32,
 
-    /// Blocks of one family that a node gets at most. 1 to 16.
+    /// Blocks of one family that a node gets from the start. 1 to 16; with --from: for ranges that would be added.
+    #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_BLOCKS_PER_NODE.min, value_parser = clap::value_parser!(i32).range(1..=16))]
+    pub min_blocks_per_node: i32,
+
+    /// Blocks of one family that a node gets at most. 1 to 16, and no less than --min-blocks-per-node; with --from:
+    /// for ranges that would be added.
     #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_BLOCKS_PER_NODE.max, value_parser = clap::value_parser!(i32).range(1..=16))]
     pub max_blocks_per_node: i32,
 
@@ -99,16 +103,16 @@ const DEFAULT_NODES: u32 = 100;
 impl PlanArgs {
     /// The question that the flags alone ask; an error names the flag.
     pub fn question(&self) -> anyhow::Result<Question> {
-        let load = self.load(KUBELET_MAX_PODS);
+        let pods = self.pods(KUBELET_MAX_PODS);
         let avoid = self.avoid()?;
-        let mut ranges = self.ranges(load.pods)?;
+        let mut ranges = self.ranges(pods)?;
         if ranges.is_empty() {
-            ranges = self.parse_ranges(&[DEFAULT_RANGE.to_owned()], load.pods)?;
+            ranges = self.parse_ranges(&[DEFAULT_RANGE.to_owned()], pods)?;
         }
         self.check(&ranges, &avoid)?;
         Ok(Question {
             nodes: u64::from(self.nodes.unwrap_or(DEFAULT_NODES)),
-            load,
+            pods,
             resting: self.resting(self.quarantine),
             growth: self.growth(Rate::None),
             months: self.months,
@@ -118,10 +122,17 @@ impl PlanArgs {
         })
     }
 
-    /// What one node holds.
-    pub fn load(&self, pods: u32) -> Load {
-        let max_blocks = u32::try_from(self.max_blocks_per_node).unwrap_or(1);
-        Load { pods: self.pods_per_node.unwrap_or(pods), max_blocks }
+    /// Pods of a node; `pods` is what is known without the flags.
+    pub fn pods(&self, pods: u32) -> u32 {
+        self.pods_per_node.unwrap_or(pods)
+    }
+
+    fn per_node(&self) -> anyhow::Result<BlocksPerNode> {
+        let (min, max) = (self.min_blocks_per_node, self.max_blocks_per_node);
+        if min > max {
+            bail!("--min-blocks-per-node {min} is more than --max-blocks-per-node {max}: raise the latter");
+        }
+        Ok(BlocksPerNode { min, max })
     }
 
     /// How the cluster grows; `nodes` is what is known without the flags.
@@ -156,6 +167,7 @@ impl PlanArgs {
             .iter()
             .map(|text| text.trim().parse().context("--reserved"))
             .collect::<anyhow::Result<_>>()?;
+        let per_node = self.per_node()?;
         let mut ranges: Vec<Range> = Vec::new();
         for text in texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
             let (range, prefix) = parse_range(text, pods).context("--cluster-cidr")?;
@@ -167,7 +179,7 @@ impl PlanArgs {
             let name =
                 if number == 0 { format!("default-{stem}") } else { format!("pods-{stem}-{}", number + 1) };
             let inside = reserved.iter().copied().filter(|reserved| range.overlaps(reserved)).collect();
-            ranges.push(Range::new(name, range, prefix, inside));
+            ranges.push(Range { per_node, ..Range::new(name, range, prefix, inside) });
         }
         Ok(ranges)
     }

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::args::PlanArgs;
 use super::fit::blocks_per_node;
 use super::growth::Rate;
-use super::{Question, Range, capacity};
+use super::{Question, Range};
 use crate::args::Cli;
 use crate::facts::{BlockFact, Fact, NodeFact, RangeFact, ReportFact};
 use crate::leader::World;
@@ -43,9 +43,9 @@ pub fn question(text: &str, args: &PlanArgs, now: Timestamp) -> anyhow::Result<Q
     world.foreign = Arc::new(Foreign { services, api_server: Vec::new() });
     let plan = judge(&world, now)?;
     let largest = world.nodes.values().filter_map(|node| node.max_pods).max();
-    let load = args.load(largest.filter(|pods| *pods > 0).unwrap_or(KUBELET_MAX_PODS));
+    let pods = args.pods(largest.filter(|pods| *pods > 0).unwrap_or(KUBELET_MAX_PODS));
     let mut ranges = ranges_in_use(&world, &plan);
-    for range in args.ranges(load.pods)? {
+    for range in args.ranges(pods)? {
         if let Some(other) =
             world.ranges.values().find(|other| other.range.is_some_and(|r| r.overlaps(&range.range)))
         {
@@ -58,12 +58,12 @@ pub fn question(text: &str, args: &PlanArgs, now: Timestamp) -> anyhow::Result<Q
     }
     let addresses = world.nodes.values().flat_map(|node| node.addresses.iter());
     let addresses = addresses.filter_map(|address| Block::of(*address, Family::of(address).bits()));
-    let grows = pace(&world, &ranges, load);
+    let grows = pace(&world, &ranges, pods);
     let quarantine =
         world.ranges.values().map(|range| range.quarantine_seconds).max().unwrap_or(args.quarantine);
     Ok(Question {
         nodes: args.nodes.map_or(u64::try_from(world.nodes.len()).unwrap_or(u64::MAX), u64::from),
-        load,
+        pods,
         resting: args.resting(quarantine.max(args.quarantine)),
         growth: args.growth(grows),
         months: args.months,
@@ -153,6 +153,8 @@ fn ranges_in_use(world: &World, plan: &Plan) -> Vec<Range> {
             reserved: fact.reserved.to_vec(),
             usable: held.saturating_add(free),
             held: Some(held),
+            per_node: fact.blocks_per_node,
+            carves,
         })
     });
     known.collect()
@@ -167,12 +169,13 @@ fn given(plan: &Plan, range: &str) -> u64 {
 }
 
 /// Nodes a month, at the pace that the operator noted: of the family that grows fastest.
-fn pace(world: &World, ranges: &[Range], load: super::fit::Load) -> Rate {
+fn pace(world: &World, ranges: &[Range], pods: u32) -> Rate {
     let nodes_of = |family| {
         let of_family = ranges.iter().filter(|range| range.range.family() == family);
         let grown = of_family.filter_map(|range| {
             let growth = world.ranges.get(range.name.as_str())?.status.forecast.as_ref()?.growth;
-            let each = blocks_per_node(capacity(&range.range, range.prefix), load).unwrap_or(load.max_blocks);
+            let supply = range.supply();
+            let each = blocks_per_node(supply, pods).unwrap_or(supply.max);
             Some(f64::from(growth) / f64::from(each.max(1)))
         });
         grown.sum::<f64>()

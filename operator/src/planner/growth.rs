@@ -5,7 +5,7 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use super::Question;
-use super::fit::{Load, Supply, nodes_that_fit};
+use super::fit::{Supply, nodes_that_fit};
 
 const DAYS_PER_MONTH: f64 = 30.4375;
 
@@ -116,8 +116,8 @@ pub fn runs_out(question: &Question, supplies: &[Supply]) -> Vec<RunsOut> {
 fn end_of(case: Case, growth: Growth, question: &Question, supplies: &[Supply]) -> RunsOut {
     let horizon = days(question.months);
     let limit_on = |day| {
-        let (nodes, load) = on(growth, question, day);
-        limit(nodes.saturating_add(question.resting), load, supplies)
+        let (nodes, pods) = on(growth, question, day);
+        limit(nodes.saturating_add(question.resting), pods, supplies)
     };
     let (mut fits, mut fails) = (0, horizon);
     let after_days = if limit_on(0).is_some() {
@@ -132,25 +132,24 @@ fn end_of(case: Case, growth: Growth, question: &Question, supplies: &[Supply]) 
         Some(fails)
     };
     let day = after_days.unwrap_or(horizon);
-    let (nodes, load) = on(growth, question, day);
-    RunsOut { case, after_days, limit: limit_on(day), nodes, pods_per_node: load.pods }
+    let (nodes, pods_per_node) = on(growth, question, day);
+    RunsOut { case, after_days, limit: limit_on(day), nodes, pods_per_node }
 }
 
 /// Nodes and pods per node after so many days.
-pub fn on(growth: Growth, question: &Question, day: u32) -> (u64, Load) {
+pub fn on(growth: Growth, question: &Question, day: u32) -> (u64, u32) {
     let nodes = growth.nodes.after(question.nodes as f64, day) as u64;
-    let pods = growth.pods.after(f64::from(question.load.pods), day) as u32;
-    (nodes, Load { pods, ..question.load })
+    let pods = growth.pods.after(f64::from(question.pods), day) as u32;
+    (nodes, pods)
 }
 
 /// What keeps so many nodes from fitting.
-pub fn limit(nodes: u64, load: Load, supplies: &[Supply]) -> Option<Limit> {
-    if nodes_that_fit(supplies, load) >= nodes {
+pub fn limit(nodes: u64, pods: u32, supplies: &[Supply]) -> Option<Limit> {
+    if nodes_that_fit(supplies, pods) >= nodes {
         return None;
     }
-    let largest = supplies.iter().map(|supply| supply.capacity).max().unwrap_or(0);
-    let room = u64::from(largest) * u64::from(load.max_blocks.max(1));
-    Some(if u64::from(load.pods) > room { Limit::PodsPerNode } else { Limit::Blocks })
+    let room = supplies.iter().map(|supply| u64::from(supply.capacity) * u64::from(supply.max)).max();
+    Some(if u64::from(pods) > room.unwrap_or(0) { Limit::PodsPerNode } else { Limit::Blocks })
 }
 
 /// Months in days.

@@ -12,7 +12,7 @@
 //! | `text` | answer → text; **a new section of the answer is added there**, to [`text::SECTIONS`] |
 //!
 //! It counts as the operator carves: a node takes blocks of the first range that has one, and, as it fills up,
-//! another whenever `plat_crds::growth` says so.
+//! another whenever `plat_crds::growth` says so, between the limits of `spec.blocksPerNode`.
 
 pub mod advice;
 pub mod args;
@@ -29,6 +29,7 @@ use std::io::Read;
 
 use anyhow::Context;
 use k8s_openapi::jiff::Timestamp;
+use plat_crds::cluster_cidr::{BlocksPerNode, DEFAULT_BLOCKS_PER_NODE};
 use plat_crds::{Block, Family};
 use serde::Serialize;
 
@@ -37,7 +38,7 @@ use crate::pool::Pool;
 use crate::sizing::{block_prefixes, prefix_for};
 use advice::{Advice, advise};
 use args::{Output, PlanArgs};
-use fit::{Load, Supply, blocks_per_node, nodes_that_fit};
+use fit::{Supply, blocks_per_node, nodes_that_fit};
 use growth::{Growth, RunsOut, runs_out};
 
 /// What is asked.
@@ -45,8 +46,8 @@ use growth::{Growth, RunsOut, runs_out};
 pub struct Question {
     /// Nodes that there are.
     pub nodes: u64,
-    /// What one node holds.
-    pub load: Load,
+    /// Pods of a node.
+    pub pods: u32,
     /// Nodes whose blocks rest in quarantine at any moment.
     pub resting: u64,
     /// How it grows.
@@ -76,6 +77,10 @@ pub struct Range {
     pub usable: u64,
     /// Blocks that nodes hold, resting ones included; `None` without a cluster.
     pub held: Option<u64>,
+    /// How many blocks a node gets.
+    pub per_node: BlocksPerNode,
+    /// Whether more blocks are carved from it.
+    pub carves: bool,
 }
 
 /// The answer.
@@ -88,8 +93,6 @@ pub struct Answer {
     pub pods_per_node: u32,
     /// Nodes whose blocks rest in quarantine at any moment.
     pub resting: u64,
-    /// Blocks of one family that a node takes at most.
-    pub max_blocks_per_node: u32,
     /// How far ahead it looks.
     pub months: u32,
     /// One for each family that has a range.
@@ -135,6 +138,8 @@ pub struct RangeAnswer {
     pub held: Option<u64>,
     /// Pods that one block holds.
     pub pods_per_block: u32,
+    /// Blocks of one family with which a node gets no more from it.
+    pub max_blocks_per_node: u32,
     /// Blocks that a full node takes; `None` if its pods do not fit into all that it may take.
     pub blocks_per_node: Option<u32>,
 }
@@ -190,9 +195,8 @@ pub fn answer(question: &Question) -> Answer {
     let families = Family::ALL.into_iter().filter_map(|family| family_answer(question, family)).collect();
     Answer {
         nodes: question.nodes,
-        pods_per_node: question.load.pods,
+        pods_per_node: question.pods,
         resting: question.resting,
-        max_blocks_per_node: question.load.max_blocks,
         months: question.months,
         families,
         problems: question.problems.clone(),
@@ -207,11 +211,11 @@ fn family_answer(question: &Question, family: Family) -> Option<FamilyAnswer> {
     let runs_out = runs_out(question, &supplies);
     Some(FamilyAnswer {
         family,
-        nodes_that_fit: nodes_that_fit(&supplies, question.load),
-        sizes: sizes(first, question.load),
+        nodes_that_fit: nodes_that_fit(&supplies, question.pods),
+        sizes: sizes(first, question.pods),
         add: advise(question, &ranges, &supplies, &runs_out),
         runs_out,
-        ranges: ranges.iter().map(|range| range.answer(question.load)).collect(),
+        ranges: ranges.iter().map(|range| range.answer(question.pods)).collect(),
     })
 }
 
@@ -219,14 +223,26 @@ impl Range {
     /// A range of which only `reserved` is not to be used.
     pub fn new(name: String, range: Block, prefix: u8, reserved: Vec<Block>) -> Range {
         let usable = usable(&range, prefix, &reserved);
-        Range { name, range, prefix, reserved, usable, held: None }
+        let per_node = DEFAULT_BLOCKS_PER_NODE;
+        Range { name, range, prefix, reserved, usable, held: None, per_node, carves: true }
     }
 
     fn supply(&self) -> Supply {
-        Supply { capacity: capacity(&self.range, self.prefix), blocks: self.usable }
+        self.supply_of(self.prefix, self.usable)
     }
 
-    fn answer(&self, load: Load) -> RangeAnswer {
+    /// What it would hold in blocks of that size.
+    fn supply_of(&self, prefix: u8, blocks: u64) -> Supply {
+        let min = u32::try_from(self.per_node.min).unwrap_or(1);
+        Supply {
+            capacity: capacity(&self.range, prefix),
+            blocks,
+            min: self.carves.then_some(min),
+            max: u32::try_from(self.per_node.max).unwrap_or(0).max(min).max(1),
+        }
+    }
+
+    fn answer(&self, pods: u32) -> RangeAnswer {
         let supply = self.supply();
         RangeAnswer {
             name: self.name.clone(),
@@ -235,7 +251,8 @@ impl Range {
             blocks: self.usable,
             held: self.held,
             pods_per_block: supply.capacity,
-            blocks_per_node: blocks_per_node(supply.capacity, load),
+            max_blocks_per_node: supply.max,
+            blocks_per_node: blocks_per_node(supply, pods),
         }
     }
 }
@@ -261,22 +278,19 @@ pub fn choose_prefix(range: &Block, pods: u32) -> Option<u8> {
 }
 
 /// The sizes around the one that the range has.
-fn sizes(range: &Range, load: Load) -> Vec<SizeAnswer> {
+fn sizes(range: &Range, pods_per_node: u32) -> Vec<SizeAnswer> {
     let near = range.prefix.saturating_sub(2)..=range.prefix.saturating_add(3);
     let addresses = 2f64.powi(i32::from(range.range.family().bits() - range.range.prefix_length()));
     let size = |prefix| {
-        let supply = Supply {
-            capacity: capacity(&range.range, prefix),
-            blocks: usable(&range.range, prefix, &range.reserved),
-        };
-        let nodes = nodes_that_fit(&[supply], load);
-        let pods = nodes as f64 * f64::from(load.pods);
+        let supply = range.supply_of(prefix, usable(&range.range, prefix, &range.reserved));
+        let nodes = nodes_that_fit(&[supply], pods_per_node);
+        let pods = nodes as f64 * f64::from(pods_per_node);
         Some(SizeAnswer {
             block_prefix_length: prefix,
             chosen: prefix == range.prefix,
             blocks: supply.blocks,
             pods_per_block: supply.capacity,
-            blocks_per_node: blocks_per_node(supply.capacity, load)?,
+            blocks_per_node: blocks_per_node(supply, pods_per_node)?,
             nodes,
             unused_percent: (100.0 - 100.0 * pods / addresses).round() as u32,
         })

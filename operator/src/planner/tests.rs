@@ -3,13 +3,14 @@
 use clap::Parser;
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::Block;
+use plat_crds::cluster_cidr::BlocksPerNode;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::advice::Advice;
-use super::fit::{Load, Supply, is_served, nodes_that_fit};
+use super::fit::{is_served, nodes_that_fit};
 use super::growth::{Case, Limit};
-use super::{Answer, Question, Range, answer, capacity, cluster, text};
+use super::{Answer, Question, Range, answer, cluster, text};
 use crate::args::{Cli, Command};
 use crate::planner::args::PlanArgs;
 use crate::pool::Pool;
@@ -84,6 +85,7 @@ fn bad_questions_are_named() {
         ),
         (&["--node-cidr=nodes"], "--node-cidr"),
         (&["--reserved=10.244.0.1/24"], "--reserved"),
+        (&["--min-blocks-per-node=9"], "--min-blocks-per-node 9 is more than --max-blocks-per-node 8"),
     ] {
         let error = format!("{:#}", args(flags).question().unwrap_err());
         assert!(error.contains(words), "{error}");
@@ -234,7 +236,7 @@ fn question_of(cluster: &Value, flags: &[&str]) -> anyhow::Result<Question> {
 #[test]
 fn a_cluster_as_it_is_tells_its_nodes_blocks_and_pace() {
     let question = question_of(&a_cluster(), &[]).unwrap();
-    assert_eq!((question.nodes, question.load.pods), (8, 110));
+    assert_eq!((question.nodes, question.pods), (8, 110));
     let [range] = &question.ranges[..] else { panic!("{:?}", question.ranges) };
     assert_eq!((range.usable, range.held), (15, Some(7)));
     let planned = answer(&question);
@@ -259,50 +261,84 @@ fn a_range_on_trial_is_added_to_a_cluster_and_what_is_no_cluster_is_named() {
     }
 }
 
-/// Takes blocks one by one, as the operator does, until a node gets no further; answers the nodes that are served.
-fn served_by_pools(pools: &mut [(Pool, u32)], load: Load) -> u64 {
-    let mut next = move || {
-        let (pool, capacity) = pools.iter_mut().find(|(pool, _)| pool.free() > 0)?;
-        let block = pool.block(pool.next_free(0)?)?;
-        pool.take(&block);
-        Some(*capacity)
+#[test]
+fn blocks_per_node_of_each_range_count_as_the_operator_carves() {
+    let limited = |min: i32, max: i32| {
+        let mut cluster = a_cluster();
+        let items = cluster["items"].as_array_mut().unwrap();
+        let range = items.iter_mut().find(|item| item["kind"] == "ClusterCIDR").unwrap();
+        range["spec"]["blocksPerNode"] = json!({"min": min, "max": max});
+        cluster
     };
+    let fits = |cluster: &Value, flags: &[&str]| {
+        let answer = answer(&question_of(cluster, flags).unwrap());
+        (answer.families[0].nodes_that_fit, answer.families[0].ranges[0].blocks_per_node)
+    };
+    assert_eq!(fits(&limited(1, 8), &[]), (15, Some(1)));
+    assert_eq!(fits(&limited(2, 2), &[]), (7, Some(2)), "15 blocks, two for each");
+    assert_eq!(fits(&limited(1, 1), &["--pods-per-node=250"]), (15, Some(1)), "it may have no second one");
+    assert_eq!(fits(&limited(1, 1), &["--pods-per-node=300"]), (0, None));
+    assert_eq!(fits(&limited(1, 3), &["--pods-per-node=250"]), (7, Some(2)), "it asks for a second one");
+    // 16 blocks of a range on trial, whose flags are its own: the last of the first goes with one of these.
+    let trial = ["--cluster-cidr=10.9.0.0/20:24", "--min-blocks-per-node=4"];
+    assert_eq!(fits(&limited(2, 2), &trial).0, 15);
+    let flags = ["--min-blocks-per-node=2", "--nodes=200"];
+    assert_eq!(answer_to(&flags).families[0].nodes_that_fit, 128);
+    let advice = advice_to(&flags).unwrap().yaml().unwrap();
+    assert!(advice.ends_with("  blocksPerNode: {min: 2, max: 8}\n"), "{advice}");
+}
+
+#[test]
+fn a_range_that_gives_no_more_blocks_does_not_say_how_many_a_node_gets() {
+    let range = |min, carves| {
+        let range = Range::new("r".into(), "10.0.0.0/20".parse().unwrap(), 24, vec![]);
+        Range { per_node: BlocksPerNode { min, max: 8 }, carves, ..range }
+    };
+    assert_eq!(nodes_that_fit(&[range(4, false).supply(), range(1, true).supply()], 110), 32);
+    assert_eq!(nodes_that_fit(&[range(4, true).supply(), range(1, true).supply()], 110), 8);
+}
+
+/// Takes blocks one by one, as the operator does, until there is none for a node; answers the nodes that are served.
+fn served_by_pools(pools: &mut [(Pool, Range)], pods: u32) -> u64 {
+    let min = pools[0].1.supply().min.unwrap();
+    let most = pools.iter().map(|(_, range)| range.per_node.max as usize).max().unwrap();
     let mut nodes = 0;
     loop {
         let mut blocks = Vec::new();
-        while blocks.is_empty()
-            || (!is_served(blocks.iter().copied(), load) && blocks.len() < load.max_blocks as usize)
-        {
-            match next() {
-                Some(capacity) => blocks.push(capacity),
-                None => return nodes,
-            }
+        while blocks.is_empty() || !is_served(&blocks, min, blocks.len() >= most, pods) {
+            let may = |(pool, range): &&mut (Pool, Range)| {
+                pool.free() > 0 && blocks.len() < range.per_node.max as usize
+            };
+            let Some((pool, range)) = pools.iter_mut().find(may) else { break };
+            let block = pool.block(pool.next_free(0).unwrap()).unwrap();
+            pool.take(&block);
+            blocks.push(range.supply().capacity);
         }
-        nodes += u64::from(is_served(blocks.iter().copied(), load));
+        if blocks.is_empty() {
+            return nodes;
+        }
+        nodes += u64::from(is_served(&blocks, min, blocks.len() >= most, pods));
     }
 }
 
 proptest! {
     #[test]
     fn what_fits_is_what_the_allocator_gives_and_one_more_does_not(
-        sizes in prop::collection::vec((22u8..=24, 0u8..=5, 0u8..4), 1..4), pods in 1u32..900, max_blocks in 1u32..9,
+        sizes in prop::collection::vec((22u8..=24, 0u8..=5, 0u8..4, 1i32..5, 0i32..6), 1..4), pods in 1u32..900,
     ) {
-        let load = Load { pods, max_blocks };
         let (mut supplies, mut pools) = (Vec::new(), Vec::new());
-        for (index, (length, extra, reserved)) in sizes.iter().enumerate() {
-            let range = Block::of(format!("10.{index}.0.0").parse().unwrap(), *length).unwrap();
+        for (index, (length, extra, reserved, min, more)) in sizes.iter().enumerate() {
+            let cidr = Block::of(format!("10.{index}.0.0").parse().unwrap(), *length).unwrap();
             let prefix = length + extra;
-            let mut pool = Pool::new(range, prefix);
-            for number in 0..*reserved {
-                if let Some(block) = range.subblock(26, u64::from(number) * 3) {
-                    pool.take(&block);
-                }
-            }
-            let capacity = capacity(&range, prefix);
-            supplies.push(Supply { capacity, blocks: pool.free() });
-            pools.push((pool, capacity));
+            let reserved: Vec<Block> = (0..*reserved).filter_map(|n| cidr.subblock(26, u64::from(n) * 3)).collect();
+            let mut pool = Pool::new(cidr, prefix);
+            reserved.iter().for_each(|reserved| pool.take(reserved));
+            let per_node = BlocksPerNode { min: *min, max: min + more };
+            let range = Range { per_node, ..Range::new(format!("r{index}"), cidr, prefix, reserved) };
+            supplies.push(range.supply());
+            pools.push((pool, range));
         }
-        prop_assert_eq!(nodes_that_fit(&supplies, load), served_by_pools(&mut pools, load));
+        prop_assert_eq!(nodes_that_fit(&supplies, pods), served_by_pools(&mut pools, pods));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use plat_crds::Family;
+
 use super::growth::{Case, Limit, RunsOut};
 use super::{Answer, FamilyAnswer};
 
@@ -39,30 +41,25 @@ fn what_fits(answer: &Answer) -> String {
             &range.pods_per_block.to_string(),
             &range
                 .blocks_per_node
-                .map_or(format!("more than {}", answer.max_blocks_per_node), |n| n.to_string()),
+                .map_or(format!("more than {}", range.max_blocks_per_node), |n| n.to_string()),
         ]));
     }
-    let mut text = format!(
-        "What fits: {} nodes with {} pods each\n{}",
-        answer.nodes,
-        answer.pods_per_node,
-        table(&rows)
-    );
+    let mut text =
+        format!("What fits: {}\n{}", nodes_with_pods(answer.nodes, answer.pods_per_node), table(&rows));
     if answer.resting > 0 {
         let _ = writeln!(
             text,
-            "  The blocks of {} replaced nodes rest in quarantine at any moment.",
-            answer.resting
+            "  The blocks of {} rest in quarantine at any moment.",
+            counted(answer.resting, "replaced node")
         );
     }
     for family in &answer.families {
         let needed = answer.nodes.saturating_add(answer.resting);
-        let verdict = match family.nodes_that_fit.checked_sub(needed) {
-            Some(spare) => format!("{} nodes fit: room for {spare} more.", family.nodes_that_fit),
-            None => {
-                let short = needed.saturating_sub(family.nodes_that_fit);
-                format!("{} nodes fit: {short} too few.", family.nodes_that_fit)
-            }
+        let fit = family.nodes_that_fit;
+        let fit_words = if fit == 1 { "1 node fits".to_owned() } else { format!("{fit} nodes fit") };
+        let verdict = match fit.checked_sub(needed) {
+            Some(spare) => format!("{fit_words}: room for {spare} more."),
+            None => format!("{fit_words}: {} too few.", needed.saturating_sub(fit)),
         };
         let _ = writeln!(text, "  {}: {verdict}", family.family);
     }
@@ -75,18 +72,24 @@ fn other_sizes(answer: &Answer) -> String {
 
 fn sizes_of(family: &FamilyAnswer) -> Option<String> {
     let first = family.ranges.first()?;
-    let mut rows =
-        vec![row(["BLOCK", "BLOCKS", "PODS IN A BLOCK", "BLOCKS OF A FULL NODE", "NODES", "UNUSED", ""])];
+    // Of IPv6 addresses next to none ever has a pod: there is nothing to compare.
+    let shows_unused = family.family == Family::IPv4;
+    let line = |cells: [&str; 5], unused: &str, mark: &str| {
+        let unused = shows_unused.then_some(unused);
+        cells.into_iter().chain(unused).chain([mark]).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let head = ["BLOCK", "BLOCKS", "PODS IN A BLOCK", "BLOCKS OF A FULL NODE", "NODES"];
+    let mut rows = vec![line(head, "UNUSED", "")];
     for size in &family.sizes {
-        rows.push(row([
-            &format!("/{}", size.block_prefix_length),
+        let cells = [
+            &*format!("/{}", size.block_prefix_length),
             &size.blocks.to_string(),
             &size.pods_per_block.to_string(),
             &size.blocks_per_node.to_string(),
             &size.nodes.to_string(),
-            &format!("{} %", size.unused_percent),
-            if size.chosen { "<-" } else { "" },
-        ]));
+        ];
+        let mark = if size.chosen { "<-" } else { "" };
+        rows.push(line(cells, &format!("{} %", size.unused_percent), mark));
     }
     Some(format!("Sizes of blocks for {}\n{}", first.cidr, table(&rows)))
 }
@@ -108,7 +111,7 @@ fn end_of(case: &RunsOut, months: u32) -> String {
         Case::Pods => "if pods grow",
         Case::Both => "if both grow",
     };
-    let size = format!("{} nodes with {} pods each", case.nodes, case.pods_per_node);
+    let size = nodes_with_pods(case.nodes, case.pods_per_node);
     let what = match case.limit {
         Some(Limit::Blocks) => "there are no blocks for",
         Some(Limit::PodsPerNode) => "a node may not have enough blocks for",
@@ -141,7 +144,7 @@ fn what_to_add(answer: &Answer) -> String {
             }
             None => {}
             Some(advice) => {
-                let purpose = format!("{} nodes with {} pods each", advice.nodes, advice.pods_per_node);
+                let purpose = nodes_with_pods(advice.nodes, advice.pods_per_node);
                 let _ = match advice.yaml() {
                     Some(yaml) => writeln!(
                         text,
@@ -169,6 +172,14 @@ fn zones(answer: &Answer) -> String {
         seen.to_string().lines().for_each(|line| text += &format!("  {line}\n"));
     }
     text
+}
+
+fn nodes_with_pods(nodes: u64, pods: u32) -> String {
+    format!("{} with {} each", counted(nodes, "node"), counted(u64::from(pods), "pod"))
+}
+
+fn counted(number: u64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn duration(days: u32) -> String {

@@ -12,8 +12,9 @@ pub fn zones(question: &Question, zones: u32) -> Vec<Comparison> {
     let of_family = |family| question.ranges.iter().find(|range| range.range.family() == family);
     let ranges = Family::ALL.into_iter().filter_map(of_family);
     let comparison = |range: &super::Range| {
-        let each = blocks_per_node(super::capacity(&range.range, range.prefix), question.load);
-        let blocks = question.nodes.saturating_mul(u64::from(each.unwrap_or(question.load.max_blocks)));
+        let supply = range.supply();
+        let each = blocks_per_node(supply, question.pods).unwrap_or(supply.max);
+        let blocks = question.nodes.saturating_mul(u64::from(each));
         compare(Churn::usual(range.range, range.prefix, zones, blocks.min(range.usable)))
     };
     ranges.map(comparison).collect()
@@ -21,7 +22,6 @@ pub fn zones(question: &Question, zones: u32) -> Vec<Comparison> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fit::Load;
     use super::super::growth::Growth;
     use super::super::{Range, answer, text};
     use super::*;
@@ -31,7 +31,7 @@ mod tests {
             |name: &str, cidr: &str, prefix| Range::new(name.into(), cidr.parse().unwrap(), prefix, vec![]);
         Question {
             nodes,
-            load: Load { pods: 110, max_blocks: 8 },
+            pods: 110,
             resting: 0,
             growth: Growth::default(),
             months: 1,
