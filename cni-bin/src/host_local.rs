@@ -6,7 +6,7 @@
 //! /var/lib/cni/networks/<network>/last_reserved_ip.0  10.244.3.7
 //! /var/lib/cni/networks/<network>/lock                held (flock) while any of them changes
 //! ```
-//! A file alone proves nothing: the plugin forgets addresses whose DEL it never got, and the folder outlives reboots.
+//! kindnet has them in `/run/cni-ipam-state` instead of `networks`. A file alone proves nothing: the plugin forgets addresses whose DEL it never got, and the folder outlives reboots.
 
 use std::fs::{self, File};
 use std::net::IpAddr;
@@ -17,6 +17,8 @@ use rustix::fs::FlockOperation;
 
 /// Where libcni and the reference plugins keep their state.
 pub const STATE_DIR: &str = "/var/lib/cni";
+/// Where kindnet has the plugin keep its files (`ipam.dataDir`).
+const KINDNET_DIR: &str = "/run/cni-ipam-state";
 /// Longer files than this are none of the plugin's.
 const MAX_FILE: usize = 4096;
 /// So often the lock is tried: for two seconds.
@@ -27,7 +29,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// The files of all networks of a node.
 #[derive(Clone, Debug)]
 pub struct HostLocal {
-    networks: PathBuf,
+    /// Folders with a folder for each network.
+    states: Vec<PathBuf>,
 }
 
 /// Who was given an address.
@@ -43,33 +46,44 @@ pub struct Owner {
 }
 
 impl HostLocal {
-    /// The files below that state folder.
+    /// The files below that state folder; where it is the usual one, kindnet's too.
     pub fn at(state: &Path) -> HostLocal {
-        HostLocal { networks: state.join("networks") }
+        let kindnet = Some(PathBuf::from(KINDNET_DIR)).filter(|_| state == Path::new(STATE_DIR));
+        HostLocal { states: [state.join("networks")].into_iter().chain(kindnet).collect() }
     }
 
-    /// Who was given an address, by any network or by that one. A folder that cannot be read is as good as none:
+    /// Who was given an address last, by any network or by that one. A folder that cannot be read is as good as none:
     /// what runs is proven by the kernel.
     pub fn owner(&self, address: &IpAddr, network: Option<&str>) -> Option<Owner> {
-        let of_network = |folder: &Path| read(&folder.join(address.to_string()));
-        match network {
-            Some(network) => of_network(&self.networks.join(network)),
-            None => fs::read_dir(&self.networks).ok()?.flatten().find_map(|entry| of_network(&entry.path())),
-        }
+        self.owners(address, network).into_iter().min_by_key(|owner| owner.age)
+    }
+
+    /// Everyone whom some network gave an address: what a network that is gone has left may name it too.
+    fn owners(&self, address: &IpAddr, network: Option<&str>) -> Vec<Owner> {
+        let folders: Vec<PathBuf> = match network {
+            Some(network) => self.states.iter().map(|state| state.join(network)).collect(),
+            None => self.states.iter().flat_map(fs::read_dir).flatten().flatten().map(|e| e.path()).collect(),
+        };
+        folders.iter().filter_map(|folder| read(&folder.join(address.to_string()))).collect()
     }
 
     /// Gives up an address, as the plugin's DEL does, if that container still has it. Says whether it had.
     pub fn release(&self, address: &IpAddr, container_id: &str) -> bool {
-        let Some(owner) = self.owner(address, None) else { return false };
-        let Some(folder) = owner.file.parent() else { return false };
-        // The plugin holds this lock while it looks for a free address. Without it, someone removed the folder.
-        let Ok(lock) = File::open(folder.join("lock")) else { return false };
-        if !is_locked(&lock) {
-            return false;
-        }
-        let still = read(&owner.file).is_some_and(|now| now.container_id == container_id);
-        still && fs::remove_file(&owner.file).is_ok()
+        let owners = self.owners(address, None);
+        let owners = owners.iter().filter(|owner| owner.container_id == container_id);
+        owners.filter(|owner| release(owner)).count() > 0
     }
+}
+
+fn release(owner: &Owner) -> bool {
+    let Some(folder) = owner.file.parent() else { return false };
+    // The plugin holds this lock while it looks for a free address. Without it, someone removed the folder.
+    let Ok(lock) = File::open(folder.join("lock")) else { return false };
+    if !is_locked(&lock) {
+        return false;
+    }
+    let still = read(&owner.file).is_some_and(|now| now.container_id == owner.container_id);
+    still && fs::remove_file(&owner.file).is_ok()
 }
 
 /// Takes the lock, unless somebody keeps it for longer than a plugin does.
@@ -160,6 +174,30 @@ mod tests {
         assert!(files.release(&address, "c5"));
         assert_eq!(files.owner(&address, None), None);
         assert!(!files.release(&address, "c5"));
+    }
+
+    #[test]
+    fn of_several_files_the_youngest_tells_the_owner_and_each_container_gives_up_its_own() {
+        let files = ["a", "b", "c", "d"].map(|n| (format!("{n}/10.244.1.5"), format!("c{n}\r\neth0")));
+        let mut files: Vec<_> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+        files.extend(["a/lock", "b/lock", "c/lock", "d/lock"].map(|name| (name, "")));
+        for young in ["a", "b", "c", "d"] {
+            let state = state(&files);
+            for network in ["a", "b", "c", "d"].iter().filter(|network| **network != young) {
+                let file = state.path().join("networks").join(network).join("10.244.1.5");
+                let written = SystemTime::now() - Duration::from_secs(1000);
+                File::options().write(true).open(file).unwrap().set_modified(written).unwrap();
+            }
+            let (files, address) = (HostLocal::at(state.path()), "10.244.1.5".parse().unwrap());
+            let owner = files.owner(&address, None).unwrap();
+            assert_eq!(owner.container_id, format!("c{young}"));
+            assert!(owner.age < Duration::from_secs(500));
+            for network in ["a", "b", "c", "d"] {
+                assert!(files.release(&address, &format!("c{network}")), "{network}");
+                assert!(!files.release(&address, &format!("c{network}")), "{network}");
+            }
+            assert_eq!(files.owner(&address, None), None);
+        }
     }
 
     #[test]

@@ -219,6 +219,28 @@ fn pods_with_a_link_of_their_own_are_found_by_their_routes_where_no_file_tells_o
 }
 
 #[test]
+fn kindnets_pods_are_known_by_its_own_files_and_go_whole() {
+    lab::enter();
+    sh("sysctl -qw net.ipv4.ip_forward=1");
+    let mut kindnet = reference_by("ptp", &["10.244.3.0/24"]);
+    kindnet["plugins"][0]["ipMasq"] = json!(false);
+    kindnet["plugins"][0]["ipam"]["dataDir"] = json!("/run/cni-ipam-state");
+    install("10-ref.conflist", &kindnet);
+    let old = start("old", &pod(Some(8080))).concat();
+    let young = "/run/cni-ipam-state/ref/10.244.3.3";
+    fs::write(young, "coming\r\neth0").unwrap();
+    take_over(&["10.244.3.0/24"]);
+    assert_eq!((old, start("new", &pod(None)).concat()), ("10.244.3.2".into(), "10.244.3.4".into()));
+    assert_eq!(leased().len(), 2);
+    fs::remove_file(young).unwrap();
+    stop("old", &pod(Some(8080)));
+    stop("new", &pod(None));
+    assert_eq!((traces(), links()), (vec![], 0));
+    assert!(!fs::exists("/run/cni-ipam-state/ref/10.244.3.2").unwrap());
+    lab::assert_nothing_left();
+}
+
+#[test]
 fn containers_on_other_bridges_are_nobodys_pods() {
     lab::enter();
     sh("mount -t tmpfs tmpfs /var/lib");
