@@ -146,6 +146,7 @@ impl Leader {
         let ranges = self.memory.learned_ranges.over(&world.ranges);
         let blocks = self.memory.learned_blocks.over(&world.blocks);
         self.memory.observe(&blocks, |block| quarantine_of(&ranges, &block.range), clock);
+        self.memory.observe_groups(&ranges, &world.nodes, &blocks);
         self.memory.observe_reports(&world.nodes, &world.reports, clock);
         self.memory.observe_losses(&world.reports, &blocks, |block| quarantine_over(&ranges, block), clock);
         self.memory.ledger.update(&ranges, &blocks);

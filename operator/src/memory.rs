@@ -184,6 +184,28 @@ impl Memory {
         }
     }
 
+    /// Forgets where carving goes on in ranges that are gone, and for groups that have neither a node nor a block: with
+    /// a `topologyKey` of one value per node there would be an entry for each node that ever lived.
+    pub fn observe_groups(
+        &mut self,
+        ranges: &Facts<RangeFact>,
+        nodes: &Facts<NodeFact>,
+        blocks: &Facts<BlockFact>,
+    ) {
+        let mut living: BTreeMap<&Name, BTreeSet<Option<&str>>> = BTreeMap::new();
+        for range in ranges.values() {
+            let values = living.entry(&range.uid).or_default();
+            if let Some(key) = range.topology_key.as_deref().filter(|_| !self.group_cursors.is_empty()) {
+                values.extend(nodes.values().map(|node| node.labels.get(key)));
+                values.extend(blocks.values().map(|block| block.labels.get(key)));
+            }
+        }
+        self.cursors.retain(|uid, _| living.contains_key(uid));
+        self.group_cursors.retain(|(uid, value), _| {
+            living.get(uid).is_some_and(|values| values.contains(&value.as_deref()))
+        });
+    }
+
     /// Notes which reports are of nodes that are gone, and which nodes have none.
     pub fn observe_reports(&mut self, nodes: &Facts<NodeFact>, reports: &Facts<ReportFact>, clock: Clock) {
         let gone = reports.keys().filter(|name| !nodes.contains_key(*name));
@@ -397,7 +419,7 @@ fn is_newer(ours: &str, seen: &str) -> bool {
 mod tests {
     use super::*;
     use crate::facts::Lost;
-    use crate::fixtures::{NOW, at, block, held_block, report};
+    use crate::fixtures::{NOW, at, block, held_block, labels, report};
     use plat_crds::pod_cidr::BlockState;
 
     fn clock(second: u64) -> Clock {
@@ -417,6 +439,45 @@ mod tests {
     }
 
     const QUARANTINE: Duration = Duration::from_secs(900);
+
+    #[test]
+    fn cursors_are_remembered_for_ranges_that_exist_and_groups_that_have_a_node_or_a_block() {
+        let host = "kubernetes.io/hostname";
+        let of = |name: &str, key: Option<&str>| RangeFact {
+            topology_key: key.map(Into::into),
+            ..crate::fixtures::range(name, "10.244.0.0/16")
+        };
+        let scene = crate::fixtures::scene()
+            .range(of("spread", Some(host)))
+            .range(of("plain", None))
+            .node(NodeFact { labels: labels(&[(host, "lives")]), ..crate::fixtures::node("lives") })
+            .node(crate::fixtures::node("unlabelled"))
+            .block(BlockFact {
+                labels: labels(&[(host, "rests")]),
+                ..held_block("10.244.1.0/24", "spread", "gone")
+            });
+        let uid = |name: &str| scene.world.ranges[name].uid.clone();
+        let (spread, plain, gone): (Name, Name, Name) = (uid("spread"), uid("plain"), "uid-of-before".into());
+        let mut memory = Memory::new(false);
+        for uid in [&spread, &plain, &gone] {
+            memory.cursors.insert(uid.clone(), 7);
+        }
+        for (uid, value) in [
+            (&spread, Some("lives")),
+            (&spread, Some("rests")),
+            (&spread, Some("dead")),
+            (&spread, None),
+            (&plain, Some("lives")),
+            (&gone, Some("lives")),
+        ] {
+            memory.group_cursors.insert((uid.clone(), value.map(Into::into)), 7);
+        }
+        memory.observe_groups(&scene.world.ranges, &scene.world.nodes, &scene.world.blocks);
+        let kept: BTreeSet<&Name> = memory.cursors.keys().collect();
+        assert_eq!(kept, BTreeSet::from([&spread, &plain]));
+        let kept: Vec<_> = memory.group_cursors.keys().map(|(uid, value)| (uid, value.as_deref())).collect();
+        assert_eq!(kept, [(&spread, None), (&spread, Some("lives")), (&spread, Some("rests"))]);
+    }
 
     #[test]
     fn an_answer_holds_until_the_watch_has_caught_up() {
