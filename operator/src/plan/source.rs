@@ -99,7 +99,7 @@ impl Planner<'_> {
             Claim::NodeSpec(_) => None,
             claim => {
                 let other = claim.node().filter(|other| **other != node.name)?;
-                let resting = self.snapshot.blocks.values().find(|known| known.block == *taken);
+                let resting = self.snapshot.blocks.get(taken.object_name().as_str());
                 Some(match resting.filter(|known| known.is_quarantined()).and_then(|known| known.release_after) {
                     Some(until) => format!(
                         "it rests until {until}, as it was node {other}'s; the node gets it then (quarantineSeconds of the ClusterCIDR)"
