@@ -15,6 +15,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use plat_crds::alias;
 use plat_crds::lease::{HostVeth, Lease, MAX_ADDRESSES, Pool};
+use rustix::io::Errno;
 
 use crate::boot::since_now;
 use crate::host_local::{HostLocal, Owner};
@@ -31,9 +32,11 @@ pub fn is_foreign(lease: &Lease) -> bool {
     lease.pool == Pool::Unknown && lease.network.is_none() && !wire::is_host_name(&lease.veth.name)
 }
 
-/// How often a link is asked for what is behind it: a namespace that is being removed cannot be, but its link stays for
-/// some milliseconds.
-const TRIES: u32 = 20;
+/// In how many rounds links are asked for what is behind them: a namespace that is being removed cannot be, but its
+/// link stays for some milliseconds.
+pub const ROUNDS: u32 = 20;
+/// The same for who must know all: two seconds.
+pub const MANY_ROUNDS: u32 = 200;
 /// The pause in between.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -42,17 +45,25 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct Found {
     /// Their leases.
     pub leases: Vec<Lease>,
-    /// Links that would not say what is behind them.
-    pub unheard: usize,
+    /// Why some link has not told what is behind it, if one has not.
+    pub unheard: Option<netlink::Error>,
+}
+
+impl Found {
+    /// The leases, if they are all.
+    pub fn whole(self) -> Result<Vec<Lease>, netlink::Error> {
+        self.unheard.map_or(Ok(self.leases), Err)
+    }
 }
 
 /// The foreign pods, but for those whose link is in `known`. One that goes away while it is looked at is none.
-/// `bridges` are the names of those that pods hang on.
+/// `bridges` are the names of those that pods hang on; links that do not tell are asked in so many rounds.
 pub fn look(
     socket: &mut Socket,
     files: &HostLocal,
     bridges: &[String],
     known: &[Lease],
+    rounds: u32,
 ) -> Result<Found, netlink::Error> {
     let mut indices = HashSet::new();
     for bridge in bridges {
@@ -60,13 +71,10 @@ pub fn look(
     }
     let known: HashSet<&str> = known.iter().map(|lease| lease.veth.name.as_str()).collect();
     let links = link::links(socket, Some("veth"))?;
-    let mut found = Found::default();
-    for link in links.iter().filter(|link| is_candidate(link) && !known.contains(link.name.as_str())) {
-        let (Some(peer), Some(netns)) = (link.peer, link.peer_netns) else { continue };
-        let Some(behind) = behind(socket, link, netns, peer)? else {
-            found.unheard += 1;
-            continue;
-        };
+    let candidates = links.iter().filter(|link| is_candidate(link) && !known.contains(link.name.as_str()));
+    let (heard, unheard) = hear(candidates, rounds, |link| behind(socket, link));
+    let mut found = Found { unheard, ..Found::default() };
+    for (link, behind) in heard {
         let addresses =
             behind.iter().map(|a| a.net).filter(|net| !is_link_local(&net.addr())).collect::<Vec<_>>();
         let owner = addresses.iter().find_map(|net| files.owner(&net.addr(), None));
@@ -74,7 +82,10 @@ pub fn look(
         if addresses.is_empty() || !(is_port || owner.is_some() || is_routed(socket, link, &addresses)?) {
             continue;
         }
-        let ifname = || link::link_in(socket, netns, peer).ok().flatten().map(|pod| pod.name);
+        let ifname = || {
+            let pod = link::link_in(socket, link.peer_netns?, link.peer?);
+            pod.ok().flatten().map(|pod| pod.name)
+        };
         let (container_id, ifname) = key(link, owner, ifname);
         found.leases.push(Lease {
             container_id,
@@ -100,23 +111,43 @@ fn is_routed(socket: &mut Socket, link: &Link, addresses: &[IpNet]) -> Result<bo
     Ok(false)
 }
 
-/// The addresses behind a link; `None` if it will not tell.
-fn behind(
-    socket: &mut Socket,
-    link: &Link,
-    netns: u32,
-    peer: u32,
-) -> Result<Option<Vec<Address>>, netlink::Error> {
-    for _ in 0..TRIES {
-        if let Ok(behind) = link::addresses_in(socket, netns, peer) {
-            return Ok(Some(behind));
+/// What is behind links, asking those that do not tell again; and why the others have not told in so many rounds.
+fn hear<'a>(
+    links: impl Iterator<Item = &'a Link>,
+    rounds: u32,
+    mut ask: impl FnMut(&Link) -> Result<Vec<Address>, netlink::Error>,
+) -> (Vec<(&'a Link, Vec<Address>)>, Option<netlink::Error>) {
+    let (mut heard, mut waiting, mut unheard) = (Vec::new(), links.collect::<Vec<_>>(), None);
+    for round in 0..rounds {
+        if round > 0 {
+            std::thread::sleep(PAUSE);
         }
-        if link::link_by_index(socket, link.index)?.is_none() {
-            return Ok(Some(Vec::new()));
+        unheard = None;
+        waiting.retain(|link| match ask(link) {
+            Ok(behind) => {
+                heard.push((*link, behind));
+                false
+            }
+            Err(error) => {
+                unheard = Some(error);
+                true
+            }
+        });
+        if waiting.is_empty() {
+            break;
         }
-        std::thread::sleep(PAUSE);
     }
-    Ok(None)
+    (heard, unheard)
+}
+
+/// The addresses behind a link; none if it is gone, or leads out of what this host may look into.
+fn behind(socket: &mut Socket, link: &Link) -> Result<Vec<Address>, netlink::Error> {
+    let (Some(peer), Some(netns)) = (link.peer, link.peer_netns) else { return Ok(Vec::new()) };
+    match link::addresses_in(socket, netns, peer) {
+        Err(error) if matches!(error.errno(), Some(Errno::PERM | Errno::ACCESS)) => Ok(Vec::new()),
+        Err(_) if link::link_by_index(socket, link.index)?.is_none() => Ok(Vec::new()),
+        told => told,
+    }
 }
 
 /// A veth that leads elsewhere and that we did not make: an ADD of ours marks its link only after it has made it.
@@ -157,10 +188,10 @@ pub fn holds(
         return Ok(true);
     }
     if proven.is_none() {
-        let Found { leases, unheard } = look(socket, files, bridges, &[])?;
+        let Found { leases, unheard } = look(socket, files, bridges, &[], ROUNDS)?;
         let addresses =
             leases.iter().flat_map(|lease| &lease.addresses).map(|leased| leased.address).collect();
-        *proven = Some(Proven { addresses, is_whole: unheard == 0 });
+        *proven = Some(Proven { addresses, is_whole: unheard.is_none() });
     }
     Ok(proven.as_ref().is_none_or(|proven| !proven.is_whole || proven.addresses.contains(address)))
 }
@@ -182,6 +213,28 @@ mod tests {
         assert!(!is_candidate(&link("veth1a2b3c4d", None, None)), "both ends are here");
         assert!(!is_candidate(&link("veth1a2b3c4d", Some("plat c1 eth0 bridge:cni0 open"), Some(3))));
         assert!(!is_candidate(&link("plat0badcafe", None, Some(3))), "an ADD of ours is under way");
+    }
+
+    #[test]
+    fn links_that_do_not_tell_are_asked_again_and_without_them_nothing_is_whole() {
+        let links = [1, 2].map(|index| Link { index, ..Link::default() });
+        let ask = |rounds| {
+            let mut asked = [0, 0];
+            hear(links.iter(), rounds, |link| {
+                let times = &mut asked[link.index as usize - 1];
+                *times += 1;
+                match (link.index, *times) {
+                    (2, ..=30) => Err(netlink::Error::Interrupted { what: "asked too early".into() }),
+                    _ => Ok(Vec::new()),
+                }
+            })
+        };
+        for (rounds, expected) in [(ROUNDS, 1), (MANY_ROUNDS, 2)] {
+            let (heard, unheard) = ask(rounds);
+            assert_eq!(heard.len(), expected);
+            assert_eq!(unheard.is_none(), expected == 2);
+            assert_eq!(Found { unheard, ..Found::default() }.whole().is_ok(), expected == 2);
+        }
     }
 
     #[test]

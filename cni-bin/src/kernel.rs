@@ -73,12 +73,15 @@ impl Kernel for HostKernel {
                 result => break result?,
             }
         };
-        leases.extend(self.foreign(&[])?);
+        let rounds = foreign::MANY_ROUNDS;
+        // One that is missing here would be missing in the store that is made from this, and its address be free.
+        leases.extend(foreign::look(&mut self.route, &self.files, &self.bridges, &[], rounds)?.whole()?);
         Ok(leases)
     }
 
     fn foreign(&mut self, known: &[Lease]) -> Result<Vec<Lease>, netlink::Error> {
-        foreign::look(&mut self.route, &self.files, &self.bridges, known).map(|found| found.leases)
+        foreign::look(&mut self.route, &self.files, &self.bridges, known, foreign::ROUNDS)
+            .map(|found| found.leases)
     }
 
     fn is_foreign(&mut self, address: &IpAddr, network: Option<&str>) -> Result<bool, netlink::Error> {
