@@ -15,7 +15,7 @@ use crate::reason;
 use crate::snapshot::IpamSource;
 use crate::step::{NewBlock, Origin, Step};
 
-/// Nodes that blocks are carved for in one pass; the next follows at once. So thousands of nodes that come together do
+/// Blocks that are carved in one pass; the next follows at once. So thousands of nodes that come together do
 /// not take thousands of times the memory of one.
 const CARVED_PER_PASS: usize = 1000;
 
@@ -73,8 +73,13 @@ impl<'a> Planner<'a> {
         if needs.is_empty() || self.must_hear_nodes_first() || self.must_wait_for_the_lost(&needs) {
             return;
         }
-        for (node, family, kept) in needs.into_iter().take(CARVED_PER_PASS) {
-            self.carve(node, family, kept);
+        // Who gets none does not count, or the oldest nodes could keep all others from their blocks for ever.
+        let mut carved = 0;
+        for (node, family, kept) in needs {
+            carved += usize::from(self.carve(node, family, kept));
+            if carved == CARVED_PER_PASS {
+                break;
+            }
         }
     }
 
@@ -227,8 +232,8 @@ impl<'a> Planner<'a> {
         self.snapshot.nodes.get(other).is_none_or(|other| age(other) < age(node))
     }
 
-    /// Carves a block for a node that keeps so many already.
-    fn carve(&mut self, node: &NodeFact, family: Family, kept: usize) {
+    /// Carves a block for a node that keeps so many already, if there is one for it.
+    fn carve(&mut self, node: &NodeFact, family: Family, kept: usize) -> bool {
         let ranges = self.choices(node, family);
         let mut waits = false;
         let (mut chosen, mut wait_for) = (None, None);
@@ -252,9 +257,13 @@ impl<'a> Planner<'a> {
         wait_for.into_iter().for_each(|wait| self.wake_after(wait));
         match (chosen, why_not) {
             (Some(range), _) => self.carve_from(node, range),
-            (None, None) => {}
-            (None, Some(why)) => self.refuse(node, family, why),
+            (None, None) => return false,
+            (None, Some(why)) => {
+                self.refuse(node, family, why);
+                return false;
+            }
         }
+        true
     }
 
     fn refuse(&mut self, node: &NodeFact, family: Family, (reason, message): (&'static str, String)) {

@@ -701,6 +701,22 @@ fn a_gone_node_puts_its_block_into_quarantine_and_a_returning_one_takes_it_out()
 }
 
 #[test]
+fn a_thousand_nodes_that_get_no_block_keep_no_younger_node_from_its_own() {
+    let older = |i: i64| NodeFact { created: at(NOW - 90_000 + i), ..node(&format!("n{i}")) };
+    let blocks =
+        |i: i64| held_block(&format!("10.244.{}.{}/28", i / 16, i % 16 * 16), "default-v4", &format!("n{i}"));
+    let v4 = RangeFact { block_prefix: Some(28), ..range("default-v4", V4) };
+    let v6 = RangeFact { block_prefix: Some(64), ..range("default-v6", "fd00:10:244::/64") };
+    let mut scene = scene().range(v4).range(v6);
+    for i in 0..1100 {
+        scene = scene.node(older(i)).block(blocks(i));
+    }
+    let plan =
+        scene.block(held_block("fd00:10:244::/64", "default-v6", "n0")).nodes(&["young"]).all_report().plan();
+    assert_eq!(created(&plan), ["young 10.244.68.192/28 default-v4 carved"]);
+}
+
+#[test]
 fn a_block_is_freed_when_its_time_is_over_and_this_leader_has_watched_for_a_minute() {
     let case = |release_after: i64, watched: u64| {
         let scene = holding(|b| {
