@@ -188,8 +188,8 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub watch_seconds: u32,
 
-    /// How long a leader must itself have seen a block in quarantine before it frees it; never longer than
-    /// the quarantine.
+    /// How long a leader must itself have seen a block in quarantine before it frees it, if it did not write the
+    /// time of release itself (then: all of the quarantine); never longer than the quarantine.
     #[arg(long, env = "PLAT_QUARANTINE_WATCH_SECONDS", default_value_t = 60, hide = true)]
     pub quarantine_watch_seconds: u64,
 

@@ -205,6 +205,12 @@ impl Leader {
             }
             None => {}
         }
+        if let (Step::ChangeBlock { object, change, .. }, Outcome::Done | Outcome::Unknown(_)) =
+            (&done.step, &done.outcome)
+            && let Some(Some(at)) = change.release_after
+        {
+            self.memory.release_written(&object.uid, &object.name, at);
+        }
         let target = done.step.target();
         match (&done.outcome, &done.step) {
             (Outcome::Done | Outcome::AlreadySo, _) => self.memory.succeeded(&target),

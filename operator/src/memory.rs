@@ -7,6 +7,7 @@
 //! | `vanished` | PodCIDRs that went without being released | deleted by hand, or etcd was restored: their node may still use them |
 //! | `told` | PodCIDRs that agents tell were lost | etcd was put back to a time before their nodes joined: only the other nodes remember them |
 //! | `quarantined` | since when this leader has seen each quarantine | a block is not freed on somebody else's clock alone |
+//! | `own_releases` | times of release that this leader wrote | its wall clock alone must not end them |
 //! | `spare_since` | since when a node has been able to spare each block | it is given back after a while only |
 //! | `orphaned` | since when this leader has seen a NodeNetwork without its node | what it reports may still be in use for a quarantine |
 //! | `mute` | since when this leader has known a node without a report | it may have an agent that has yet to write it |
@@ -20,6 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
 use plat_crds::Block;
 
 use crate::budget::Budget;
@@ -58,6 +60,8 @@ pub struct Memory {
     pub untold: Option<Duration>,
     /// PodCIDR uid → when this leader first saw its quarantine.
     pub quarantined: BTreeMap<Name, Duration>,
+    /// PodCIDR uid → its name, and the time of release that this leader wrote into it (seconds, as objects hold).
+    pub own_releases: BTreeMap<Name, (Name, i64)>,
     /// PodCIDR uid → since when its node could spare it.
     pub spare_since: BTreeMap<Name, Duration>,
     /// Name of a gone node with a NodeNetwork → when this leader first saw that it is gone.
@@ -130,6 +134,7 @@ impl Memory {
             told: BTreeMap::new(),
             untold: None,
             quarantined: BTreeMap::new(),
+            own_releases: BTreeMap::new(),
             spare_since: BTreeMap::new(),
             orphaned: BTreeMap::new(),
             mute: BTreeMap::new(),
@@ -174,6 +179,17 @@ impl Memory {
     /// is no loss either.
     pub fn release_unknown(&mut self, uid: &Name) {
         self.released.insert(uid.clone());
+    }
+
+    /// This leader has written a block's time of release, or may have.
+    pub fn release_written(&mut self, uid: &Name, name: &Name, at: Timestamp) {
+        self.own_releases.insert(uid.clone(), (name.clone(), at.as_second()));
+    }
+
+    /// Whether a block's time of release is one that this leader wrote.
+    pub fn wrote_release(&self, block: &BlockFact) -> bool {
+        let own = self.own_releases.get(&block.uid);
+        own.is_some_and(|(_, own)| block.release_after.is_some_and(|at| at.as_second() == *own))
     }
 
     /// Notes which blocks their nodes could spare by the latest plan.
@@ -274,6 +290,7 @@ impl Memory {
         let resting = blocks.values().filter(|b| b.is_quarantined());
         let since = |b: &Arc<BlockFact>| *self.quarantined.get(&b.uid).unwrap_or(&clock.steady);
         self.quarantined = resting.map(|b| (b.uid.clone(), since(b))).collect();
+        self.own_releases.retain(|uid, (name, _)| blocks.get(name).is_some_and(|block| block.uid == *uid));
         // Back in use, it may be lost like any other.
         if !self.released.is_empty() {
             let resting: BTreeSet<&Name> =

@@ -47,6 +47,8 @@ struct Etcd {
     version: u64,
     uids: u64,
     second: u64,
+    /// How far the leaders' wall clock is ahead.
+    jumped: i64,
     /// Leader number → until when it may send.
     lease: BTreeMap<usize, u64>,
     /// Chance of a fault per call: one in so many; 0 for never.
@@ -476,6 +478,7 @@ impl Cluster {
             version: 0,
             uids: 0,
             second: 0,
+            jumped: 0,
             lease: BTreeMap::new(),
             faults: 12,
             dice: Dice(dice.0 ^ 0xabcdef),
@@ -511,7 +514,8 @@ impl Cluster {
 
     fn clock(etcd: &Rc<RefCell<Etcd>>) -> Clock {
         let etcd = etcd.borrow();
-        Clock { wall: etcd.wall(), steady: Duration::from_secs(etcd.second) }
+        let second = NOW + i64::try_from(etcd.second).unwrap();
+        Clock { wall: at(second + etcd.jumped), steady: Duration::from_secs(etcd.second) }
     }
 
     /// A process takes the Lease, if nobody holds it.
@@ -927,4 +931,31 @@ fn a_late_create_of_a_former_leader_meets_no_block_of_a_newer_range() {
         work(&mut cluster, 1);
     }
     assert_eq!(names(&cluster), ["10-244-0-0-24", "10-244-1-0-25"]);
+}
+
+#[test]
+fn a_wall_clock_that_jumps_frees_no_block_before_its_quarantine_is_over() {
+    let mut cluster = Cluster::new(3, "10.244.0.0/16", Mishap::Growth);
+    cluster.etcd.borrow_mut().faults = 0;
+    cluster.settings.quarantine_watch = Duration::from_secs(10);
+    cluster.settings.report_wait = Duration::ZERO;
+    cluster.elect();
+    let resting = |cluster: &Cluster| {
+        let etcd = cluster.etcd.borrow();
+        etcd.blocks().iter().map(BlockFact::is_quarantined).collect::<Vec<_>>()
+    };
+    let tick = |cluster: &mut Cluster| {
+        cluster.pass_time(1);
+        (0..5).for_each(|_| cluster.work_undisturbed(0));
+    };
+    cluster.add_node("n1");
+    (0..30).for_each(|_| tick(&mut cluster));
+    cluster.delete_node("n1");
+    tick(&mut cluster);
+    assert_eq!(resting(&cluster), [true]);
+    cluster.etcd.borrow_mut().jumped = 1200;
+    (0..QUARANTINE - 2).for_each(|_| tick(&mut cluster));
+    assert_eq!(resting(&cluster), [true]);
+    (0..5).for_each(|_| tick(&mut cluster));
+    assert_eq!(resting(&cluster), [] as [bool; 0]);
 }

@@ -87,8 +87,8 @@ pub struct Settings {
     pub lease_duration: Duration,
     /// How long a new leader waits for the reports of Ready nodes before it carves.
     pub report_wait: Duration,
-    /// How long a leader must itself have seen a block in quarantine before it frees it; never longer
-    /// than the quarantine.
+    /// How long a leader must itself have seen a block in quarantine before it frees it, if it did not write the
+    /// time of release itself (then: all of the quarantine); never longer than the quarantine.
     pub quarantine_watch: Duration,
     /// How long a node must have been able to spare a block before it is given back.
     pub surplus_after: Duration,

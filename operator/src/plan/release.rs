@@ -1,7 +1,9 @@
 //! Quarantined blocks: when they become free. A block is freed once
 //!
-//! 1. its time (`spec.releaseAfter`) is over by the wall clock, and this leader has itself watched the
-//!    quarantine for a while, so that a wrong clock alone, ours or a former leader's, frees nothing; and
+//! 1. its time (`spec.releaseAfter`) is over by the wall clock, and this leader has itself watched the quarantine by
+//!    a clock that never jumps: for all of it if it wrote that time, so that its own wall clock alone frees
+//!    nothing; for a while (`--quarantine-watch-seconds`) if somebody else did, as nobody can tell a former
+//!    leader's wrong clock from a quarantine that began long ago; and
 //! 2. every live node has reported that it acted on the quarantine, so that nobody routes the block to its
 //!    former node any more ([`Carriers::silent`]); or the deadline has passed on both clocks.
 //!
@@ -78,7 +80,10 @@ fn rest(block: &BlockFact, snapshot: &Snapshot) -> Option<Rest> {
     let clock = snapshot.clock;
     let release_after = block.release_after?;
     let quarantine = quarantine_of(&snapshot.ranges, &block.range);
-    let to_watch = snapshot.settings.quarantine_watch.min(quarantine);
+    let to_watch = match snapshot.memory.wrote_release(block) {
+        true => quarantine,
+        false => snapshot.settings.quarantine_watch.min(quarantine),
+    };
     let seen_since = snapshot.memory.quarantined.get(&block.uid).copied().unwrap_or(clock.steady);
     let watched = clock.steady.saturating_sub(seen_since);
     let after = |more: Duration| {
@@ -175,6 +180,23 @@ mod tests {
         assert_eq!(case(599, 3000), (None, Some(1)));
         assert_eq!(case(9999, 659), (None, Some(1)), "a leader of today watches for itself");
         assert_eq!(case(600, 660), (Some(Some("1 of 2 live nodes (n2)".to_owned())), None));
+    }
+
+    #[test]
+    fn a_wall_clock_that_jumps_frees_no_block_whose_time_of_release_this_leader_wrote() {
+        let (scene, _, new) = after_quarantine();
+        let scene = scene.report(says("n1", new)).report(says("n2", new));
+        let uid = "uid-10.244.9.0/24";
+        let case = |written: i64, watched: u64| {
+            let jumped = scene.clone().with(|s| {
+                s.memory.release_written(&uid.into(), &NAME.into(), at(written));
+                s.memory.quarantined.insert(uid.into(), s.clock.steady - Duration::from_secs(watched));
+            });
+            (freed(&jumped), jumped.plan().wake_after.map(|wait| wait.as_secs()))
+        };
+        assert_eq!(case(NOW - 1, 70), (None, Some(830)));
+        assert_eq!(case(NOW - 1, 900), (Some(None), None));
+        assert_eq!(case(NOW - 900, 70), (Some(None), None), "somebody has set another time since");
     }
 
     #[test]
