@@ -255,6 +255,7 @@ fn round(growth: f64) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dice::Dice;
     use crate::fixtures::{NOW, Scene, at, range, scene, selector};
     use proptest::prelude::*;
 
@@ -459,18 +460,6 @@ mod tests {
         let (status, reason, message) = condition_of(&full, "a", &RangeForecast::default());
         assert_eq!((status, reason), (Some(true), reason::RANGE_EXHAUSTED));
         assert!(message.contains("add another ClusterCIDR"), "{message}");
-    }
-
-    /// xorshift64*, for simulated months.
-    struct Dice(u64);
-
-    impl Dice {
-        fn roll(&mut self, sides: u64) -> u64 {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % sides
-        }
     }
 
     /// How many nodes there are at an hour.

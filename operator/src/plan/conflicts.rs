@@ -34,14 +34,16 @@ impl Planner<'_> {
         let readable = || self.snapshot.blocks.values().filter(|block| block.problem.is_none());
         // Blocks of one size of ranges that are disjoint cannot overlap: thousands need not be compared.
         let clash = |reason| reason == reason::OVERLAPS_CLUSTER_CIDR;
+        let mut foreign: BTreeMap<&str, String> =
+            readable().filter_map(|block| Some((&*block.name, self.why_foreign(block)?))).collect();
         let may_overlap = self.ranges.values().any(|range| clash(range.judgement.overlapping.reason))
-            || readable().any(|block| self.why_foreign(block).is_some());
+            || !foreign.is_empty();
         for block in readable() {
             let mut name = |reason, message| {
                 let object = ObjectKey::new(Kind::PodCIDR, &block.name, &block.uid);
                 faults.push(Fault { object, reason, message });
             };
-            if let Some(why) = self.why_foreign(block) {
+            if let Some(why) = foreign.remove(&*block.name) {
                 let message = format!(
                     "PodCIDR {} of node {} was not made by the operator: {why}; delete it, and the node gets another block: \
                      first drain the node if pods have addresses of it",

@@ -132,8 +132,7 @@ struct Planner<'a> {
     snapshot: &'a Snapshot<'a>,
     claims: Claims,
     ranges: BTreeMap<Name, Candidate<'a>>,
-    /// Node name → its blocks: those that its spec names first, if that is the source; those in use before
-    /// those in quarantine, then the oldest.
+    /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
     blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
     /// Node name → its blocks that vanished.
     vanished_of: BTreeMap<&'a str, Vec<Block>>,

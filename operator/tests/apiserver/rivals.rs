@@ -14,6 +14,7 @@ use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
 use plat_e2e::wait::{holds, wait_until_async};
+use plat_operator::dice::Dice;
 use serde_json::json;
 
 use crate::arena::{Block, Cluster, Operator, arena};
@@ -35,19 +36,6 @@ const CALM: Duration = Duration::from_secs(90);
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
-
-/// xorshift64*.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let high = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
-        usize::try_from(high).unwrap() % sides
-    }
 }
 
 /// One of the two operators.
@@ -96,7 +84,7 @@ impl Rival {
             }
             _ => proxy.break_watches(),
         }
-        let long = Duration::from_millis(500 + u64::try_from(dice.roll(8000)).unwrap());
+        let long = Duration::from_millis(500 + dice.roll(8000));
         self.disturbed = Some(Instant::now() + long);
     }
 
@@ -147,10 +135,10 @@ impl Crowd {
             self.join(format!("node-{}", self.count)).await;
         }
         for _ in 0..few {
-            let name = self.here.iter().nth(dice.roll(self.here.len())).unwrap().clone();
+            let name = self.here.iter().nth(dice.roll(self.here.len() as u64) as usize).unwrap().clone();
             self.cluster.delete_node(&name).await;
             self.here.remove(&name);
-            if dice.roll(6) == 0 {
+            if dice.one_in(6) {
                 self.join(name).await;
             }
         }
@@ -250,7 +238,7 @@ async fn fight(cluster: Cluster, second_lease: &str, allocations: usize) {
             rival.revive(&cluster);
             match rival.disturbed {
                 Some(until) if until < Instant::now() => rival.calm(),
-                None if dice.roll(5) == 0 => rival.disturb(&mut dice),
+                None if dice.one_in(5) => rival.disturb(&mut dice),
                 _ => {}
             }
         }
