@@ -123,11 +123,10 @@ impl Leader {
         let now = clock();
         // Thousands of nodes make thousands of steps: they are there once.
         let mut steps = std::mem::take(&mut plan.steps);
-        steps.retain(|step| self.memory.is_ripe(&step.target(), now));
+        steps.retain(|step| self.memory.is_ripe(&step.retry_key(), now));
         steps.extend(chosen.steps);
         pass.done = apply(steps, server, on_progress).await;
-        self.memory.cursors.append(&mut plan.cursors.clone());
-        self.memory.group_cursors.append(&mut plan.group_cursors.clone());
+        self.move_cursors(&plan, world, &pass.done);
         for done in &pass.done {
             self.remember(done, clock());
             self.unanswered.note(done, clock());
@@ -196,6 +195,24 @@ impl Leader {
         self.memory.learned_blocks.is_overdue(clock) || self.memory.learned_ranges.is_overdue(clock)
     }
 
+    /// Carving goes on behind what was carved; where a create was refused or not sent, it stays, or a refusal that
+    /// lasts would walk through the whole range.
+    fn move_cursors(&mut self, plan: &Plan, world: &World, done: &[Done]) {
+        let failed = |done: &&Done| !done.outcome.is_success() && !matches!(done.outcome, Outcome::Taken(_));
+        let stays: BTreeSet<_> = done
+            .iter()
+            .filter(failed)
+            .filter_map(|done| match &done.step {
+                Step::CreateBlock(new) => world.ranges.get(&new.range).map(|range| range.uid.clone()),
+                _ => None,
+            })
+            .collect();
+        let cursors = plan.cursors.iter().filter(|(range, _)| !stays.contains(*range));
+        self.memory.cursors.extend(cursors.map(|(range, cursor)| (range.clone(), *cursor)));
+        let of_groups = plan.group_cursors.iter().filter(|((range, _), _)| !stays.contains(range));
+        self.memory.group_cursors.extend(of_groups.map(|(group, cursor)| (group.clone(), *cursor)));
+    }
+
     fn remember(&mut self, done: &Done, clock: Clock) {
         match &done.learnt {
             Some(Learnt::Block(fact)) => self.memory.learned_blocks.fact((**fact).clone(), clock),
@@ -211,7 +228,7 @@ impl Leader {
         {
             self.memory.release_written(&object.uid, &object.name, at);
         }
-        let target = done.step.target();
+        let target = done.step.retry_key();
         match (&done.outcome, &done.step) {
             (Outcome::Done | Outcome::AlreadySo, _) => self.memory.succeeded(&target),
             (Outcome::Unknown(_), Step::CreateBlock(new)) => {
@@ -256,5 +273,57 @@ impl Leader {
         let remembered = self.memory.wakes_at(clock).map(|at| at.saturating_sub(clock.steady));
         let times = [at_once.then_some(Duration::ZERO), plan.wake_after, statuses, remembered];
         times.into_iter().flatten().min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{NOW, at, range, scene, settings};
+    use crate::server::{CallError, Live, Patch, Preconditions};
+    use crate::snapshot::Start;
+    use crate::step::Kind;
+    use serde_json::Value;
+    use std::cell::RefCell;
+
+    /// Refuses every create of a PodCIDR, and knows which names were asked for.
+    #[derive(Default)]
+    struct Refuses(RefCell<Vec<String>>);
+
+    impl Server for Refuses {
+        async fn get(&self, _: Kind, _: &str) -> Result<Value, CallError> {
+            Err(CallError::NotFound)
+        }
+        async fn list(&self) -> Result<Live, CallError> {
+            Err(CallError::Unknown("no list".to_owned()))
+        }
+        async fn create(&self, kind: Kind, object: Value) -> Result<Value, CallError> {
+            if kind == Kind::PodCIDR {
+                self.0.borrow_mut().push(object["metadata"]["name"].as_str().unwrap().to_owned());
+            }
+            Err(CallError::Refused("a webhook says no".to_owned()))
+        }
+        async fn patch(&self, _: Kind, _: &str, _: Patch) -> Result<Value, CallError> {
+            Err(CallError::NotFound)
+        }
+        async fn delete(&self, _: Kind, _: &str, _: Preconditions<'_>) -> Result<(), CallError> {
+            Err(CallError::NotFound)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_create_that_is_refused_is_tried_later_and_later_and_walks_through_no_range() {
+        let scene = scene().range(range("r", "10.244.0.0/16")).nodes(&["n1"]).all_report();
+        let mut leader = Leader::new(settings(), &scene.world);
+        leader.memory.distrust = false;
+        let server = Refuses::default();
+        let tenure = || Tenure { held_for: Duration::from_secs(3600), start: Start::HandedOver };
+        for pass in 0..300 {
+            let clock = Clock { wall: at(NOW), steady: Duration::from_millis(3_600_000 + 200 * pass) };
+            leader.pass(&scene.world, tenure, || clock, &server, |_| {}).await;
+        }
+        let asked = server.0.into_inner();
+        assert!(asked.iter().all(|name| name == "10-244-0-0-24"), "{asked:?}");
+        assert!((5..=15).contains(&asked.len()), "{} creates in a minute", asked.len());
     }
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::{Block, ClusterCIDRStatus, PodCIDRStatus};
+use plat_crds::{Block, ClusterCIDRStatus, Family, PodCIDRStatus};
 use serde_json::{Map, Value, json};
 
 use crate::carriers::Silent;
@@ -106,6 +106,13 @@ pub struct NewBlock {
     pub labels: Vec<(String, String)>,
     /// Where it comes from.
     pub origin: Origin,
+}
+
+impl NewBlock {
+    /// See [`Step::retry_key`].
+    pub fn retry_key(node: &str, family: Family) -> (Kind, Name) {
+        (Kind::PodCIDR, format!("{family} for {node}").into())
+    }
 }
 
 /// Why a PodCIDR changes.
@@ -279,6 +286,15 @@ impl Step {
             Step::DeleteReport { .. } => "delete_report",
             Step::RangeStatus { .. } => "range_status",
             Step::BlockStatus { .. } => "block_status",
+        }
+    }
+
+    /// What is tried again later if it fails. A create is its node's and not its block's: else a node that is
+    /// refused one block would ask for the next at once. (No object's name holds a space.)
+    pub fn retry_key(&self) -> (Kind, Name) {
+        match self {
+            Step::CreateBlock(new) => NewBlock::retry_key(&new.node, new.block.family()),
+            _ => self.target(),
         }
     }
 

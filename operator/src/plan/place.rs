@@ -234,6 +234,10 @@ impl<'a> Planner<'a> {
 
     /// Carves a block for a node that keeps so many already, if there is one for it.
     fn carve(&mut self, node: &NodeFact, family: Family, kept: usize) -> bool {
+        // What would not be sent now is not carved: it would only move the cursor.
+        if !self.snapshot.memory.is_ripe(&NewBlock::retry_key(&node.name, family), self.snapshot.clock) {
+            return false;
+        }
         let ranges = self.choices(node, family);
         let mut waits = false;
         let (mut chosen, mut wait_for) = (None, None);
