@@ -14,7 +14,9 @@ use crate::step::{Kind, Step};
 /// How long an unanswered write is looked for. API servers end requests after a minute.
 const LOOK_FOR: Duration = Duration::from_secs(120);
 
-/// Unanswered writes by the object that they write. One that is sent again is told by its own answer.
+/// Unanswered writes by the object that they write. One that is sent again is told by its own answer, if that says
+/// that it was done just now. One that is found done already, or on another version, may well have been done by the
+/// first: that is looked for further.
 #[derive(Clone, Debug, Default)]
 pub struct Unanswered(BTreeMap<(Kind, Name), (Step, Duration)>);
 
@@ -22,11 +24,12 @@ impl Unanswered {
     /// Notes how a step went.
     pub fn note(&mut self, done: &Done, clock: Clock) {
         let target = done.step.target();
-        match done.outcome {
-            Outcome::Unknown(_) => drop(self.0.insert(target, (done.step.clone(), clock.steady + LOOK_FOR))),
-            // It was not sent.
-            Outcome::Skipped | Outcome::NotLeader => {}
-            _ => drop(self.0.remove(&target)),
+        match (&done.outcome, &done.step) {
+            (Outcome::Unknown(_), _) => {
+                drop(self.0.insert(target, (done.step.clone(), clock.steady + LOOK_FOR)))
+            }
+            (Outcome::Done, _) | (Outcome::AlreadySo, Step::CreateBlock(_)) => drop(self.0.remove(&target)),
+            _ => {}
         }
     }
 
@@ -117,6 +120,29 @@ mod tests {
         };
         assert_eq!(settle(&held(), 1), 0, "not done, or not seen yet");
         assert_eq!((settle(&resting, 2), settle(&resting, 3)), (1, 0));
+    }
+
+    #[test]
+    fn a_write_that_is_sent_again_and_found_done_is_told_once_too() {
+        let resting = BlockFact { state: BlockState::Quarantined, resource_version: "2".into(), ..held() };
+        let again = [Outcome::Stale("409".into()), Outcome::Missing, Outcome::Refused("429".into())];
+        for outcome in again {
+            let mut unanswered = Unanswered::default();
+            unanswered.note(&quarantine(Outcome::Unknown("no answer".into())), clock(0));
+            unanswered.note(&quarantine(outcome), clock(1));
+            let mut settle =
+                |second| unanswered.settle(&Facts::default(), &facts(resting.clone()), clock(second)).len();
+            assert_eq!((settle(2), settle(3)), (1, 0));
+        }
+        let delete = |outcome| {
+            let object = Version { name: held().name, uid: held().uid, resource_version: "2".into() };
+            let step = Step::DeleteBlock { object, node: "n1".into(), confirm_gone: true, unproven: None };
+            Done { step, outcome, learnt: None }
+        };
+        let mut unanswered = Unanswered::default();
+        unanswered.note(&delete(Outcome::Unknown("no answer".into())), clock(0));
+        unanswered.note(&delete(Outcome::AlreadySo), clock(1));
+        assert_eq!(unanswered.settle(&Facts::default(), &Facts::default(), clock(2)).len(), 1);
     }
 
     #[test]
