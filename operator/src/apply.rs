@@ -164,8 +164,8 @@ async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
             let patch = Patch::Merge(block_patch(object, change));
             Ok((Outcome::Done, block_of(server.patch(Kind::PodCIDR, &object.name, patch).await?)))
         }
-        Step::DeleteBlock { object, node, confirm_gone, .. } => {
-            if *confirm_gone && exists(server, node).await? {
+        Step::DeleteBlock { object, node, living, .. } => {
+            if living.is_none() && exists(server, node).await? {
                 return Ok((Outcome::Stale(format!("node {node} exists")), None));
             }
             let only = Preconditions { uid: &object.uid, resource_version: Some(&object.resource_version) };
@@ -382,23 +382,19 @@ mod tests {
             let (node, node_uid, change) = ("n1".into(), "u1".into(), change.clone());
             Step::ChangeBlock { object: version(), node, node_uid, change, why }
         };
-        let delete = |confirm_gone| Step::DeleteBlock {
-            object: version(),
-            node: "n1".into(),
-            confirm_gone,
-            unproven: None,
-        };
+        let delete =
+            |living| Step::DeleteBlock { object: version(), node: "n1".into(), living, unproven: None };
         let alive = Script { nodes: vec!["n1"], ..Script::default() };
-        for step in [gone(Why::NodeGone), delete(true)] {
+        for step in [gone(Why::NodeGone), delete(None)] {
             assert!(matches!(outcome(step, &alive).await, Outcome::Stale(_)));
         }
         assert_eq!(*alive.asked.borrow(), ["get n1", "get n1"], "nothing was written");
-        for (step, write) in [(gone(Why::NodeGone), "patch b"), (delete(true), r#"delete b u Some("7")"#)] {
+        for (step, write) in [(gone(Why::NodeGone), "patch b"), (delete(None), r#"delete b u Some("7")"#)] {
             let server = Script::default();
             assert_eq!(outcome(step, &server).await, Outcome::Done);
             assert_eq!(*server.asked.borrow(), ["get n1", write]);
         }
-        for step in [gone(Why::Unused), delete(false)] {
+        for step in [gone(Why::Unused), delete(Some("u1".into()))] {
             assert_eq!(outcome(step, &alive).await, Outcome::Done, "a drained block needs no dead node");
         }
     }
@@ -406,8 +402,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_does_not_come_is_no_proof_that_the_node_is_gone() {
         let away = Script { fail: Some(CallError::Unknown("timeout".into())), ..Script::default() };
-        let delete =
-            Step::DeleteBlock { object: version(), node: "n1".into(), confirm_gone: true, unproven: None };
+        let delete = Step::DeleteBlock { object: version(), node: "n1".into(), living: None, unproven: None };
         assert_eq!(outcome(delete, &away).await, Outcome::Unknown("timeout".into()));
         assert_eq!(*away.asked.borrow(), ["get n1"]);
     }

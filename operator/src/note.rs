@@ -99,9 +99,15 @@ pub fn of_step(done: &Done) -> Vec<Note> {
             };
             both(block, node, node_uid, reason, "Hold", text)
         }
-        (Step::DeleteBlock { object, node, unproven, .. }, Outcome::Done) => {
+        (Step::DeleteBlock { object, node, living, unproven }, Outcome::Done) => {
             let block = ObjectKey::new(Kind::PodCIDR, &object.name, &object.uid);
-            vec![released(block, node, unproven.as_ref())]
+            let living = living.as_ref().map(|uid| ObjectKey::new(Kind::Node, node, uid));
+            let whose = match living {
+                Some(_) => format!("block {}, which node {node} has given back,", object.name),
+                None => format!("block {} of former node {node}", object.name),
+            };
+            let told = living.into_iter().chain([block]);
+            told.map(|object| released(object, &whose, unproven.as_ref())).collect()
         }
         (Step::RangeStatus { object, old, new }, Outcome::Done) => {
             let range = ObjectKey::new(Kind::ClusterCIDR, &object.name, &object.uid);
@@ -155,15 +161,15 @@ fn created(new: &NewBlock, learnt: Option<&Learnt>) -> Vec<Note> {
     both(ObjectKey::new(Kind::PodCIDR, &name, &uid), node, &new.node_uid, reason, "Allocate", text)
 }
 
-fn released(block: ObjectKey, node: &Name, unproven: Option<&Silent>) -> Note {
-    let text = format!("block {} of former node {node} is free", block.name);
+fn released(object: ObjectKey, whose: &str, unproven: Option<&Silent>) -> Note {
+    let text = format!("{whose} is free");
     match unproven {
-        None => normal(block, reason::BLOCK_RELEASED, "Release", text),
+        None => normal(object, reason::BLOCK_RELEASED, "Release", text),
         Some(silent) => {
             let text = format!(
                 "{text}, though {silent} have not reported in time that they withdrew their route to it: see the log of plat-agent there"
             );
-            warning(block, reason::BLOCK_RELEASED_UNPROVEN, "Release", text)
+            warning(object, reason::BLOCK_RELEASED_UNPROVEN, "Release", text)
         }
     }
 }
@@ -317,15 +323,25 @@ mod tests {
             assert_eq!(texts(create(Origin::Carved), outcome, None), [] as [&str; 0]);
         }
         let released =
-            Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true, unproven: None };
+            Step::DeleteBlock { object: version("b"), node: "n1".into(), living: None, unproven: None };
         assert_eq!(texts(released.clone(), Outcome::AlreadySo, None), [] as [&str; 0]);
         assert_eq!(
             texts(released, Outcome::Done, None),
             ["PodCIDR b BlockReleased: block b of former node n1 is free"]
         );
+        let given_back = Step::DeleteBlock {
+            object: version("b"),
+            node: "n1".into(),
+            living: Some("u1".into()),
+            unproven: None,
+        };
+        let text = "BlockReleased: block b, which node n1 has given back, is free";
+        assert_eq!(
+            texts(given_back, Outcome::Done, None),
+            [format!("Node n1 {text}"), format!("PodCIDR b {text}")]
+        );
         let unproven = Some(Silent { count: 4, live: 9, named: vec!["n7".into()] });
-        let released =
-            Step::DeleteBlock { object: version("b"), node: "n1".into(), confirm_gone: true, unproven };
+        let released = Step::DeleteBlock { object: version("b"), node: "n1".into(), living: None, unproven };
         let [told] = &texts(released, Outcome::Done, None)[..] else { panic!() };
         assert!(
             told.starts_with("PodCIDR b BlockReleasedUnproven:")

@@ -1046,7 +1046,7 @@ mod tests {
     #[test]
     fn a_status_waits_for_another_write_to_the_same_object() {
         let object = version(&"b0".into(), &"u000".into(), "1");
-        let step = Step::DeleteBlock { object, node: "n".into(), confirm_gone: true, unproven: None };
+        let step = Step::DeleteBlock { object, node: "n".into(), living: None, unproven: None };
         let plan = Plan { steps: vec![step], ..Plan::default() };
         let clock = Clock { wall: at(NOW), steady: Duration::ZERO };
         assert_eq!(

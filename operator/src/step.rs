@@ -211,8 +211,8 @@ pub enum Step {
         object: Version,
         /// Its former node.
         node: Name,
-        /// Whether the node must be gone; a drained block of a living node need not wait for that.
-        confirm_gone: bool,
+        /// Uid of the Node, if it lives: it has given the block back. Else it must be gone (checked live).
+        living: Option<Name>,
         /// Live nodes that have not proven in time that they withdrew their route.
         unproven: Option<Silent>,
     },

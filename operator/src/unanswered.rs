@@ -136,7 +136,7 @@ mod tests {
         }
         let delete = |outcome| {
             let object = Version { name: held().name, uid: held().uid, resource_version: "2".into() };
-            let step = Step::DeleteBlock { object, node: "n1".into(), confirm_gone: true, unproven: None };
+            let step = Step::DeleteBlock { object, node: "n1".into(), living: None, unproven: None };
             Done { step, outcome, learnt: None }
         };
         let mut unanswered = Unanswered::default();

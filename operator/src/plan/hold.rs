@@ -41,7 +41,7 @@ impl Planner<'_> {
                 self.keep(block, node, block.state, Why::Refresh);
             }
             Next::Quarantine => self.change(block, node, self.quarantine(block), Why::Unused),
-            Next::Rest if self.is_empty(block) => self.free_in_time(block, false),
+            Next::Rest if self.is_empty(block) => self.free_in_time(block, Some(node)),
             Next::Rest => {}
         }
     }
@@ -71,7 +71,7 @@ impl Planner<'_> {
 
     fn let_go(&mut self, block: &BlockFact) {
         if block.is_quarantined() {
-            self.free_in_time(block, true);
+            self.free_in_time(block, None);
             return;
         }
         let change = self.quarantine(block);

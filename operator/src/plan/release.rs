@@ -16,14 +16,15 @@ use std::time::Duration;
 use super::Planner;
 use super::hold::version;
 use crate::carriers::Carriers;
-use crate::facts::BlockFact;
+use crate::facts::{BlockFact, NodeFact};
 use crate::ranges::quarantine_of;
 use crate::snapshot::Snapshot;
 use crate::step::{BlockChange, Step, Why};
 
 impl Planner<'_> {
-    /// Frees a quarantined block, or says when to look again.
-    pub(super) fn free_in_time(&mut self, block: &BlockFact, confirm_gone: bool) {
+    /// Frees a quarantined block of a node that is gone, or of one that lives and has given it back; or says when to
+    /// look again.
+    pub(super) fn free_in_time(&mut self, block: &BlockFact, living: Option<&NodeFact>) {
         let Some(rest) = rest(block, self.snapshot) else {
             let change =
                 BlockChange { release_after: Some(Some(self.release_time(block))), ..BlockChange::default() };
@@ -43,7 +44,8 @@ impl Planner<'_> {
             return;
         }
         let (object, node) = (version(block), block.node.clone());
-        self.plan.steps.push(Step::DeleteBlock { object, node, confirm_gone, unproven });
+        let living = living.map(|node| node.uid.clone());
+        self.plan.steps.push(Step::DeleteBlock { object, node, living, unproven });
     }
 }
 
@@ -96,7 +98,7 @@ fn rest(block: &BlockFact, snapshot: &Snapshot) -> Option<Rest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{Health, NodeFact, ReportFact};
+    use crate::facts::{Health, ReportFact};
     use crate::fixtures::{NOW, Scene, at, held_block, node, range, report, scene, steps};
     use crate::ledger::Ledger;
     use plat_crds::condition::{self, CONVERGED, READY};
