@@ -95,3 +95,37 @@ fn routed_pods_whose_addresses_are_anothers_are_off_the_network() {
         cut_off_while_anothers(Datapath::Routed);
     });
 }
+
+#[test]
+fn pods_beside_another_nodes_small_block_stay_on_the_network() {
+    isolated("doubled::pods_beside_another_nodes_small_block_stay_on_the_network", || {
+        let of = |cidr: &str, whose: BlockFact| {
+            let block: plat_crds::Block = cidr.parse().unwrap();
+            BlockFact { name: block.object_name(), block, ..whose }
+        };
+        let mut node = node(Datapath::Bridge);
+        pod(3, Datapath::Bridge);
+        // Another network's, in the same block.
+        run("ip netns add old");
+        run("ip link add veth0 type veth peer name eth0 netns old");
+        run("ip link set veth0 master cni0 up");
+        run("ip -n old link set eth0 up");
+        run("ip -n old addr add 10.244.1.5/24 dev eth0");
+        run(&format!("rm -f {}", node.settings.run_dir.join("leases").display()));
+        let older = BlockFact { created: 0, ..of_n9() };
+        node.list(
+            vec![of("10.244.1.0/26", block(1)), of("10.244.1.64/26", older), block_v6(1)],
+            vec![range("default-v4"), range("default-v6")],
+        );
+        eventually("the way to the neighbour", || {
+            let route = run("ip route show 10.244.1.64/26");
+            if route.contains("via 172.30.0.19") { Ok(()) } else { Err(route) }
+        });
+        node.settled();
+        node.expect_condition("Overlapping", "False", "Disjoint");
+        expect_link("plat3", true);
+        eventually("the pod reaches the host", || {
+            if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) }
+        });
+    });
+}
