@@ -15,7 +15,6 @@ use plat_crds::node_network::{FailedObject, NOT_WITHDRAWN};
 use plat_crds::pod_cidr::BlockState;
 
 use crate::facts::{BlockFact, Health, Name, NodeFact, ReportFact};
-use crate::plan::holding;
 use crate::reason;
 use crate::snapshot::Snapshot;
 
@@ -32,8 +31,6 @@ pub struct Carriers<'a> {
     seen: Vec<(u64, &'a str)>,
     /// Object name → the live nodes that could not apply it, and why.
     failed: BTreeMap<&'a str, Vec<(&'a str, &'a str)>>,
-    /// Node name → its blocks.
-    pub blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
 }
 
 /// Live nodes that a released block waits for.
@@ -72,7 +69,7 @@ impl<'a> Carriers<'a> {
         }
         carried.sort_unstable();
         seen.sort_unstable();
-        Carriers { snapshot, carried, seen, failed, blocks_of: holding::by_node(snapshot) }
+        Carriers { snapshot, carried, seen, failed }
     }
 
     /// Every live node carries the block, and its own has taken it up, live or not yet. Once that was so it

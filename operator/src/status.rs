@@ -20,12 +20,12 @@ use crate::carriers::{Carriers, was_converged};
 use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
 use crate::forecast::{exhausted, forecast};
 use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
-use crate::plan::holding::Holding;
+use crate::plan::holding::{self, BlocksOf, Holding};
 use crate::plan::{Plan, RangeOutlook, release};
 use crate::ranges::quarantine_that_holds;
 use crate::reason;
 use crate::snapshot::{Clock, IpamSource, Snapshot, Source};
-use crate::step::{Step, Version};
+use crate::step::{Step, version};
 use crate::topology::GroupBlocks;
 
 /// Counters of one PodCIDR are written at most so often.
@@ -87,10 +87,10 @@ pub struct Chosen {
 /// All statuses that differ from what is written, made as they are asked for: two of them for each of thousands of
 /// blocks would be most of the operator's memory.
 pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item = Write> + 'a {
-    let carriers = Carriers::of(snapshot);
+    let (carriers, blocks_of) = (Carriers::of(snapshot), holding::by_node(snapshot));
     let ranges = snapshot.ranges.values().filter_map(move |range| range_write(range, plan, snapshot));
     let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
-    ranges.chain(readable.filter_map(move |block| block_write(block, &carriers, plan, snapshot)))
+    ranges.chain(readable.filter_map(move |block| block_write(block, &carriers, &blocks_of, plan, snapshot)))
 }
 
 /// The writes that could be made now.
@@ -238,7 +238,7 @@ fn range_write(range: &RangeFact, plan: &Plan, snapshot: &Snapshot) -> Option<Wr
         || new.observed_generation != range.status.observed_generation
         || new.quarantine_seconds != range.status.quarantine_seconds
         || range.status.blocks.is_none() && new.blocks.is_some();
-    let object = version(&range.name, &range.uid, &range.resource_version);
+    let object = version(range);
     let step = Step::RangeStatus { object, old: Box::new(range.status.clone()), new: Box::new(new) };
     Some(Write { class: if flips { Class::Flip } else { Class::Counters }, wait: Duration::ZERO, step })
 }
@@ -261,9 +261,9 @@ fn range_status(
         condition::set_or_remove(&mut status.conditions, DRAINING, drained.as_ref(), generation, &now);
         status.blocks = Some(BlockCounts {
             total: signed(outlook.total),
-            allocated: signed(allocated.len() as u64),
-            draining: signed(draining as u64),
-            quarantined: signed(quarantined.len() as u64),
+            allocated: signed(allocated.len()),
+            draining: signed(draining),
+            quarantined: signed(quarantined.len()),
             free: signed(outlook.free),
         });
         status.groups = groups(range, outlook);
@@ -317,7 +317,7 @@ fn groups(range: &RangeFact, outlook: &RangeOutlook) -> Vec<TopologyGroup> {
             value: holding.value.as_deref().map(ToOwned::to_owned),
             blocks: signed(holding.blocks),
             outside: signed(holding.outside()),
-            prefix_count: signed(holding.stretches.len() as u64),
+            prefix_count: signed(holding.stretches.len()),
             prefixes: prefixes.map(|prefix| prefix.to_string()).collect(),
         }
     };
@@ -331,8 +331,14 @@ fn other_allocator(outlook: &RangeOutlook) -> Verdict {
     }
 }
 
-fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> Option<Write> {
-    let new = block_status(block, carriers, plan, snapshot);
+fn block_write(
+    block: &BlockFact,
+    carriers: &Carriers,
+    blocks_of: &BlocksOf,
+    plan: &Plan,
+    snapshot: &Snapshot,
+) -> Option<Write> {
+    let new = block_status(block, carriers, blocks_of, plan, snapshot);
     let old = block.status.as_deref().cloned().unwrap_or_default();
     if new == old {
         return None;
@@ -354,7 +360,7 @@ fn block_write(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &S
     let wait =
         if is_first { snapshot.clock.until(block.created + FIRST_STATUS_AFTER) } else { Duration::ZERO };
     let step = Step::BlockStatus {
-        object: version(&block.name, &block.uid, &block.resource_version),
+        object: version(block),
         node: block.node.clone(),
         old: Box::new(old),
         new: Box::new(new),
@@ -377,7 +383,13 @@ fn is_awaited(block: &BlockFact, new: &PodCIDRStatus, snapshot: &Snapshot) -> bo
     condition::is_true(&new.conditions, CONVERGED) && !was_converged(block) && joins()
 }
 
-fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &Snapshot) -> PodCIDRStatus {
+fn block_status(
+    block: &BlockFact,
+    carriers: &Carriers,
+    blocks_of: &BlocksOf,
+    plan: &Plan,
+    snapshot: &Snapshot,
+) -> PodCIDRStatus {
     let (generation, now) = (Some(block.generation), Time(snapshot.clock.wall));
     let (node, report) = (snapshot.nodes.get(&block.node), snapshot.reports.get(&block.node));
     let mut status = block.status.as_deref().cloned().unwrap_or_default();
@@ -393,7 +405,7 @@ fn block_status(block: &BlockFact, carriers: &Carriers, plan: &Plan, snapshot: &
     });
     set(&carriers.converged(block));
     if let Some(node) = node {
-        let others = carriers.blocks_of.get(&*node.name).map_or(&[][..], Vec::as_slice);
+        let others = blocks_of.get(&*node.name).map_or(&[][..], Vec::as_slice);
         set(&node_spec_conflict(block, node, others, snapshot.settings.ipam_source));
     }
     for type_ in [DRAINING, GROWTH_BLOCKED] {
@@ -500,11 +512,11 @@ fn flips(old: &[Condition], new: &[Condition]) -> bool {
     })
 }
 
-fn version(name: &Name, uid: &Name, resource_version: &str) -> Version {
-    Version { name: name.clone(), uid: uid.clone(), resource_version: resource_version.into() }
-}
-
-fn signed(number: u64) -> i64 {
+/// A count as objects and metrics have it.
+pub fn signed<N>(number: N) -> i64
+where
+    i64: TryFrom<N>,
+{
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
@@ -514,11 +526,16 @@ mod tests {
     use crate::facts::Fact;
     use crate::fixtures::{NOW, Scene, at, block, held_block, node, range, report, scene, spec};
     use crate::memory::Memory;
+    use crate::step::Version;
     use plat_crds::condition::EXHAUSTED;
     use plat_crds::digest::Digest;
     use plat_crds::node_network::FailedObject;
     use plat_crds::pod_cidr::BlockState;
     use plat_crds::routing::Routing;
+
+    fn version_of(name: &str, uid: &str) -> Version {
+        Version { name: name.into(), uid: uid.into(), resource_version: "1".into() }
+    }
 
     /// A scene whose leader has seen its objects, and the sum over them.
     fn seen(mut scene: Scene) -> (Scene, Digest) {
@@ -544,7 +561,13 @@ mod tests {
 
     fn status_of(scene: &Scene, name: &str) -> PodCIDRStatus {
         let snapshot = scene.snapshot();
-        block_status(&snapshot.blocks[name], &Carriers::of(&snapshot), &scene.plan(), &snapshot)
+        block_status(
+            &snapshot.blocks[name],
+            &Carriers::of(&snapshot),
+            &holding::by_node(&snapshot),
+            &scene.plan(),
+            &snapshot,
+        )
     }
 
     fn verdict(status: &PodCIDRStatus, type_: &str) -> (String, String) {
@@ -837,11 +860,7 @@ mod tests {
             class: *class,
             wait: Duration::ZERO,
             step: Step::BlockStatus {
-                object: version(
-                    &format!("b{index}").as_str().into(),
-                    &format!("u{index:03}").as_str().into(),
-                    "1",
-                ),
+                object: version_of(&format!("b{index}"), &format!("u{index:03}")),
                 node: "n".into(),
                 old: Box::default(),
                 new: Box::default(),
@@ -980,7 +999,7 @@ mod tests {
         }
         let range = |class| {
             let new = ClusterCIDRStatus { groups: (0..60).map(a_group).collect(), ..Default::default() };
-            let object = version(&"r".into(), &"range".into(), "1");
+            let object = version_of("r", "range");
             let step = Step::RangeStatus { object, old: Box::default(), new: Box::new(new) };
             Write { class, wait: Duration::ZERO, step }
         };
@@ -1045,7 +1064,7 @@ mod tests {
 
     #[test]
     fn a_status_waits_for_another_write_to_the_same_object() {
-        let object = version(&"b0".into(), &"u000".into(), "1");
+        let object = version_of("b0", "u000");
         let step = Step::DeleteBlock { object, node: "n".into(), living: None, unproven: None };
         let plan = Plan { steps: vec![step], ..Plan::default() };
         let clock = Clock { wall: at(NOW), steady: Duration::ZERO };

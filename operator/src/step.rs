@@ -10,7 +10,7 @@ use plat_crds::{Block, ClusterCIDRStatus, Family, PodCIDRStatus};
 use serde_json::{Map, Value, json};
 
 use crate::carriers::Silent;
-use crate::facts::Name;
+use crate::facts::{Fact, Name};
 use crate::sizing::BlockSize;
 
 /// Kinds of objects.
@@ -76,6 +76,15 @@ pub struct Version {
     pub uid: Name,
     /// `metadata.resourceVersion`.
     pub resource_version: Box<str>,
+}
+
+/// The version of an object that a snapshot shows.
+pub fn version<F: Fact>(fact: &F) -> Version {
+    Version {
+        name: fact.name().clone(),
+        uid: fact.uid().clone(),
+        resource_version: fact.resource_version().into(),
+    }
 }
 
 /// Where a new block comes from.

@@ -20,6 +20,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::apply::{Done, Outcome};
 use crate::leader::{Pass, World};
 use crate::reason;
+use crate::status::signed;
 use crate::step::Step;
 
 /// `/livez` fails if the loop has not turned for so long: far longer than any call may take.
@@ -259,10 +260,6 @@ fn foretold_end(status: &ClusterCIDRStatus) -> Option<Timestamp> {
     let exhausted = condition::find(&status.conditions, EXHAUSTED);
     let Time(at) = status.forecast.as_ref()?.exhausted_at.as_ref()?;
     exhausted.is_none_or(|c| c.reason != reason::OTHERS_TAKE_OVER).then_some(*at)
-}
-
-fn signed(number: usize) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// Figures of this process from `/proc`.

@@ -15,7 +15,7 @@ use super::Planner;
 use super::drain::Next;
 use crate::facts::{BlockFact, NodeFact};
 use crate::ranges::quarantine_of;
-use crate::step::{BlockChange, Step, Version, Why};
+use crate::step::{BlockChange, Step, Why, version};
 
 /// A label value has at most so many bytes.
 const MAX_LABEL_VALUE: usize = 63;
@@ -135,12 +135,4 @@ fn label_value(name: &str) -> String {
     let cut =
         name.char_indices().nth(MAX_LABEL_VALUE).map_or(name, |(end, _)| name.get(..end).unwrap_or(name));
     cut.trim_end_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned()
-}
-
-pub(super) fn version(block: &BlockFact) -> Version {
-    Version {
-        name: block.name.clone(),
-        uid: block.uid.clone(),
-        resource_version: block.resource_version.clone(),
-    }
 }

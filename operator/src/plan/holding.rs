@@ -65,8 +65,11 @@ impl<'a> Holding<'a> {
 }
 
 /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
-pub fn by_node<'a>(snapshot: &'a Snapshot) -> BTreeMap<&'a str, Vec<&'a BlockFact>> {
-    let mut blocks_of: BTreeMap<&str, Vec<&BlockFact>> = BTreeMap::new();
+pub type BlocksOf<'a> = BTreeMap<&'a str, Vec<&'a BlockFact>>;
+
+/// The blocks of all nodes.
+pub fn by_node<'a>(snapshot: &'a Snapshot) -> BlocksOf<'a> {
+    let mut blocks_of = BlocksOf::new();
     for block in snapshot.blocks.values() {
         blocks_of.entry(&block.node).or_default().push(block);
     }

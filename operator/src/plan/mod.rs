@@ -132,8 +132,7 @@ struct Planner<'a> {
     snapshot: &'a Snapshot<'a>,
     claims: Claims,
     ranges: BTreeMap<Name, Candidate<'a>>,
-    /// Node name → its blocks: those in use before those in quarantine, then the oldest first.
-    blocks_of: BTreeMap<&'a str, Vec<&'a BlockFact>>,
+    blocks_of: holding::BlocksOf<'a>,
     /// Node name → its blocks that vanished.
     vanished_of: BTreeMap<&'a str, Vec<Block>>,
     /// Node name → its blocks that agents tell were lost.

@@ -9,7 +9,7 @@ use crate::facts::RangeFact;
 use crate::reason;
 use crate::sizing::{Sizing, sizing};
 use crate::snapshot::DefaultRange;
-use crate::step::{Fault, Kind, ObjectKey, Step, Version};
+use crate::step::{Fault, Kind, ObjectKey, Step, version};
 
 impl Planner<'_> {
     pub(super) fn manage_ranges(&mut self) {
@@ -133,13 +133,5 @@ fn default_name(family: Family) -> &'static str {
     match family {
         Family::IPv4 => names::DEFAULT_CLUSTER_CIDR_V4,
         Family::IPv6 => names::DEFAULT_CLUSTER_CIDR_V6,
-    }
-}
-
-fn version(range: &RangeFact) -> Version {
-    Version {
-        name: range.name.clone(),
-        uid: range.uid.clone(),
-        resource_version: range.resource_version.clone(),
     }
 }

@@ -14,12 +14,11 @@
 use std::time::Duration;
 
 use super::Planner;
-use super::hold::version;
 use crate::carriers::Carriers;
 use crate::facts::{BlockFact, NodeFact};
 use crate::ranges::quarantine_of;
 use crate::snapshot::Snapshot;
-use crate::step::{BlockChange, Step, Why};
+use crate::step::{BlockChange, Step, Why, version};
 
 impl Planner<'_> {
     /// Frees a quarantined block of a node that is gone, or of one that lives and has given it back; or says when to
