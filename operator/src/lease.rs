@@ -4,7 +4,8 @@
 //! candidate never compares another machine's clock with its own: it takes a Lease only after it has itself
 //! seen the record unchanged for the record's whole duration. The holder counts from *before* it sent its
 //! last successful renewal and stops writing at the renew deadline (10 s), well before anybody else may
-//! begin (15 s after the last change they saw).
+//! begin (15 s after the last change they saw). It counts by `CLOCK_BOOTTIME`, which goes on while its machine is
+//! suspended; `Instant` stands still then.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -71,35 +72,48 @@ pub fn decide(record: Option<&Record>, unchanged_for: Duration, longest: Duratio
 }
 
 /// Until when this process may write. Shared with everything that writes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Leadership {
-    began: Instant,
-    /// Milliseconds after `began`; 0 while it does not lead.
+    /// Milliseconds of `CLOCK_BOOTTIME`; 0 while it does not lead.
     until: AtomicU64,
 }
 
-impl Default for Leadership {
-    fn default() -> Self {
-        Leadership { began: Instant::now(), until: AtomicU64::new(0) }
+/// A time of `CLOCK_BOOTTIME`: since the machine started, suspend included. Nobody can set it.
+#[derive(Clone, Copy, Debug)]
+struct BootTime(Duration);
+
+impl BootTime {
+    fn now() -> BootTime {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        // The kernel's are never negative, nor is a part of a second longer than one.
+        BootTime(Duration::try_from(now).unwrap_or(Duration::MAX))
+    }
+
+    fn elapsed(self) -> Duration {
+        BootTime::now().0.saturating_sub(self.0)
+    }
+
+    fn after(self, wait: Duration) -> BootTime {
+        BootTime(self.0.saturating_add(wait))
+    }
+
+    fn as_millis(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
     }
 }
 
 impl Leadership {
     /// Whether this process may write now.
     pub fn holds(&self) -> bool {
-        self.elapsed(Instant::now()) < self.until.load(Ordering::Acquire)
+        BootTime::now().as_millis() < self.until.load(Ordering::Acquire)
     }
 
-    fn extend(&self, until: Instant) {
-        self.until.store(self.elapsed(until), Ordering::Release);
+    fn extend(&self, until: BootTime) {
+        self.until.store(until.as_millis(), Ordering::Release);
     }
 
     fn end(&self) {
         self.until.store(0, Ordering::Release);
-    }
-
-    fn elapsed(&self, at: Instant) -> u64 {
-        u64::try_from(at.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -128,7 +142,7 @@ pub struct Elector {
 pub struct Held {
     acquired: Timestamp,
     /// When the last successful write was sent.
-    renewed: Instant,
+    renewed: BootTime,
     /// How leadership was won.
     pub start: Start,
 }
@@ -179,7 +193,7 @@ impl Elector {
                 Ok(Some(record)) if record.holder == self.identity => {
                     match self.write(Some(&record), held.acquired, held.start).await {
                         Ok(renewed) => {
-                            leadership.extend(renewed.renewed + self.timing.renew_deadline);
+                            leadership.extend(renewed.renewed.after(self.timing.renew_deadline));
                             *held = renewed;
                             continue;
                         }
@@ -229,7 +243,7 @@ impl Elector {
     }
 
     fn won(&self, held: Held, leadership: &Leadership) -> Held {
-        leadership.extend(held.renewed + self.timing.renew_deadline);
+        leadership.extend(held.renewed.after(self.timing.renew_deadline));
         info!(lease = self.name, identity = self.identity, start = ?held.start, "leading");
         held
     }
@@ -248,7 +262,7 @@ impl Elector {
 
     /// Writes ourselves as the holder.
     async fn write(&self, old: Option<&Record>, acquired: Timestamp, start: Start) -> Result<Held, String> {
-        let sent = Instant::now();
+        let sent = BootTime::now();
         let spec = self.spec(old.unwrap_or(&Record::none()), acquired);
         self.put(old.map(|old| old.resource_version.as_str()), spec).await?;
         Ok(Held { acquired, renewed: sent, start })
@@ -379,15 +393,29 @@ mod tests {
         assert_eq!(decide(Some(&ancient), Duration::from_secs(3), Duration::from_secs(150)), Decision::Wait);
     }
 
+    /// A suspend cannot be made here, but a clock that counts it can be told: by the seconds since the machine
+    /// started, as the kernel shows them.
+    #[test]
+    fn leadership_is_counted_by_the_clock_that_goes_on_in_suspend() {
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        let uptime = uptime.split(' ').next().unwrap().parse().map(Duration::from_secs_f64).unwrap();
+        let leadership = Leadership::default();
+        leadership.extend(BootTime(uptime));
+        assert!(!leadership.holds());
+        leadership.extend(BootTime(uptime).after(Duration::from_secs(600)));
+        assert!(leadership.holds());
+        assert!(BootTime(uptime).elapsed() < Duration::from_secs(300), "{uptime:?}");
+    }
+
     #[test]
     fn leadership_ends_by_itself_at_its_deadline() {
         let leadership = Leadership::default();
         assert!(!leadership.holds());
-        leadership.extend(Instant::now() + Duration::from_secs(60));
+        leadership.extend(BootTime::now().after(Duration::from_secs(60)));
         assert!(leadership.holds());
-        leadership.extend(Instant::now());
+        leadership.extend(BootTime::now());
         assert!(!leadership.holds());
-        leadership.extend(Instant::now() + Duration::from_secs(60));
+        leadership.extend(BootTime::now().after(Duration::from_secs(60)));
         leadership.end();
         assert!(!leadership.holds());
     }
