@@ -284,27 +284,31 @@ mod tests {
     use crate::snapshot::Start;
     use crate::step::Kind;
     use serde_json::Value;
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
-    /// Refuses every create of a PodCIDR, and knows which names were asked for.
+    /// Refuses every create of a PodCIDR, and knows which names were asked for, and how often for lists.
     #[derive(Default)]
-    struct Refuses(RefCell<Vec<String>>);
+    struct Refuses {
+        creates: RefCell<Vec<String>>,
+        lists: Cell<usize>,
+    }
 
     impl Server for Refuses {
         async fn get(&self, _: Kind, _: &str) -> Result<Value, CallError> {
             Err(CallError::NotFound)
         }
         async fn list(&self) -> Result<Live, CallError> {
+            self.lists.set(self.lists.get() + 1);
             Err(CallError::Unknown("no list".to_owned()))
         }
         async fn create(&self, kind: Kind, object: Value) -> Result<Value, CallError> {
             if kind == Kind::PodCIDR {
-                self.0.borrow_mut().push(object["metadata"]["name"].as_str().unwrap().to_owned());
+                self.creates.borrow_mut().push(object["metadata"]["name"].as_str().unwrap().to_owned());
             }
             Err(CallError::Refused("a webhook says no".to_owned()))
         }
         async fn patch(&self, _: Kind, _: &str, _: Patch) -> Result<Value, CallError> {
-            Err(CallError::NotFound)
+            Err(CallError::NotLeader)
         }
         async fn delete(&self, _: Kind, _: &str, _: Preconditions<'_>) -> Result<(), CallError> {
             Err(CallError::NotFound)
@@ -315,14 +319,14 @@ mod tests {
     async fn a_create_that_is_refused_is_tried_later_and_later_and_walks_through_no_range() {
         let scene = scene().range(range("r", "10.244.0.0/16")).nodes(&["n1"]).all_report();
         let mut leader = Leader::new(settings(), &scene.world);
-        leader.memory.distrust = false;
         let server = Refuses::default();
         let tenure = || Tenure { held_for: Duration::from_secs(3600), start: Start::HandedOver };
         for pass in 0..300 {
             let clock = Clock { wall: at(NOW), steady: Duration::from_millis(3_600_000 + 200 * pass) };
             leader.pass(&scene.world, tenure, || clock, &server, |_| {}).await;
         }
-        let asked = server.0.into_inner();
+        let (asked, lists) = (server.creates.into_inner(), server.lists.into_inner());
+        assert_eq!(lists, 0, "nothing is in doubt");
         assert!(asked.iter().all(|name| name == "10-244-0-0-24"), "{asked:?}");
         assert!((5..=15).contains(&asked.len()), "{} creates in a minute", asked.len());
     }

@@ -118,9 +118,9 @@ pub struct NewBlock {
 }
 
 impl NewBlock {
-    /// See [`Step::retry_key`].
+    /// See [`Step::retry_key`]. Of the kind Node: that a create is refused casts no doubt on what is known of PodCIDRs.
     pub fn retry_key(node: &str, family: Family) -> (Kind, Name) {
-        (Kind::PodCIDR, format!("{family} for {node}").into())
+        (Kind::Node, format!("{family} for {node}").into())
     }
 }
 
