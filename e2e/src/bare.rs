@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -97,6 +97,11 @@ impl<'a> BareNode<'a> {
     /// Its InternalIP.
     pub fn address(&self) -> Ipv4Addr {
         Ipv4Addr::new(172, 30, 0, 10 + self.number)
+    }
+
+    /// Its other address, of IPv6.
+    pub fn address6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x30, 0, 0, 0, 0, 0, 0x10 + u16::from(self.number))
     }
 
     pub(crate) fn namespace(&self) -> String {

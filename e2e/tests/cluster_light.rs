@@ -2,13 +2,15 @@
 //! more of them than full nodes would fit on one machine.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use plat_e2e::bare::{BareNode, Process, operator};
+use plat_e2e::bare::{BareNode, Pod, Process, operator};
 use plat_e2e::cluster::items;
 use plat_e2e::light::{ControlPlane, create_node, delete_node};
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
+use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const RANGE: &str = "--cluster-cidr=10.244.0.0/16";
@@ -40,7 +42,7 @@ fn register(plane: &ControlPlane, node: &BareNode) {
 /// The blocks that are in use: node → block.
 fn map(plane: &ControlPlane) -> Result<BTreeMap<String, String>, String> {
     let blocks = plane.get(&["podcidrs"]).map_err(|e| format!("{e:#}"))?;
-    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let active = items(&blocks).filter(|block| block["spec"]["state"] == "Active");
     Ok(active.map(|block| (text(&block["spec"]["nodeName"]), text(&block["spec"]["cidr"]))).collect())
 }
@@ -97,4 +99,55 @@ fn dozens_of_agents_carry_the_map_whoever_joins_dies_or_leaves() {
     assert!(rest.iter().all(|(node, block)| map[node] == *block), "no other block moves: {rest:?}");
     register(&plane, left);
     assert_eq!(wait_routes_equal_the_map(&plane, "it is back", &nodes), map, "it gets its block back");
+}
+
+/// Tries until the pod has an address; the first of them.
+#[track_caller]
+fn wait_add(pod: &Pod) -> IpAddr {
+    let result = wait_until("a pod gets its address", DEADLINE, || {
+        pod.cni("ADD").map_err(|error| format!("{error:#}"))?.map_err(|error| error.to_string())
+    });
+    let ips = result["ips"].as_array().unwrap();
+    assert_eq!(ips.len(), 1, "one family: {result}");
+    ips[0]["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn nodes_and_pods_with_ipv6_addresses_alone_reach_each_other() {
+    let plane = plane();
+    let _operator = operator(&plane, "operator", &["--cluster-cidr=fd00:10:244::/48"]).unwrap();
+    let nodes: Vec<BareNode> = (1..=2).map(|number| BareNode::up(&plane, number).unwrap()).collect();
+    let agents = nodes.iter().map(|node| {
+        // IPv4 leads to the API server of this testbed, and nowhere else.
+        node.ip(&["route", "del", "default"]).unwrap();
+        let address = node.address6().to_string();
+        plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
+        node.agent().unwrap()
+    });
+    let _agents: Vec<Process> = agents.collect();
+    let pods: Vec<Pod> = nodes.iter().map(|node| node.pod("pod").unwrap()).collect();
+    let addresses: Vec<IpAddr> = pods.iter().map(wait_add).collect();
+    let map = map(&plane).unwrap();
+    assert!(map.len() == 2 && map.values().all(|block| block.ends_with("::/64")), "{map:?}");
+    for (pod, address) in pods.iter().zip(addresses.iter().rev()) {
+        wait_until(&format!("a pod reaches {address} on the other node"), DEADLINE, || {
+            let out = pod.run("busybox").args(["ping", "-c1", "-W1", &address.to_string()]).output();
+            let out = out.map_err(|error| error.to_string())?;
+            holds(out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned())
+        });
+    }
+    wait_until("both nodes say that all is well", DEADLINE, || {
+        let reports = plane.get(&["nodenetworks"]).map_err(|error| format!("{error:#}"))?;
+        let is_well = |report: &Value, type_: &str| {
+            let mut conditions = report["status"]["conditions"].as_array().into_iter().flatten();
+            conditions.any(|c| c["type"] == type_ && c["status"] == "True")
+        };
+        let all_well =
+            |report| ["RoutesReady", "CNIReady", "MasqueradeReady"].iter().all(|t| is_well(report, t));
+        holds(items(&reports).filter(|report| all_well(report)).count() == 2, reports.to_string())
+    });
+    for node in nodes {
+        let gateways = node.ip(&["-4", "route", "show", "proto", "112"]).unwrap();
+        assert_eq!(gateways, "", "{} has IPv4 routes of Plat", node.name());
+    }
 }
