@@ -167,6 +167,13 @@ pub fn carried_by(report: &ReportFact, snapshot: &Snapshot) -> Option<u64> {
     snapshot.memory.ledger.number_of(sum)
 }
 
+/// Whether a report was made with every range in view: only then does it name all blocks that the node has pods of
+/// without an object, as it does when another network was there before.
+pub fn knows_every_range(report: &ReportFact, snapshot: &Snapshot) -> bool {
+    let seen = seen_by(report, snapshot);
+    snapshot.ranges.values().all(|range| snapshot.memory.ledger.carries(seen, &range.uid))
+}
+
 /// The number of the sum that a node has acted on. Agents of before say only what they carry.
 fn seen_by(report: &ReportFact, snapshot: &Snapshot) -> Option<u64> {
     let is_stuck = |failed: &FailedObject| failed.reason == NOT_WITHDRAWN;

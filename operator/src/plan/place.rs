@@ -8,6 +8,7 @@ use plat_crds::{Block, Family};
 
 use super::grow::MAX_PER_FAMILY;
 use super::{Candidate, Planner};
+use crate::carriers::knows_every_range;
 use crate::claims::Claim;
 use crate::facts::{Health, Held, Name, NodeFact};
 use crate::ranges::{Standing, stands};
@@ -309,12 +310,15 @@ impl<'a> Planner<'a> {
 
     /// A new leader on a cluster with a history gives agents the time to say what they hold and what was lost
     /// before it carves anything. Their reports of before do not count: if etcd was put back to a backup, so
-    /// were they. On a fresh cluster every report is new, so the last Ready node's ends the wait.
+    /// were they. On a fresh cluster every report is new, so the last Ready node's that was made with the ranges in
+    /// view ends the wait.
     fn must_hear_nodes_first(&mut self) -> bool {
         let (tenure, wait) = (self.snapshot.tenure, self.snapshot.settings.report_wait);
-        let reported =
-            |node: &NodeFact| self.snapshot.reports.get(&node.name).is_some_and(|report| report.reported);
-        let silent = |node: &NodeFact| node.health == Health::Ready && !reported(node);
+        let told = |node: &NodeFact| {
+            let report = self.snapshot.reports.get(&node.name).filter(|report| report.reported);
+            report.is_some_and(|report| knows_every_range(report, self.snapshot))
+        };
+        let silent = |node: &NodeFact| node.health == Health::Ready && !told(node);
         let heard =
             self.snapshot.memory.fresh_cluster && !self.snapshot.nodes.values().any(|node| silent(node));
         if heard || tenure.held_for >= wait {
