@@ -165,6 +165,10 @@ impl Stage {
 
     /// Waits until everything is as the round's work asks for.
     async fn wait_right(&self, round: &Round, what: &str) {
+        // Its block's first status waits for its agent, and all rounds together must not outlast the quarantine.
+        self.cluster.wait_blocks(&[&round.new], 1).await;
+        let block = self.cluster.block_of(&round.new).await.unwrap();
+        self.cluster.report(&round.new, &[(&block.spec.cidr, 0)]).await;
         wait_until_async(&format!("the map is right after {what}"), DEADLINE, async || {
             self.observer.check();
             self.look(round).await
