@@ -50,9 +50,9 @@ fn surroundings() {
         ip -n far addr add 10.244.9.5/32 dev eth0
         ip -n far addr del 198.51.100.5/32 dev eth0
         ip -n far route add 192.0.2.0/24 dev eth0
-        ip route add 10.244.9.5/32 dev to-far
+        ip route add 10.244.9.0/24 dev to-far
         ip -n far route add 2001:db8::/64 dev eth0
-        ip -6 route add fd00:9::5/128 dev to-far
+        ip -6 route add fd00:9::/64 dev to-far
         sysctl -eqw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0
         sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.to-far.proxy_arp=1 net.ipv6.conf.to-far.proxy_ndp=1
         ip -6 neigh add proxy 2001:db8::1 dev to-far");
