@@ -97,10 +97,11 @@ fn a_cluster_with_reference_plugins_passes_the_matrix_and_a_missing_route_fails_
 
     let traffic = Traffic::start(&cluster, &pods[0], &pods[2]).unwrap();
     cluster.on_node(1, "ip route del 10.244.2.0/24").unwrap();
-    let (_, report) = traffic.stop().unwrap();
-    assert!(report.lost > 0 && report.received > 0, "{report:?}");
+    // It takes a while, in which datagrams are sent that must get lost.
     let broken: Vec<_> =
         matrix.check().unwrap().into_iter().filter(|c| c.fault.is_some()).map(|c| c.way).collect();
+    let (_, report) = traffic.stop().unwrap();
+    assert!(report.lost > 0 && report.received > 0, "{report:?}");
     assert!(
         broken.contains(&Way::PodToPodOtherNode) && broken.contains(&Way::ServiceOtherNode),
         "{broken:?}"
