@@ -564,15 +564,13 @@ fn a_link_of_second_choice_keeps_its_rules_when_the_agent_restores_during_the_ad
     let name = lab::host_end(&add("c", &conf))["name"].as_str().unwrap().to_owned();
     Plat::call("DEL", "c", &conf).run().silent();
     sh(&format!("ip link add {name} type veth peer name foreign; ip link set {name} alias mine"));
-    std::fs::write("/run/wait", "").unwrap();
-    let slow =
-        Plat::call("ADD", "c", &conf).set("PLAT_FAIL", "rules:wait").set("PLAT_FAIL_WAIT", "/run/wait");
+    let slow = Plat::call("ADD", "c", &conf).waiting_at("rules");
     let slow = slow.start();
     lab::eventually("the rules are written", || !lab::pod_elements().is_empty());
     let before = lab::pod_elements();
     lab::restore();
     assert_eq!(lab::pod_elements(), before);
-    std::fs::remove_file("/run/wait").unwrap();
+    lab::go_on();
     let result = Answer::of(slow.wait_with_output().unwrap()).json();
     assert_ne!(lab::host_end(&result)["name"], name.as_str());
     assert_eq!(lab::pod_elements(), before);
@@ -688,20 +686,16 @@ fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: 
     lab::enter();
     netns("slow");
     let conf = at.of(with(hand_conf(), json!({"ipam": {"subnet": "10.22.0.0/29"}})));
-    std::fs::write("/run/wait", "").unwrap();
     // The ADD waits with a lease and no link, so that nothing in the kernel proves the lease yet.
-    let slow = Plat::call("ADD", "slow", &conf)
-        .set("PLAT_FAIL", "lease:wait")
-        .set("PLAT_FAIL_WAIT", "/run/wait")
-        .set("PLAT_FAIL_TRACE", "/run/trace")
-        .start();
+    let slow =
+        Plat::call("ADD", "slow", &conf).waiting_at("lease").set("PLAT_FAIL_TRACE", "/run/trace").start();
     lab::eventually("the lease is recorded", || {
         lab::exists("/run/plat/leases") && lab::leased() == ["10.22.0.2"]
     });
     std::fs::remove_file("/run/plat/leases").unwrap();
     let quick = add("quick", &conf);
     assert_eq!(address(&quick), "10.22.0.2");
-    std::fs::remove_file("/run/wait").unwrap();
+    lab::go_on();
     let answer = Answer::of(slow.wait_with_output().unwrap());
     assert!(answer.error(11).contains("quick"));
     let trace = std::fs::read_to_string("/run/trace").unwrap();
@@ -716,10 +710,8 @@ fn a_store_that_was_removed_meanwhile_cannot_make_two_pods_share_an_address(at: 
 fn a_store_that_is_removed_before_the_pod_has_its_addresses_is_rebuilt_from_its_link() {
     lab::enter();
     netns("slow");
-    std::fs::write("/run/wait", "").unwrap();
     let slow = Plat::call("ADD", "slow", &hand_conf())
-        .set("PLAT_FAIL", "confirm:wait")
-        .set("PLAT_FAIL_WAIT", "/run/wait")
+        .waiting_at("confirm")
         .set("PLAT_FAIL_TRACE", "/run/trace")
         .start();
     lab::eventually("the lease is confirmed", || {
@@ -727,7 +719,7 @@ fn a_store_that_is_removed_before_the_pod_has_its_addresses_is_rebuilt_from_its_
     });
     std::fs::remove_dir_all("/run/plat").unwrap();
     let quick = address(&add("quick", &hand_conf()));
-    std::fs::remove_file("/run/wait").unwrap();
+    lab::go_on();
     let slow = address(&Answer::of(slow.wait_with_output().unwrap()).json());
     assert_ne!(slow, quick);
     assert_eq!(lab::leased().into_iter().collect::<BTreeSet<_>>(), BTreeSet::from([slow, quick]));
@@ -737,14 +729,10 @@ fn a_store_that_is_removed_before_the_pod_has_its_addresses_is_rebuilt_from_its_
 fn a_store_that_was_removed_meanwhile_gets_the_lease_again_if_nobody_has_the_address() {
     lab::enter();
     netns("slow");
-    std::fs::write("/run/wait", "").unwrap();
-    let slow = Plat::call("ADD", "slow", &hand_conf())
-        .set("PLAT_FAIL", "lease:wait")
-        .set("PLAT_FAIL_WAIT", "/run/wait")
-        .start();
+    let slow = Plat::call("ADD", "slow", &hand_conf()).waiting_at("lease").start();
     lab::eventually("the lease is recorded", || lab::exists("/run/plat/leases") && !lab::leases().is_empty());
     std::fs::remove_dir_all("/run/plat").unwrap();
-    std::fs::remove_file("/run/wait").unwrap();
+    lab::go_on();
     let result = Answer::of(slow.wait_with_output().unwrap()).json();
     assert_eq!(lab::leased(), [address(&result)]);
     assert_eq!(lab::leases()[0]["network"], "hand", "complete, not rebuilt");

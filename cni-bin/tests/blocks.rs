@@ -23,6 +23,11 @@ fn enter() {
     lab::sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
 }
 
+/// The node has one block, and may get another.
+fn one_block_that_may_grow() {
+    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+}
+
 fn fill(conf: &Value) {
     (2..7).for_each(|n| {
         let given = add(&format!("c{n}"), conf);
@@ -55,7 +60,7 @@ in_each_datapath! {
 fn an_add_that_finds_the_block_full_waits_for_the_next_one(datapath: Datapath) {
     enter();
     let conf = datapath.of(cluster_conf());
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     fill(&conf);
     let calls = ["late1", "late2"].map(|id| waiting(id, &conf));
     // The lease of the node moves on meanwhile, which is no news.
@@ -99,7 +104,7 @@ fn pods_of_all_blocks_reach_each_other_while_one_drains(datapath: Datapath) {
 fn an_add_that_waits_takes_an_address_that_a_del_frees() {
     enter();
     let conf = cluster_conf();
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     fill(&conf);
     let call = waiting("late", &conf);
     Plat::call("DEL", "c4", &conf).run().silent();
@@ -110,7 +115,7 @@ fn an_add_that_waits_takes_an_address_that_a_del_frees() {
 fn a_block_that_pods_of_another_network_fill_is_waited_for_as_well() {
     enter();
     let conf = cluster_conf();
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     // Seen by this test alone.
     mount("tmpfs", "/var/lib", "tmpfs", MountFlags::empty(), None).unwrap();
     let others = "/var/lib/cni/networks/ref";
@@ -128,7 +133,7 @@ fn a_block_that_pods_of_another_network_fill_is_waited_for_as_well() {
 fn an_add_that_fails_for_something_else_than_addresses_does_not_wait() {
     enter();
     let conf = cluster_conf();
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     fill(&conf);
     netns("again");
     let words = Plat::call("ADD", "c2", &conf).set("CNI_NETNS", "/run/netns/again").run().error(103);
@@ -139,7 +144,7 @@ fn an_add_that_fails_for_something_else_than_addresses_does_not_wait() {
 fn an_add_that_nothing_comes_for_fails_in_time_and_says_so() {
     enter();
     let conf = cluster_conf();
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     fill(&conf);
     let full_for_now = with(conf.clone(), json!({"failStatusWhenFull": true}));
     Plat::bare("STATUS").input(&full_for_now).run().silent();
@@ -150,7 +155,7 @@ fn an_add_that_nothing_comes_for_fails_in_time_and_says_so() {
     let words = Plat::call("ADD", "late", &conf).run().error(101);
     assert!(!words.contains("no other block"), "{words}");
     Plat::bare("STATUS").input(&full_for_now).run().error(50);
-    lab::write_blocks(&[FULL], |file| file.may_grow = vec![Family::IPv4]);
+    one_block_that_may_grow();
     let asked = with(conf, json!({"runtimeConfig": {"ips": ["10.244.3.2"]}, "capabilities": {"ips": true}}));
     Plat::call("ADD", "late", &asked).run().error(102);
     eventually("nothing is left of it", || lab::leases().len() == 5);

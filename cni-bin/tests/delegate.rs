@@ -107,16 +107,14 @@ fn an_add_that_a_del_overtook_leaves_lease_and_address_to_the_next_add_of_its_co
     lab::enter();
     netns("c");
     netns("c2");
-    fs::write("/run/wait", "").unwrap();
-    let slow =
-        call("ADD", "c", &host_local()).set("PLAT_FAIL", "lease:wait").set("PLAT_FAIL_WAIT", "/run/wait");
+    let slow = call("ADD", "c", &host_local()).waiting_at("lease");
     let slow = slow.start();
     lab::eventually("the lease is recorded", || lab::exists("/run/plat/leases") && lab::leased().len() == 2);
     call("DEL", "c", &host_local()).run().silent();
     call("ADD", "c", &host_local()).set("CNI_NETNS", "/run/netns/c2").result();
     let (taken, leased, links) = (files(), lab::leases(), lab::host_links());
     assert_eq!((taken.len(), leased.len(), links.len()), (2, 1, 1));
-    fs::remove_file("/run/wait").unwrap();
+    lab::go_on();
     let _ = Answer::of(slow.wait_with_output().unwrap()).error(103);
     assert_eq!((files(), lab::leases(), lab::host_links()), (taken, leased, links));
     assert_eq!(lab::masqueraded().len(), 2);

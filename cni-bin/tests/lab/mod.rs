@@ -90,6 +90,14 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// While it is there, a call [`Plat::waiting_at`] a step waits.
+const WAIT: &str = "/run/wait";
+
+/// Ends the wait of [`Plat::waiting_at`].
+pub fn go_on() {
+    fs::remove_file(WAIT).unwrap();
+}
+
 /// The folder of the reference plugins and cnitool.
 pub fn tools() -> PathBuf {
     let cache = || {
@@ -237,6 +245,12 @@ impl Plat {
         self.variables.retain(|(n, _)| n != name);
         self.variables.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Lets it wait at that step until [`go_on`].
+    pub fn waiting_at(self, step: &str) -> Plat {
+        fs::write(WAIT, "").unwrap();
+        self.set("PLAT_FAIL", &format!("{step}:wait")).set("PLAT_FAIL_WAIT", WAIT)
     }
 
     /// Removes a variable.

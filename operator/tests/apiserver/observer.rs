@@ -24,6 +24,7 @@ pub struct Observer {
 }
 
 /// What has been seen so far.
+#[derive(Default)]
 struct Seen {
     /// How long a block rests that nobody has released.
     quarantine: Duration,
@@ -55,15 +56,7 @@ struct Past {
 impl Observer {
     /// Watches from now on. `quarantine` is that of the ranges.
     pub async fn start(client: &Client, quarantine: Duration) -> Observer {
-        let seen = Arc::new(Mutex::new(Seen {
-            quarantine,
-            blocks: BTreeMap::new(),
-            past: Vec::new(),
-            allocations: 0,
-            changes_of_hands: 0,
-            version: 0,
-            wrong: Vec::new(),
-        }));
+        let seen = Arc::new(Mutex::new(Seen { quarantine, ..Seen::default() }));
         let api: Api<PodCIDR> = Api::all(client.clone());
         let list = api.list(&ListParams::default()).await.unwrap();
         let version = list.metadata.resource_version.clone().unwrap();
@@ -190,15 +183,7 @@ impl Seen {
 
 #[test]
 fn the_observer_sees_overlap_and_blocks_that_change_hands_unrested() {
-    let mut seen = Seen {
-        quarantine: Duration::from_secs(60),
-        blocks: BTreeMap::new(),
-        past: Vec::new(),
-        allocations: 0,
-        changes_of_hands: 0,
-        version: 0,
-        wrong: Vec::new(),
-    };
+    let mut seen = Seen { quarantine: Duration::from_secs(60), ..Seen::default() };
     let object = |cidr: &str, node: &str, state: &str, release: Option<&str>| -> PodCIDR {
         let name = cidr.parse::<Block>().unwrap().object_name();
         serde_json::from_value(serde_json::json!({
