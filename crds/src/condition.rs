@@ -107,6 +107,11 @@ pub fn is_true(conditions: &[Condition], type_: &str) -> bool {
     find(conditions, type_).is_some_and(|c| c.status == "True")
 }
 
+/// The same, and said of the object's spec as it is at that generation.
+pub fn is_true_at(conditions: &[Condition], type_: &str, generation: i64) -> bool {
+    find(conditions, type_).is_some_and(|c| c.status == "True" && c.observed_generation == Some(generation))
+}
+
 /// Bounds what `Condition` leaves open, as Kubernetes bounds it in its own types: the API server estimates
 /// the cost of rules by these bounds. At most 16 conditions.
 pub(crate) fn bound(schema: &mut Schema) {

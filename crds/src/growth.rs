@@ -9,7 +9,7 @@ const MIN_FREE: u64 = 16;
 
 /// The free addresses, over all its `Active` blocks of one family, below which a node gets another block.
 /// `capacity` is that of its largest.
-pub fn watermark(capacity: u32) -> u64 {
+fn watermark(capacity: u32) -> u64 {
     let capacity = u64::from(capacity);
     MIN_FREE.max(capacity / 5).min(capacity.div_ceil(2))
 }
@@ -28,7 +28,8 @@ pub fn spares_others(blocks: impl IntoIterator<Item = (u32, u32)>) -> bool {
     free > 0 && free.saturating_mul(2) >= watermark.saturating_mul(3)
 }
 
-fn room(blocks: impl IntoIterator<Item = (u32, u32)>) -> (u64, u64) {
+/// Free addresses of these blocks, and the watermark below which a node with them gets another one.
+pub fn room(blocks: impl IntoIterator<Item = (u32, u32)>) -> (u64, u64) {
     let (mut free, mut largest) = (0u64, 0);
     for (used, capacity) in blocks {
         free += u64::from(capacity.saturating_sub(used));

@@ -243,9 +243,7 @@ impl BlockFact {
         let fact = BlockFact::read(object)?;
         let conditions =
             object.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-        let condition = condition::find(conditions, CONVERGED);
-        let holds =
-            condition.is_some_and(|c| c.status == "True" && c.observed_generation == Some(fact.generation));
+        let holds = condition::is_true_at(conditions, CONVERGED, fact.generation);
         Ok(BlockFact { converged: holds && fact.node == node, ..fact })
     }
 

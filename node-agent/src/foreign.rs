@@ -20,6 +20,7 @@ use plat_crds::block::Block;
 use plat_crds::names::VETH_PREFIX;
 
 use crate::desired::{self, Map, Me};
+use crate::fabric::host_prefix;
 use crate::facts::{BlockFact, Fault, RangeFact, Reason};
 use crate::overlap;
 
@@ -132,7 +133,7 @@ pub fn exposed(
     let mut blocks: BTreeSet<Block> = accepted.iter().map(|fact| fact.block).collect();
     blocks.extend(guessed.iter().filter(|block| !accepted.iter().any(|fact| fact.block.overlaps(block))));
     for address in needed {
-        let Some(host) = Block::of(*address, if address.is_ipv4() { 32 } else { 128 }) else { continue };
+        let host = Block::containing(host_prefix(*address));
         let nearest = blocks.range(..=host).next_back().filter(|block| block.contains(address));
         if let Some(block) = nearest {
             exposed.entry(*block).or_default().insert(*address);

@@ -76,12 +76,12 @@ impl Growth {
 pub fn room(own: &OwnBlocks, usage: &Usage) -> Option<u32> {
     let families = Family::ALL.into_iter().filter_map(|family| {
         let blocks = leased_from(own, family);
-        let counts: Vec<(u32, u32)> = counts(&blocks, usage).collect();
-        let free: u64 = counts.iter().map(|(used, all)| u64::from(all.saturating_sub(*used))).sum();
-        let largest = counts.iter().map(|(_, all)| *all).max()?;
+        if blocks.is_empty() {
+            return None;
+        }
+        let (free, watermark) = growth::room(counts(&blocks, usage));
         // Passed already: nothing is to be noticed.
-        let left = free.checked_sub(growth::watermark(largest))?;
-        u32::try_from(left.saturating_add(1)).ok()
+        u32::try_from(free.checked_sub(watermark)?.saturating_add(1)).ok()
     });
     families.min()
 }
@@ -128,7 +128,7 @@ mod tests {
             };
             Lease { pool: Pool::Blocks, addresses: (2..n + 2).map(address).collect(), ..Lease::default() }
         };
-        Usage::of(&counts.iter().map(lease).collect::<Vec<_>>())
+        Usage::of(counts.iter().map(lease).collect())
     }
 
     const A: &str = "10.244.1.0/24";

@@ -61,15 +61,13 @@ enum Certainty {
 
 impl Usage {
     /// Of the leases of the node's own blocks, as the store has them.
-    pub fn of<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> Usage {
-        let (mut leased, mut datapaths, mut pods) = (Vec::new(), BTreeSet::new(), Vec::new());
-        let mut foreign = Vec::new();
-        for lease in leases {
+    pub fn of(pods: Vec<Lease>) -> Usage {
+        let (mut leased, mut datapaths, mut foreign) = (Vec::new(), BTreeSet::new(), Vec::new());
+        for lease in &pods {
             if foreign::is_foreign(lease) {
                 foreign.extend(lease.addresses.first().map(|leased| leased.address));
             }
             datapaths.insert(lease.datapath);
-            pods.push(lease.clone());
             for address in &lease.addresses {
                 let origin = match lease.pool {
                     Pool::Blocks => Block::of(address.address, address.subnet_length).map(Origin::Block),
@@ -291,7 +289,7 @@ impl Leases {
         self.counted = Some(Counted { at: now, of: written, leases, room: None });
         let rebuilt = report.rebuilt.or(self.rebuilt.take()).filter(|_| count > 0);
         Ok(Swept {
-            usage: Usage::of(&report.leases),
+            usage: Usage::of(report.leases),
             ended: report.ended.iter().map(words).collect(),
             taken_over: report.taken_over.iter().map(words).collect(),
             contested: report
@@ -306,7 +304,7 @@ impl Leases {
     /// The leases that the kernel proves, for a time when the store cannot be read: nearly all. An ADD that
     /// is under way has no link yet.
     pub fn proven(&mut self) -> Result<Usage, netlink::Error> {
-        Ok(Usage::of(&self.sweeper.proven()?).outdated())
+        Ok(Usage::of(self.sweeper.proven()?).outdated())
     }
 }
 
@@ -343,13 +341,13 @@ mod tests {
 
     #[test]
     fn only_addresses_of_the_nodes_blocks_count_and_unknown_ones_where_they_lie() {
-        let leases = [
+        let leases = vec![
             lease(Pool::Blocks, "10.244.1.7", 24),
             lease(Pool::Blocks, "10.244.9.8", 24),
             lease(Pool::Unknown, "10.244.1.9", 32),
             lease(Pool::Ranges, "10.244.1.10", 24),
         ];
-        let usage = Usage::of(&leases);
+        let usage = Usage::of(leases);
         assert_eq!(usage.used(&block("10.244.1.0/24")), Some(2));
         assert_eq!(usage.used(&block("10.244.2.0/24")), Some(0));
         let blocks = with_map(&[], &[], |map| usage.blocks(map));
@@ -360,7 +358,7 @@ mod tests {
     #[test]
     fn a_block_is_held_also_by_leases_that_do_not_know_it() {
         let usage =
-            Usage::of(&[lease(Pool::Unknown, "10.244.7.9", 32), lease(Pool::Unknown, "10.22.0.9", 32)]);
+            Usage::of(vec![lease(Pool::Unknown, "10.244.7.9", 32), lease(Pool::Unknown, "10.22.0.9", 32)]);
         let blocks = with_map(&[], &[range("r")], |map| usage.blocks(map));
         assert_eq!(blocks.all, ["10.244.7.0/24"].map(block).into());
         assert_eq!(blocks.guessed, blocks.all);
@@ -381,12 +379,12 @@ mod tests {
             (&["10.244.7.70", "10.244.9.1"], &["10.244.7.64/26", "10.244.9.0/26"], &["10.244.9.0/26"]),
         ] {
             let leases: Vec<_> = addresses.iter().map(|address| lease(Pool::Unknown, address, 32)).collect();
-            let blocks = with_map(&facts, &ranges, |map| Usage::of(&leases).blocks(map));
+            let blocks = with_map(&facts, &ranges, |map| Usage::of(leases).blocks(map));
             assert_eq!(blocks.all, all.iter().map(|text| block(text)).collect(), "{addresses:?}");
             assert_eq!(blocks.guessed, guessed.iter().map(|text| block(text)).collect(), "{addresses:?}");
         }
-        let leases = [lease(Pool::Blocks, "10.244.8.70", 26), lease(Pool::Unknown, "10.244.8.71", 32)];
-        let blocks = with_map(&[], &[range("r")], |map| Usage::of(&leases).blocks(map));
+        let leases = vec![lease(Pool::Blocks, "10.244.8.70", 26), lease(Pool::Unknown, "10.244.8.71", 32)];
+        let blocks = with_map(&[], &[range("r")], |map| Usage::of(leases).blocks(map));
         assert_eq!((blocks.all, blocks.guessed), ([block("10.244.8.64/26")].into(), [].into()));
     }
 
@@ -399,7 +397,7 @@ mod tests {
     #[test]
     fn a_count_that_cannot_be_renewed_never_says_that_a_block_is_free() {
         assert_eq!(Usage::default().used(&block("10.244.1.0/24")), None, "nothing was counted yet");
-        let usage = Usage::of(&[lease(Pool::Blocks, "10.244.1.7", 24)]).outdated();
+        let usage = Usage::of(vec![lease(Pool::Blocks, "10.244.1.7", 24)]).outdated();
         assert_eq!(usage.used(&block("10.244.1.0/24")), Some(1));
         assert_eq!(usage.used(&block("10.244.2.0/24")), None);
     }

@@ -172,7 +172,7 @@ impl Node {
             machine.sweep_leases(now);
         }
         let (map, known) = (beliefs.map(), beliefs.known());
-        let (host, closing) = machine.look(map, known)?;
+        let (host, own, closing) = machine.look(map, known)?;
         let (desired, mut faults) = desired::desired(&machine.me, map, &host);
         if full {
             machine.look_after_bridge(&desired, &mut outcome);
@@ -185,7 +185,6 @@ impl Node {
             machine.look_for_overriding()?;
         }
         faults.extend(machine.overridden.iter().cloned());
-        let own = desired::own_blocks(&machine.me, map, &host);
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
         let grant = Grant { own: &own, lease: &lease, mtu: host.mtu, may_grow: &may_grow };
@@ -433,7 +432,7 @@ impl Machine {
     }
 
     /// What the node's own state adds to the objects.
-    fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, Closing), Error> {
+    fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, OwnBlocks, Closing), Error> {
         let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
         let locations = host::locate(&mut self.kernel.route, &view, desired::next_hops(&self.me, map))?;
         let devices = locations.values().filter_map(|location| match location {
@@ -460,7 +459,7 @@ impl Machine {
         let closing = self.close(map, known, &needed)?;
         host.closed_ranges = closing.closed.clone();
         host.in_use = self.datapaths(&view);
-        Ok((host, closing))
+        Ok((host, own, closing))
     }
 
     /// How living pods are joined to the host. Before what one datapath stands on is taken away, the leases are read

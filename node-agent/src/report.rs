@@ -15,7 +15,7 @@ use plat_crds::node_network::{
 
 use crate::apply::Part;
 use crate::facts::{Fact, Fault, Kind, Reason};
-use crate::objects::{KindSet, Objects};
+use crate::objects::Objects;
 
 /// The CNI side of the node, as far as it got.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -164,13 +164,20 @@ fn applied(known: &Objects, faults: &[Fault]) -> Applied {
         .filter(|fault| fault.reason.fails())
         .map(|fault| (fault.kind, fault.name.as_str()))
         .collect();
-    let mut digest = Digest::default();
-    let mut count = 0;
-    add(&known.blocks, Kind::PodCIDR, &failed, &mut digest, &mut count);
-    add(&known.ranges, Kind::ClusterCIDR, &failed, &mut digest, &mut count);
-    let (mut seen, mut all) = (Digest::default(), 0);
-    add(&known.blocks, Kind::PodCIDR, &BTreeSet::new(), &mut seen, &mut all);
-    add(&known.ranges, Kind::ClusterCIDR, &BTreeSet::new(), &mut seen, &mut all);
+    let blocks =
+        known.blocks.facts.iter().map(|(name, fact)| ((Kind::PodCIDR, name.as_str()), fact.identity()));
+    let ranges =
+        known.ranges.facts.iter().map(|(name, fact)| ((Kind::ClusterCIDR, name.as_str()), fact.identity()));
+    let objects = blocks.chain(ranges);
+    let seen = Digest::of(objects.clone().map(|(_, identity)| identity));
+    let (mut digest, mut count) = (seen, 0);
+    for (key, (uid, generation)) in objects {
+        if failed.contains(&key) {
+            digest.remove(uid, generation);
+        } else {
+            count += 1;
+        }
+    }
     let mut named: Vec<&Fault> = faults.iter().filter(|fault| fault.reason.fails()).collect();
     named.sort_by_key(|fault| (fault.reason != Reason::NotWithdrawn, *fault));
     named.dedup_by_key(|fault| (fault.kind, &fault.name));
@@ -186,23 +193,6 @@ fn applied(known: &Objects, faults: &[Fault]) -> Applied {
         seen_digest: Some(seen.to_string()),
         failed_count: (total > MAX_REPORTED).then(|| i64::try_from(total).unwrap_or(i64::MAX)),
         failed: named.collect(),
-    }
-}
-
-fn add<F: Fact>(
-    set: &KindSet<F>,
-    kind: Kind,
-    failed: &BTreeSet<(Kind, &str)>,
-    digest: &mut Digest,
-    count: &mut i64,
-) {
-    for (name, fact) in &set.facts {
-        if failed.contains(&(kind, name.as_str())) {
-            continue;
-        }
-        let (uid, generation) = fact.identity();
-        digest.add(uid, generation);
-        *count += 1;
     }
 }
 

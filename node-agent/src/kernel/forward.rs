@@ -65,11 +65,14 @@ pub struct Forwarding {
 }
 
 fn filter(family: Family) -> Table {
-    let family = match family {
+    Table::new(table_family(family), "filter")
+}
+
+pub(super) fn table_family(family: Family) -> TableFamily {
+    match family {
         Family::IPv4 => TableFamily::Ip,
         Family::IPv6 => TableFamily::Ip6,
-    };
-    Table::new(family, "filter")
+    }
 }
 
 /// Chains and rules as the kernel has them, read once; judged by pure functions.

@@ -15,10 +15,10 @@
 use std::collections::BTreeSet;
 
 use plat_cni::netlink::Error;
-use plat_cni::nft::{self, Cmp, Expr, Table, TableFamily};
+use plat_cni::nft::{self, Cmp, Expr, Table};
 use plat_crds::block::{Block, Family};
 
-use super::forward::{InterfaceName, Outcome, Test, read_rule};
+use super::forward::{InterfaceName, Outcome, Test, read_rule, table_family};
 use super::nft::Nft;
 
 /// Chains that rules are looked for in, in each table: of this many Services.
@@ -56,13 +56,6 @@ pub fn observe(nft: &mut Nft) -> Result<BTreeSet<(Family, Local)>, Error> {
         }
     }
     Ok(found)
-}
-
-fn table_family(family: Family) -> TableFamily {
-    match family {
-        Family::IPv4 => TableFamily::Ip,
-        Family::IPv6 => TableFamily::Ip6,
-    }
 }
 
 /// The test by which a rule spares pods' packets from masquerade. Pure.

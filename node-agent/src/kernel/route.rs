@@ -236,27 +236,24 @@ fn dump_protocol<T>(
 
 /// Routes of the main table that are not Plat's, but for those that every link has by itself (multicast, link-local).
 pub fn foreign(socket: &mut Socket) -> Result<Vec<ForeignRoute>, Error> {
-    let mut found = BTreeMap::new();
+    let mut found = BTreeSet::new();
     for family in Family::ALL {
         let mut filter = RouteMessage::default();
         filter.header = RouteHeader { table: RouteHeader::RT_TABLE_MAIN, ..header(family) };
         let request =
             message(&RouteNetlinkMessage::GetRoute(filter), 0, format!("list {family} routes of others"));
-        for (route, device) in
-            socket.dump(&request, |received| read_foreign(&parse(received.payload)?, family))?
-        {
-            found.entry((route, device)).or_insert(());
-        }
+        found.extend(socket.dump(&request, |received| read_foreign(&parse(received.payload)?, family))?);
     }
-    let mut routes = Vec::new();
-    for (route, device) in found.into_keys() {
-        let device = match device {
-            Some(index) => super::host::name(socket, index)?,
-            None => None,
-        };
-        routes.push(ForeignRoute { device, ..route });
+    // Many routes lead over few links.
+    let mut names = BTreeMap::new();
+    for index in found.iter().filter_map(|(_, device)| *device).collect::<BTreeSet<u32>>() {
+        names.insert(index, super::host::name(socket, index)?);
     }
-    Ok(routes)
+    let named = |(route, device): (ForeignRoute, Option<u32>)| {
+        let device = device.and_then(|index| names.get(&index)?.clone());
+        ForeignRoute { device, ..route }
+    };
+    Ok(found.into_iter().map(named).collect())
 }
 
 /// A route of others, still without the name of its link, and the link's index.
