@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use plat_crds::cluster_cidr::{Allocation, BlockSizing, BlocksPerNode};
@@ -223,6 +223,14 @@ pub struct Held {
     pub block: Block,
     /// Leased addresses; `None` if the node cannot tell.
     pub used: Option<i64>,
+}
+
+impl Held {
+    /// Leased addresses and capacity; `None` if the node cannot tell.
+    pub fn usage(&self) -> Option<(u32, u32)> {
+        let used = u32::try_from(self.used?.max(0)).unwrap_or(u32::MAX);
+        Some((used, self.block.capacity()))
+    }
 }
 
 /// Lost PodCIDRs that a node tells of.
@@ -441,6 +449,11 @@ impl BlockFact {
             status: None,
             problem: None,
         }
+    }
+
+    /// The conditions that it has; none before its status is written.
+    pub fn conditions(&self) -> &[Condition] {
+        self.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default()
     }
 
     /// Whether it waits for reuse.

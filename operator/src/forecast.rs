@@ -17,7 +17,7 @@ use plat_crds::cluster_cidr::{Allocation, MAX_PEAKS, RangeForecast};
 use plat_crds::condition::{self, EXHAUSTED, Verdict};
 
 use crate::facts::RangeFact;
-use crate::plan::{Plan, RangeOutlook};
+use crate::plan::Plan;
 use crate::reason;
 use crate::selector::Selector;
 use crate::snapshot::Snapshot;
@@ -34,7 +34,8 @@ const LOW_SHARE: u64 = 20;
 const CALM_SHARE: u64 = 10;
 
 const DAY: u64 = 24 * 60 * 60;
-const DAYS_OF_GROWTH: f64 = 30.0;
+/// [`RangeForecast::growth`] is that of so many days.
+pub const DAYS_OF_GROWTH: f64 = 30.0;
 
 /// Blocks of a range, as far as they matter here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,10 +92,13 @@ pub fn outlook(forecast: &RangeForecast, fill: Fill, warned: bool, now: Timestam
 }
 
 /// The condition `Exhausted`.
-pub fn exhausted(range: &RangeFact, forecast: &RangeForecast, plan: &Plan, snapshot: &Snapshot) -> Verdict {
-    let Some(fill) = plan.ranges.get(&range.name).map(RangeOutlook::fill) else {
-        return Verdict::new(EXHAUSTED, None, reason::BLOCKS_FREE, "");
-    };
+pub fn exhausted(
+    range: &RangeFact,
+    forecast: &RangeForecast,
+    fill: Fill,
+    plan: &Plan,
+    snapshot: &Snapshot,
+) -> Verdict {
     let (status, reason, what) = match outlook(forecast, fill, is_warned_of(range), snapshot.clock.wall) {
         Outlook::Enough => return Verdict::new(EXHAUSTED, Some(false), reason::BLOCKS_FREE, ""),
         _ if range.allocation != Allocation::Enabled && fill.free > 0 => {
@@ -418,7 +422,8 @@ mod tests {
         forecast: &RangeForecast,
     ) -> (Option<bool>, &'static str, String) {
         let (snapshot, plan) = (scene.snapshot(), scene.plan());
-        let verdict = exhausted(&snapshot.ranges[name], forecast, &plan, &snapshot);
+        let fill = plan.ranges[name].fill();
+        let verdict = exhausted(&snapshot.ranges[name], forecast, fill, &plan, &snapshot);
         (verdict.status, verdict.reason, verdict.message)
     }
 

@@ -292,11 +292,7 @@ impl Memory {
         self.quarantined = resting.map(|b| (b.uid.clone(), since(b))).collect();
         self.own_releases.retain(|uid, (name, _)| blocks.get(name).is_some_and(|block| block.uid == *uid));
         // Back in use, it may be lost like any other.
-        if !self.released.is_empty() {
-            let resting: BTreeSet<&Name> =
-                blocks.values().filter(|b| b.is_quarantined()).map(|b| &b.uid).collect();
-            self.released.retain(|uid| resting.contains(uid));
-        }
+        self.released.retain(|uid| self.quarantined.contains_key(uid));
         self.retries.retain(|_, retry| retry.not_before + FORGOTTEN_AFTER > clock.steady);
         self.status_written.retain(|_, at| *at + FORGOTTEN_AFTER > clock.steady);
     }

@@ -9,7 +9,7 @@ use crate::carriers::Silent;
 use crate::facts::Name;
 use crate::reason;
 use crate::sizing::Basis;
-use crate::step::{Fault, Kind, NewBlock, ObjectKey, Origin, Step, Why};
+use crate::step::{Fault, Kind, NewBlock, ObjectKey, Origin, Step, Why, blocks_in_words};
 
 /// An Event to be published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,10 +31,7 @@ pub fn of_step(done: &Done) -> Vec<Note> {
     match (&done.step, &done.outcome) {
         (Step::CreateRange { name, range, block_prefix, .. }, Outcome::Done) => {
             let Some(Learnt::Range(fact)) = &done.learnt else { return Vec::new() };
-            let blocks = match block_prefix {
-                Some(prefix) => format!("/{prefix} blocks"),
-                None => "blocks of what nodes can hold".to_owned(),
-            };
+            let blocks = blocks_in_words(*block_prefix);
             let text = format!("created for the operator's --cluster-cidr: {range} in {blocks}");
             vec![normal(
                 ObjectKey::new(Kind::ClusterCIDR, name, &fact.uid),

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
 
-use crate::facts::{BlockFact, Fact, Name, NodeFact, RangeFact, ReportFact, new_incidents};
+use crate::facts::{BlockFact, Fact, Held, Name, NodeFact, RangeFact, ReportFact, new_incidents};
 use crate::kube_server::chain;
 use crate::leader::World;
 use crate::node_view::NodeView;
@@ -363,8 +363,7 @@ fn report_urgency(old: Option<&ReportFact>, new: Option<&ReportFact>) -> Urgency
 /// knows which those are, and this is about when it is made.
 fn fills_up(report: &ReportFact, family: Family) -> bool {
     let held = report.held.iter().filter(|held| held.block.family() == family);
-    let used = |used: i64| u32::try_from(used.max(0)).unwrap_or(u32::MAX);
-    growth::wants_block(held.filter_map(|held| Some((used(held.used?), held.block.capacity()))))
+    growth::wants_block(held.filter_map(Held::usage))
 }
 
 #[cfg(test)]

@@ -121,15 +121,17 @@ fn terminating(range: &RangeFact, snapshot: &Snapshot) -> String {
     let mut blocks = snapshot.blocks.values().filter(|block| block.range == range.name);
     let Some(first) = blocks.next() else { return stays.to_owned() };
     format!(
-        "{stays}: {} left, such as {} of node {}. To move these nodes, see that another ClusterCIDR selects them, then: \
-         kubectl annotate podcidrs -l {}={} {}=",
+        "{stays}: {} left, such as {} of node {}. To move these nodes, see that another ClusterCIDR selects them, then: {}",
         1 + blocks.count(),
         first.name,
         first.node,
-        names::LABEL_CLUSTER_CIDR,
-        range.name,
-        names::ANNOTATION_DRAIN
+        drain_command(&range.name)
     )
+}
+
+/// The command that asks for the pods of every block of that range to move.
+pub fn drain_command(range: &str) -> String {
+    format!("kubectl annotate podcidrs -l {}={range} {}=", names::LABEL_CLUSTER_CIDR, names::ANNOTATION_DRAIN)
 }
 
 fn accept(range: &RangeFact) -> Verdict {

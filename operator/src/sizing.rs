@@ -136,8 +136,12 @@ pub fn prefix_for(range: &Block, pods: u32) -> Option<u8> {
     let bounds = block_prefixes(range);
     let (shortest, longest) = (*bounds.start(), *bounds.end());
     let longest = longest.min(range.prefix_length().saturating_add(MAX_BLOCK_BITS).max(shortest));
-    let capacity = |prefix| Block::of(range.network(), prefix).map_or(0, |block| block.capacity());
-    (shortest..=longest).rev().find(|prefix| holds(capacity(*prefix), pods))
+    (shortest..=longest).rev().find(|prefix| holds(capacity(range, *prefix), pods))
+}
+
+/// Pods that a block of that size holds.
+pub fn capacity(range: &Block, prefix: u8) -> u32 {
+    Block::of(range.network(), prefix).map_or(0, |block| block.capacity())
 }
 
 /// Whether a node with a block of that capacity still has, when it is full of pods, as many free addresses

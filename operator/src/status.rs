@@ -13,7 +13,7 @@ use plat_crds::condition::{
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
 use plat_crds::routing::{self, Mode};
-use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus, names};
+use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
 
 use crate::budget::Budget;
 use crate::carriers::{Carriers, was_converged};
@@ -22,7 +22,7 @@ use crate::forecast::{exhausted, forecast};
 use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
 use crate::plan::holding::{self, BlocksOf, Holding};
 use crate::plan::{Plan, RangeOutlook, release};
-use crate::ranges::quarantine_that_holds;
+use crate::ranges::{drain_command, quarantine_that_holds};
 use crate::reason;
 use crate::snapshot::{Clock, IpamSource, Snapshot, Source};
 use crate::step::{Step, version};
@@ -269,8 +269,9 @@ fn range_status(
         status.groups = groups(range, outlook);
         status.cursor = Some(signed(outlook.cursor));
         status.quarantine_seconds = Some(quarantine_that_holds(range, snapshot));
-        let forecast = forecast(range.status.forecast.as_ref(), outlook.fill(), snapshot.clock.wall);
-        let exhausted = exhausted(range, &forecast, plan, snapshot);
+        let fill = outlook.fill();
+        let forecast = forecast(range.status.forecast.as_ref(), fill, snapshot.clock.wall);
+        let exhausted = exhausted(range, &forecast, fill, plan, snapshot);
         condition::set(&mut status.conditions, &exhausted, generation, &now);
         status.forecast = Some(forecast);
         let other = other_allocator(outlook);
@@ -291,11 +292,8 @@ fn draining_range(range: &RangeFact, allocated: usize, draining: usize) -> Optio
         _ => (
             reason::BLOCKS_LEFT,
             format!(
-                "nodes hold {allocated} of its blocks, of which {draining} drain; to move the others: \
-                 kubectl annotate podcidrs -l {}={} {}=",
-                names::LABEL_CLUSTER_CIDR,
-                range.name,
-                names::ANNOTATION_DRAIN
+                "nodes hold {allocated} of its blocks, of which {draining} drain; to move the others: {}",
+                drain_command(&range.name)
             ),
         ),
     };
@@ -461,8 +459,7 @@ fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>
 
 /// Whether the block's node was moved to it from the one that `node.spec.podCIDRs` names.
 pub fn was_moved(block: &BlockFact) -> bool {
-    let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    condition::find(conditions, NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
+    condition::find(block.conditions(), NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
 }
 
 fn node_spec_conflict(

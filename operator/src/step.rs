@@ -167,6 +167,14 @@ impl BlockChange {
     }
 }
 
+/// The blocks of a [`Step::CreateRange`] with that `block_prefix`, in words.
+pub fn blocks_in_words(block_prefix: Option<u8>) -> String {
+    match block_prefix {
+        Some(prefix) => format!("/{prefix} blocks"),
+        None => "blocks of what nodes can hold".to_owned(),
+    }
+}
+
 /// One write to the API server.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {

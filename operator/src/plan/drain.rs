@@ -16,7 +16,7 @@ use plat_crds::pod_cidr::BlockState;
 use super::Planner;
 use super::holding::Holding;
 use crate::carriers::carried_by;
-use crate::facts::{BlockFact, NodeFact};
+use crate::facts::{BlockFact, Held, NodeFact};
 use crate::reason;
 use crate::step::Why;
 
@@ -36,8 +36,8 @@ pub(super) enum Next {
 impl<'a> Planner<'a> {
     pub(super) fn next(&mut self, block: &BlockFact, node: &NodeFact) -> Next {
         let family = block.block.family();
-        let all = || self.blocks_of.get(&*node.name).into_iter().flatten();
-        if block.state == BlockState::Active && all().filter(|b| b.block.family() == family).count() == 1 {
+        let is_only = || self.own_blocks(node).iter().filter(|b| b.block.family() == family).count() == 1;
+        if block.state == BlockState::Active && is_only() {
             // The case of almost every block: nothing else to lease from, so nothing to decide.
             return Next::Stay;
         }
@@ -78,16 +78,19 @@ impl<'a> Planner<'a> {
                 || self.has_leases(block))
     }
 
-    fn has_leases(&self, block: &BlockFact) -> bool {
+    /// What the block's node reports of its addresses.
+    fn reported(&self, block: &BlockFact) -> impl Iterator<Item = &Held> {
         let held = self.snapshot.reports.get(&block.node).into_iter().flat_map(|report| &report.held);
         held.filter(|held| held.block.overlaps(&block.block))
-            .any(|held| held.used.is_some_and(|used| used > 0))
+    }
+
+    fn has_leases(&self, block: &BlockFact) -> bool {
+        self.reported(block).any(|held| held.used.is_some_and(|used| used > 0))
     }
 
     /// Whether the node surely has no lease in the block.
     pub(super) fn is_empty(&self, block: &BlockFact) -> bool {
-        let held = self.snapshot.reports.get(&block.node).into_iter().flat_map(|report| &report.held);
-        held.filter(|held| held.block.overlaps(&block.block)).all(|held| held.used == Some(0))
+        self.reported(block).all(|held| held.used == Some(0))
     }
 
     /// Whether the node has seen that the block drains, and has surely no lease in it any more.

@@ -17,8 +17,7 @@ pub(super) const MAX_PER_FAMILY: usize = MAX_BLOCKS / 2;
 
 impl<'a> Planner<'a> {
     pub(super) fn holding(&self, node: &NodeFact, family: Family) -> Holding<'a> {
-        let blocks = self.blocks_of.get(&*node.name).map(Vec::as_slice).unwrap_or_default();
-        Holding::of(blocks, family, &node.uid)
+        Holding::of(self.own_blocks(node), family, &node.uid)
     }
 
     /// The families of which a node needs one block more than it has, with how many it keeps.

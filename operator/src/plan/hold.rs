@@ -74,15 +74,7 @@ impl Planner<'_> {
             self.free_in_time(block, None);
             return;
         }
-        let change = self.quarantine(block);
-        let node_uid = block.node_uid.clone().unwrap_or_default();
-        self.plan.steps.push(Step::ChangeBlock {
-            object: version(block),
-            node: block.node.clone(),
-            node_uid,
-            change,
-            why: Why::NodeGone,
-        });
+        self.change_as_held(block, self.quarantine(block), Why::NodeGone);
     }
 
     fn quarantine(&self, block: &BlockFact) -> BlockChange {
@@ -100,6 +92,13 @@ impl Planner<'_> {
     fn change(&mut self, block: &BlockFact, node: &NodeFact, change: BlockChange, why: Why) {
         let (object, name, node_uid) = (version(block), node.name.clone(), node.uid.clone());
         self.plan.steps.push(Step::ChangeBlock { object, node: name, node_uid, change, why });
+    }
+
+    /// The same for a block whose node may be gone: under the uid that the block itself is held for.
+    pub(super) fn change_as_held(&mut self, block: &BlockFact, change: BlockChange, why: Why) {
+        let (object, node) = (version(block), block.node.clone());
+        let node_uid = block.node_uid.clone().unwrap_or_default();
+        self.plan.steps.push(Step::ChangeBlock { object, node, node_uid, change, why });
     }
 
     /// Labels of ours that are missing, differ, or that the node has lost. Keys that nothing names any

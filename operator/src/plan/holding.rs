@@ -82,9 +82,6 @@ pub fn by_node<'a>(snapshot: &'a Snapshot) -> BlocksOf<'a> {
 /// Used addresses and capacity of each of these blocks; `None` unless the node's report counts all of them. So
 /// nothing is decided on a report from before the newest block.
 pub fn usage(blocks: &[&BlockFact], report: &ReportFact) -> Option<Vec<(u32, u32)>> {
-    let count = |block: &&BlockFact| {
-        let used = report.held.iter().find(|held| held.block == block.block)?.used?;
-        Some((u32::try_from(used.max(0)).unwrap_or(u32::MAX), block.block.capacity()))
-    };
+    let count = |block: &&BlockFact| report.held.iter().find(|held| held.block == block.block)?.usage();
     blocks.iter().map(count).collect()
 }

@@ -22,7 +22,7 @@ mod hold;
 pub mod holding;
 mod nodes;
 mod place;
-mod ranges;
+pub(crate) mod ranges;
 pub mod release;
 pub(crate) mod source;
 #[cfg(test)]
@@ -292,6 +292,11 @@ impl<'a> Planner<'a> {
     /// The block of a family that is a node's own, also while it is in quarantine; it may have more.
     fn held_block(&self, node: &NodeFact, family: Family) -> Option<&'a BlockFact> {
         self.holding(node, family).main()
+    }
+
+    /// All blocks of a node, of both families.
+    fn own_blocks(&self, node: &NodeFact) -> &[&'a BlockFact] {
+        self.blocks_of.get(&*node.name).map(Vec::as_slice).unwrap_or_default()
     }
 
     fn finish(mut self) -> Plan {

@@ -75,9 +75,7 @@ impl<'a> Planner<'a> {
     }
 
     fn clear_network_unavailable(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
-        let is_ready = |block: &&BlockFact| {
-            block.status.as_ref().is_some_and(|status| condition::is_true(&status.conditions, READY))
-        };
+        let is_ready = |block: &&BlockFact| condition::is_true(block.conditions(), READY);
         if node.network_unavailable && blocks.iter().all(is_ready) {
             self.plan.steps.push(Step::ClearNetworkUnavailable {
                 node: node.name.clone(),
@@ -150,8 +148,7 @@ impl<'a> Planner<'a> {
     /// that family it may still be adopted.
     fn name_pod_cidr_fault(&mut self, node: &NodeFact, block: &Block) {
         let own = self.held_block(node, block.family());
-        let mut all = self.blocks_of.get(&*node.name).into_iter().flatten();
-        if all.any(|own| own.block == *block) || own.is_some_and(was_moved) {
+        if self.own_blocks(node).iter().any(|own| own.block == *block) || own.is_some_and(was_moved) {
             return;
         }
         if let Some((taken, other)) = self.other_owner(node, block) {

@@ -10,7 +10,7 @@ use super::grow::MAX_PER_FAMILY;
 use super::{Candidate, Planner};
 use crate::carriers::knows_every_range;
 use crate::claims::Claim;
-use crate::facts::{Health, Held, Name, NodeFact};
+use crate::facts::{Health, Name, NodeFact};
 use crate::ranges::{Standing, stands};
 use crate::reason;
 use crate::snapshot::IpamSource;
@@ -134,14 +134,11 @@ impl<'a> Planner<'a> {
     fn give_back_further(&mut self, node: &NodeFact) {
         let snapshot = self.snapshot;
         let Some(report) = snapshot.reports.get(&node.name) else { return };
-        let vanished =
-            |block: &Block| snapshot.memory.vanished.get(block).is_some_and(|lost| lost.node == node.name);
-        // A node that cannot tell may go on naming a block that it had given back.
-        let leased = |held: &&Held| held.used.map_or_else(|| vanished(&held.block), |used| used > 0);
-        for held in report.held.iter().filter(leased) {
-            let mut own = self.blocks_of.get(&*node.name).into_iter().flatten();
-            let known = own.any(|block| block.block == held.block);
-            if !known && self.holding(node, held.block.family()).in_use() < MAX_PER_FAMILY {
+        for held in &report.held {
+            // A node that cannot tell may go on naming a block that it had given back.
+            let leased = held.used.map_or_else(|| self.saw_it_lost(node, &held.block), |used| used > 0);
+            let known = || self.own_blocks(node).iter().any(|own| own.block == held.block);
+            if leased && !known() && self.holding(node, held.block.family()).in_use() < MAX_PER_FAMILY {
                 self.recreate(node, held.block, Strength::Held);
             }
         }
@@ -149,8 +146,7 @@ impl<'a> Planner<'a> {
 
     fn recreate(&mut self, node: &NodeFact, block: Block, claim: Strength) -> bool {
         // A node that alone tells of a block may take others' addresses for pods'; users reserve what is others'.
-        let vanished = self.snapshot.memory.vanished.get(&block).is_some_and(|lost| lost.node == node.name);
-        let is_doubtful = claim == Strength::Held && !vanished;
+        let is_doubtful = claim == Strength::Held && !self.saw_it_lost(node, &block);
         let range = self.ranges.values().find(|range| {
             range.judgement.is_good()
                 && range.fact.is_prepared()
@@ -163,6 +159,11 @@ impl<'a> Planner<'a> {
             self.create(node, block, range, Origin::Recreated);
         }
         best
+    }
+
+    /// Whether this leader has seen the node's PodCIDR of that block vanish.
+    fn saw_it_lost(&self, node: &NodeFact, block: &Block) -> bool {
+        self.snapshot.memory.vanished.get(block).is_some_and(|lost| lost.node == node.name)
     }
 
     /// Blocks that the node holds without a PodCIDR, the likeliest first: one whose loss this leader saw, one
@@ -258,16 +259,16 @@ impl<'a> Planner<'a> {
                 break;
             }
         }
-        let why_not = (chosen.is_none() && !waits).then(|| why_not(node, family, kept, &ranges));
-        wait_for.into_iter().for_each(|wait| self.wake_after(wait));
-        match (chosen, why_not) {
-            (Some(range), _) => self.carve_from(node, range),
-            (None, None) => return false,
-            (None, Some(why)) => {
+        let Some(range) = chosen else {
+            if let Some(wait) = wait_for {
+                self.wake_after(wait);
+            } else if !waits {
+                let why = why_not(node, family, kept, &ranges);
                 self.refuse(node, family, why);
-                return false;
             }
-        }
+            return false;
+        };
+        self.carve_from(node, range);
         true
     }
 
@@ -320,8 +321,8 @@ impl<'a> Planner<'a> {
         };
         let silent = |node: &NodeFact| node.health == Health::Ready && !told(node);
         let heard =
-            self.snapshot.memory.fresh_cluster && !self.snapshot.nodes.values().any(|node| silent(node));
-        if heard || tenure.held_for >= wait {
+            || self.snapshot.memory.fresh_cluster && !self.snapshot.nodes.values().any(|node| silent(node));
+        if tenure.held_for >= wait || heard() {
             return false;
         }
         self.wake_after(wait - tenure.held_for);

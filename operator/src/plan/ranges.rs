@@ -9,7 +9,7 @@ use crate::facts::RangeFact;
 use crate::reason;
 use crate::sizing::{Sizing, sizing};
 use crate::snapshot::DefaultRange;
-use crate::step::{Fault, Kind, ObjectKey, Step, version};
+use crate::step::{Fault, Kind, ObjectKey, Step, blocks_in_words, version};
 
 impl Planner<'_> {
     pub(super) fn manage_ranges(&mut self) {
@@ -67,10 +67,7 @@ impl Planner<'_> {
                 (None, _) => true,
             };
         if !same && existing.problem.is_none() {
-            let blocks = match default.block_prefix {
-                Some(prefix) => format!("/{prefix} blocks"),
-                None => "blocks of what nodes can hold".to_owned(),
-            };
+            let blocks = blocks_in_words(default.block_prefix);
             let message = format!(
                 "the operator is told to use {} with {blocks}, but ClusterCIDR {} exists and is never changed: \
                  add another ClusterCIDR, or delete this one once no node holds a block of it",
@@ -129,7 +126,8 @@ impl Planner<'_> {
     }
 }
 
-fn default_name(family: Family) -> &'static str {
+/// The name of the default ClusterCIDR of a family.
+pub(crate) fn default_name(family: Family) -> &'static str {
     match family {
         Family::IPv4 => names::DEFAULT_CLUSTER_CIDR_V4,
         Family::IPv6 => names::DEFAULT_CLUSTER_CIDR_V6,

@@ -27,9 +27,7 @@ impl Planner<'_> {
         let Some(rest) = rest(block, self.snapshot) else {
             let change =
                 BlockChange { release_after: Some(Some(self.release_time(block))), ..BlockChange::default() };
-            let node_uid = block.node_uid.clone().unwrap_or_default();
-            let (object, node) = (version(block), block.node.clone());
-            self.plan.steps.push(Step::ChangeBlock { object, node, node_uid, change, why: Why::Refresh });
+            self.change_as_held(block, change, Why::Refresh);
             return;
         };
         if !rest.time.is_zero() {

@@ -55,8 +55,7 @@ impl Planner<'_> {
 
     /// Why an entry is not the node's block, and will not be in a moment.
     fn why_not_followed(&self, node: &NodeFact, block: &Block) -> Option<(&'static str, String)> {
-        let own = self.blocks_of.get(&*node.name).into_iter().flatten();
-        if own.into_iter().any(|own| own.block == *block) {
+        if self.own_blocks(node).iter().any(|own| own.block == *block) {
             return None;
         }
         let covering = |range: &&Candidate| range.fact.range.is_some_and(|range| range.covers(block));

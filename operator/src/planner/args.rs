@@ -9,6 +9,7 @@ use plat_crds::{Block, Family};
 
 use super::growth::{Growth, Rate};
 use super::{Question, Range, choose_prefix};
+use crate::plan::ranges::default_name;
 use crate::sizing::{KUBELET_MAX_PODS, block_prefixes};
 
 /// How the answer looks.
@@ -176,8 +177,10 @@ impl PlanArgs {
                 Family::IPv6 => "v6",
             };
             let number = ranges.iter().filter(|other| other.range.family() == range.family()).count();
-            let name =
-                if number == 0 { format!("default-{stem}") } else { format!("pods-{stem}-{}", number + 1) };
+            let name = match number {
+                0 => default_name(range.family()).to_owned(),
+                _ => format!("pods-{stem}-{}", number + 1),
+            };
             let inside = reserved.iter().copied().filter(|reserved| range.overlaps(reserved)).collect();
             ranges.push(Range { per_node, ..Range::new(name, range, prefix, inside) });
         }

@@ -17,10 +17,11 @@ use serde_json::Value;
 
 use super::args::PlanArgs;
 use super::fit::blocks_per_node;
-use super::growth::Rate;
+use super::growth::{DAYS_PER_MONTH, Rate};
 use super::{Question, Range};
 use crate::args::Cli;
 use crate::facts::{BlockFact, Fact, NodeFact, RangeFact, ReportFact};
+use crate::forecast::DAYS_OF_GROWTH;
 use crate::leader::World;
 use crate::memory::Memory;
 use crate::plan::{Plan, plan};
@@ -181,8 +182,7 @@ fn pace(world: &World, ranges: &[Range], pods: u32) -> Rate {
         grown.sum::<f64>()
     };
     let fastest = Family::ALL.into_iter().map(nodes_of).fold(0.0, f64::max);
-    // The forecast speaks of 30 days.
-    if fastest > 0.0 { Rate::Number(fastest * 30.4375 / 30.0) } else { Rate::None }
+    if fastest > 0.0 { Rate::Number(fastest * DAYS_PER_MONTH / DAYS_OF_GROWTH) } else { Rate::None }
 }
 
 fn problems(plan: &Plan) -> Vec<String> {

@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::Question;
 use super::fit::{Supply, nodes_that_fit};
 
-const DAYS_PER_MONTH: f64 = 30.4375;
+/// Days of a month, in the mean of four years.
+pub const DAYS_PER_MONTH: f64 = 30.4375;
 
 /// How much something grows in a month.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -35,7 +35,7 @@ use serde::Serialize;
 
 use crate::fragmentation::Comparison;
 use crate::pool::Pool;
-use crate::sizing::{block_prefixes, prefix_for};
+use crate::sizing::{block_prefixes, capacity, prefix_for};
 use advice::{Advice, advise};
 use args::{Output, PlanArgs};
 use fit::{Supply, blocks_per_node, nodes_that_fit};
@@ -255,11 +255,6 @@ impl Range {
             blocks_per_node: blocks_per_node(supply, pods),
         }
     }
-}
-
-/// Pods that a block of that size holds.
-pub fn capacity(range: &Block, prefix: u8) -> u32 {
-    Block::of(range.network(), prefix).map_or(0, |block| block.capacity())
 }
 
 /// Blocks of that size that can be used, as the operator's own pool has them.

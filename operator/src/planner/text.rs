@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use plat_crds::Family;
 
-use super::growth::{Case, Limit, RunsOut};
+use super::growth::{Case, DAYS_PER_MONTH, Limit, RunsOut};
 use super::{Answer, FamilyAnswer};
 
 /// A part of the text; an empty one is left out.
@@ -186,7 +186,7 @@ fn duration(days: u32) -> String {
     match days {
         1 => "1 day".to_owned(),
         2..=59 => format!("{days} days"),
-        _ => format!("{:.0} months", (f64::from(days) / 30.4375).floor()),
+        _ => format!("{:.0} months", (f64::from(days) / DAYS_PER_MONTH).floor()),
     }
 }
 
