@@ -168,14 +168,17 @@ fn pods_reach_and_are_reached_by_pods_the_host_and_other_nodes_at_once(at: Datap
     }
 }
 
+/// The steps of an ADD that can be made to fail, in their order.
+const STEPS: [&str; 12] = [
+    "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "confirm", "rules",
+    "raised", "reply",
+];
+
 fn c38_a_failure_at_any_step_leaves_nothing(at: Datapath) {
     lab::enter();
     netns("c");
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true})));
-    for point in [
-        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "confirm", "rules",
-        "raised", "reply",
-    ] {
+    for point in STEPS {
         let answer = Plat::call("ADD", "c", &conf).set("PLAT_FAIL", &format!("{point}:error")).run();
         assert!(answer.error(100).contains(point));
         lab::assert_nothing_left();
@@ -188,10 +191,7 @@ fn c39_after_a_kill_at_any_step_a_del_cleans_and_every_address_is_handed_out_onc
     lab::enter();
     // A block of five addresses for pods.
     let conf = at.of(with(hand_conf(), json!({"ipMasq": true, "ipam": {"subnet": "10.22.0.0/29"}})));
-    for point in [
-        "start", "lease", "bridge", "answer", "link", "alias", "joined", "attached", "confirm", "rules",
-        "raised", "reply",
-    ] {
+    for point in STEPS {
         let id = format!("k-{point}");
         netns(&id);
         let answer = Plat::call("ADD", &id, &conf).set("PLAT_FAIL", &format!("{point}:kill")).run();

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod lab;
+#[path = "lab/told.rs"]
+mod told;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -19,6 +21,7 @@ use plat_cni::netlink::{Protocol, Socket};
 use plat_cni::store::{Missing, Store};
 use plat_cni::sweep::Sweeper;
 use serde_json::{Value, json};
+use told::Told;
 
 const NETWORKS: &str = "/var/lib/cni/networks";
 
@@ -99,11 +102,14 @@ fn take_over(blocks_: &[&str]) {
     configure("05-plat.conflist", &conflist("1.0.0", vec![]));
 }
 
-fn sweep() -> plat_cni::sweep::Report {
+fn sweeper() -> Sweeper {
     let kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
     let store = Store::at("/run/plat/leases".as_ref());
-    let mut sweeper = Sweeper::new(store, BootId::read().unwrap(), Missing::Create, Box::new(kernel));
-    sweeper.sweep(Duration::from_secs(5)).unwrap()
+    Sweeper::new(store, BootId::read().unwrap(), Missing::Create, Box::new(kernel))
+}
+
+fn sweep() -> plat_cni::sweep::Report {
+    sweeper().sweep(Duration::from_secs(5)).unwrap()
 }
 
 #[test]
@@ -307,7 +313,7 @@ fn an_address_in_host_locals_files_is_held_by_what_runs_and_by_what_may_be_about
         &BootId::read().unwrap(),
         Duration::from_secs(5),
         Missing::Create,
-        &mut Blind,
+        &mut Told::default(),
     ));
     sh("mv /var/lib/hidden /var/lib/cni; ip link set cni0 up");
     take_over(&["10.244.3.0/29"]);
@@ -320,18 +326,6 @@ fn an_address_in_host_locals_files_is_held_by_what_runs_and_by_what_may_be_about
     netns("d");
     let full = gocni(&["setup", "d", &path("d")], &pod(None));
     assert!(!full.status.success() && String::from_utf8_lossy(&full.stderr).contains("no free address"));
-}
-
-/// A kernel that knows of nobody.
-struct Blind;
-
-impl plat_cni::store::Kernel for Blind {
-    fn held(&mut self) -> Result<Vec<plat_crds::lease::Lease>, plat_cni::netlink::Error> {
-        Ok(Vec::new())
-    }
-    fn links(&mut self) -> Result<Vec<plat_cni::link::Link>, plat_cni::netlink::Error> {
-        Ok(Vec::new())
-    }
 }
 
 #[test]
@@ -350,9 +344,7 @@ fn pods_that_the_other_network_still_starts_are_taken_over_by_the_sweep_and_end_
     assert_eq!(sweep().leases.len(), 1);
     // The runtime asks the old network to delete it (cri-o does): no DEL comes to us.
     stop("old", &pod(None));
-    let kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
-    let store = Store::at("/run/plat/leases".as_ref());
-    let mut sweeper = Sweeper::new(store, BootId::read().unwrap(), Missing::Create, Box::new(kernel));
+    let mut sweeper = sweeper();
     assert_eq!(sweeper.sweep_at(1_000, Duration::from_secs(5)).unwrap().suspected, 1);
     assert_eq!(sweeper.sweep_at(92_000, Duration::from_secs(5)).unwrap().ended.len(), 1);
     assert_eq!(leased(), [] as [&str; 0]);

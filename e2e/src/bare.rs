@@ -8,12 +8,15 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use plat_crds::names::CONFLIST_FILE;
 use serde_json::Value;
 
-use crate::light::ControlPlane;
+use crate::light::{ControlPlane, create_node};
 use crate::testbed::{images, output, tools};
+use crate::wait::wait_until;
 
 /// The API server's address.
 const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(172, 30, 0, 1);
@@ -104,6 +107,16 @@ impl<'a> BareNode<'a> {
         Ipv6Addr::new(0xfd00, 0x30, 0, 0, 0, 0, 0, 0x10 + u16::from(self.number))
     }
 
+    /// Makes its Node object, with its address of IPv4.
+    pub fn register(&self) -> Result<()> {
+        self.register_at(&self.address().to_string())
+    }
+
+    /// Makes its Node object, with that address.
+    pub fn register_at(&self, address: &str) -> Result<()> {
+        self.plane.block_on(async |client| create_node(&client, &self.name(), &[address]).await).map(drop)
+    }
+
     pub(crate) fn namespace(&self) -> String {
         format!("{}-{}", self.plane.name(), self.name())
     }
@@ -117,6 +130,15 @@ impl<'a> BareNode<'a> {
     fn place(&self) -> Vec<String> {
         let flag = |name: &str, folder: &str| format!("--{name}={}", self.folder().join(folder).display());
         vec![flag("run-dir", "run"), flag("cni-bin-dir", "bin"), flag("cni-conf-dir", "conf")]
+    }
+
+    /// The configuration of Plat's CNI binary, as a runtime makes it of the installed conflist.
+    pub(crate) fn conf(&self) -> Result<Value> {
+        let conflist = fs::read_to_string(self.folder().join("conf").join(CONFLIST_FILE))?;
+        let list: Value = serde_json::from_str(&conflist)?;
+        let mut conf = list["plugins"][0].clone();
+        (conf["name"], conf["cniVersion"]) = (list["name"].clone(), list["cniVersion"].clone());
+        Ok(conf)
     }
 
     /// Starts its agent.
@@ -235,10 +257,7 @@ impl Pod<'_> {
     /// Calls the installed CNI binary as a runtime does by the installed conflist; what it prints, or the error
     /// object (CNI spec, "Error").
     pub fn cni(&self, what: &str) -> Result<Result<Value, Value>> {
-        let own = self.node.plane.run_folder().join(self.node.name());
-        let list: Value = serde_json::from_str(&fs::read_to_string(own.join("conf/05-plat.conflist"))?)?;
-        let mut conf = list["plugins"][0].clone();
-        (conf["name"], conf["cniVersion"]) = (list["name"].clone(), list["cniVersion"].clone());
+        let (own, conf) = (self.node.folder(), self.node.conf()?);
         let mut command = self.node.run(&own.join("bin/plat").to_string_lossy());
         command
             .env("CNI_COMMAND", what)
@@ -253,6 +272,17 @@ impl Pod<'_> {
         let out = child.wait_with_output()?;
         let said = if out.stdout.is_empty() { Value::Null } else { serde_json::from_slice(&out.stdout)? };
         Ok(if out.status.success() { Ok(said) } else { Err(said) })
+    }
+
+    /// Tries ADD until it succeeds; its result.
+    ///
+    /// # Panics
+    /// At the deadline, with `what` and the last error.
+    #[track_caller]
+    pub fn wait_add(&self, what: &str, deadline: Duration) -> Value {
+        wait_until(what, deadline, || {
+            self.cni("ADD").map_err(|error| format!("{error:#}"))?.map_err(|error| error.to_string())
+        })
     }
 
     /// A program in the pod.

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use plat_crds::names::CONFLIST_FILE;
 use serde_json::Value;
 
 use crate::bare::BareNode;
@@ -74,11 +73,7 @@ impl<'a> Pods<'a> {
 
     /// One call of the CNI binary; its answer.
     pub fn call(&self, verb: &str, pod: &str) -> Result<String> {
-        let conflist = fs::read_to_string(self.node.folder().join("conf").join(CONFLIST_FILE))?;
-        let list: Value = serde_json::from_str(&conflist)?;
-        let mut conf = list["plugins"][0].clone();
-        conf["name"] = list["name"].clone();
-        conf["cniVersion"] = "1.0.0".into();
+        let conf = self.node.conf()?;
         let mut command = self.on_node();
         command.args(["env", "-i", &format!("CNI_COMMAND={verb}"), &format!("CNI_CONTAINERID={pod}")]);
         command.args(["CNI_IFNAME=eth0", "CNI_PATH=/nowhere", &format!("CNI_NETNS={}", self.namespace(pod))]);

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use plat_e2e::bare::{BareNode, Pod, operator};
-use plat_e2e::cluster::items;
-use plat_e2e::light::{ControlPlane, create_node, delete_node};
+use plat_e2e::bare_pods::first_address;
+use plat_e2e::cluster::{find_condition, items};
+use plat_e2e::light::{ControlPlane, delete_node};
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
 use serde_json::{Value, json};
@@ -16,15 +17,10 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// Far below what the CRD allows: the schema of this cluster is changed for it.
 const QUARANTINE: u32 = 20;
 
-fn register(plane: &ControlPlane, node: &BareNode) {
-    let address = node.address().to_string();
-    plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
-}
-
-fn range(plane: &ControlPlane, name: &str, cidr: &str) {
+fn range(plane: &ControlPlane, name: &str, cidr: &str) -> anyhow::Result<()> {
     let spec = json!({"cidr": cidr, "quarantineSeconds": QUARANTINE});
     let object = json!({"apiVersion": "plat.network/v1alpha1", "kind": "ClusterCIDR", "metadata": {"name": name}, "spec": spec});
-    plane.apply(&object.to_string()).unwrap();
+    plane.apply(&object.to_string()).map(drop)
 }
 
 /// Block → its node, unless it rests.
@@ -46,17 +42,14 @@ fn wait_map(plane: &ControlPlane, what: &str, expected: &[(&str, &str)]) {
 
 /// Tries until there is an address.
 fn wait_add(what: &str, pod: &Pod) -> String {
-    let done = wait_until(what, DEADLINE, || {
-        pod.cni("ADD").map_err(|error| format!("{error:#}"))?.map_err(|error| error.to_string())
-    });
-    done["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().to_owned()
+    let done = pod.wait_add(what, DEADLINE);
+    first_address(&done.to_string()).unwrap().to_string()
 }
 
 fn condition(plane: &ControlPlane, node: &str, type_: &str) -> (String, String) {
     let report = plane.get(&["nodenetwork", node]).unwrap_or_default();
-    let conditions = report["status"]["conditions"].as_array().cloned().unwrap_or_default();
-    let found = conditions.iter().find(|c| c["type"] == type_).cloned().unwrap_or_default();
-    let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+    let found = find_condition(&report, type_);
+    let text = |key: &str| found.and_then(|c| c[key].as_str()).unwrap_or_default().to_owned();
     (text("reason"), text("message"))
 }
 
@@ -74,17 +67,15 @@ fn a_node_that_is_cut_off_stops_leasing_before_its_block_is_anothers_and_yields_
     plane.kubectl(&["patch", "crd", "clustercidrs.plat.network", "--type=json", "-p", &patch]).unwrap();
     // Two blocks.
     wait_until("the schema allows it", DEADLINE, || {
-        let spec = json!({"cidr": "10.244.0.0/23", "quarantineSeconds": QUARANTINE});
-        let object = json!({"apiVersion": "plat.network/v1alpha1", "kind": "ClusterCIDR", "metadata": {"name": "two"}, "spec": spec});
-        plane.apply(&object.to_string()).map_err(|error| format!("{error:#}"))
+        range(&plane, "two", "10.244.0.0/23").map_err(|error| format!("{error:#}"))
     });
     let flags = ["--report-wait-seconds=1", "--quarantine-watch-seconds=5", "--node-spec-mirror=false"];
     let _operator = operator(&plane, "operator", &flags).unwrap();
     let nodes: Vec<BareNode> = (1..=3).map(|number| BareNode::up(&plane, number).unwrap()).collect();
     let [n1, n2, n3] = &nodes[..] else { panic!() };
-    register(&plane, n1);
+    n1.register().unwrap();
     wait_map(&plane, "n1 has a block", &[("10.244.0.0/24", "n1")]);
-    register(&plane, n2);
+    n2.register().unwrap();
     let both = [("10.244.0.0/24", "n1"), ("10.244.1.0/24", "n2")];
     wait_map(&plane, "n2 has a block", &both);
     let _agents: Vec<_> = nodes.iter().map(|node| node.agent().unwrap()).collect();
@@ -92,7 +83,7 @@ fn a_node_that_is_cut_off_stops_leasing_before_its_block_is_anothers_and_yields_
     let address = wait_add("a pod of n1 has an address", &old);
     assert!(pings(&old, "10.244.0.1") && address.starts_with("10.244.0."), "{address}");
     // A third node waits for a block.
-    register(&plane, n3);
+    n3.register().unwrap();
 
     n1.cut_off().unwrap();
     plane.block_on(async |client| delete_node(&client, "n1").await.unwrap());
@@ -133,7 +124,7 @@ fn a_node_that_is_cut_off_stops_leasing_before_its_block_is_anothers_and_yields_
 
     println!("figure: cut off for {:?}", gone.elapsed());
     n1.reconnect().unwrap();
-    register(&plane, n1);
+    n1.register().unwrap();
     wait_until("n1 takes its pod off the network", DEADLINE, || {
         let (reason, message) = condition(&plane, "n1", "Overlapping");
         let named = message.contains(&address) && message.contains("node n3 holds");
@@ -158,7 +149,7 @@ fn a_node_that_is_cut_off_stops_leasing_before_its_block_is_anothers_and_yields_
 
     // The pod is deleted, as Kubernetes does with pods of a Node that was deleted; there is room again.
     old.cni("DEL").unwrap().unwrap();
-    range(&plane, "more", "10.245.0.0/23");
+    range(&plane, "more", "10.245.0.0/23").unwrap();
     let three = [("10.244.0.0/24", "n3"), ("10.244.1.0/24", "n2"), ("10.245.0.0/24", "n1")];
     wait_map(&plane, "n1 has another block", &three);
     let last = wait_add("a new pod of n1 has an address", &probe);

@@ -9,7 +9,7 @@ use plat_crds::Block;
 use plat_e2e::bare::{BareNode, operator};
 use plat_e2e::bare_pods::{Pods, first_address};
 use plat_e2e::cluster::items;
-use plat_e2e::light::{ControlPlane, create_node};
+use plat_e2e::light::ControlPlane;
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
 
@@ -43,8 +43,7 @@ fn more_pods_than_a_block_holds_start_at_once_on_one_node_and_surplus_blocks_go_
         .unwrap();
     let _operator = operator(&plane, "operator", &["--surplus-seconds=3"]).unwrap();
     let node = BareNode::up(&plane, 1).unwrap();
-    let address = node.address().to_string();
-    plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
+    node.register().unwrap();
     let _agent = node.agent().unwrap();
     wait_until("the node is ready for pods", DEADLINE, || {
         let conflist = node.folder().join("conf/05-plat.conflist");

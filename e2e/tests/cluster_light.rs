@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use plat_e2e::bare::{BareNode, Pod, Process, operator};
-use plat_e2e::cluster::items;
-use plat_e2e::light::{ControlPlane, create_node, delete_node};
+use plat_e2e::bare_pods::first_address;
+use plat_e2e::cluster::{condition, items};
+use plat_e2e::light::{ControlPlane, delete_node};
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
 use serde_json::Value;
@@ -29,14 +30,9 @@ fn plane() -> ControlPlane {
 /// The node's namespace, its Node object and its agent.
 fn join(plane: &ControlPlane, number: u8) -> (BareNode<'_>, Process) {
     let node = BareNode::up(plane, number).unwrap();
-    register(plane, &node);
+    node.register().unwrap();
     let agent = node.agent().unwrap();
     (node, agent)
-}
-
-fn register(plane: &ControlPlane, node: &BareNode) {
-    let address = node.address().to_string();
-    plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
 }
 
 /// The blocks that are in use: node → block.
@@ -97,19 +93,16 @@ fn dozens_of_agents_carry_the_map_whoever_joins_dies_or_leaves() {
     plane.block_on(async |client| delete_node(&client, &left.name()).await.unwrap());
     let rest = wait_routes_equal_the_map(&plane, "one node left", others);
     assert!(rest.iter().all(|(node, block)| map[node] == *block), "no other block moves: {rest:?}");
-    register(&plane, left);
+    left.register().unwrap();
     assert_eq!(wait_routes_equal_the_map(&plane, "it is back", &nodes), map, "it gets its block back");
 }
 
 /// Tries until the pod has an address; the first of them.
 #[track_caller]
 fn wait_add(pod: &Pod) -> IpAddr {
-    let result = wait_until("a pod gets its address", DEADLINE, || {
-        pod.cni("ADD").map_err(|error| format!("{error:#}"))?.map_err(|error| error.to_string())
-    });
-    let ips = result["ips"].as_array().unwrap();
-    assert_eq!(ips.len(), 1, "one family: {result}");
-    ips[0]["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap()
+    let result = pod.wait_add("a pod gets its address", DEADLINE);
+    assert_eq!(result["ips"].as_array().unwrap().len(), 1, "one family: {result}");
+    first_address(&result.to_string()).unwrap()
 }
 
 #[test]
@@ -120,8 +113,7 @@ fn nodes_and_pods_with_ipv6_addresses_alone_reach_each_other() {
     let agents = nodes.iter().map(|node| {
         // IPv4 leads to the API server of this testbed, and nowhere else.
         node.ip(&["route", "del", "default"]).unwrap();
-        let address = node.address6().to_string();
-        plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
+        node.register_at(&node.address6().to_string()).unwrap();
         node.agent().unwrap()
     });
     let _agents: Vec<Process> = agents.collect();
@@ -138,10 +130,7 @@ fn nodes_and_pods_with_ipv6_addresses_alone_reach_each_other() {
     }
     wait_until("both nodes say that all is well", DEADLINE, || {
         let reports = plane.get(&["nodenetworks"]).map_err(|error| format!("{error:#}"))?;
-        let is_well = |report: &Value, type_: &str| {
-            let mut conditions = report["status"]["conditions"].as_array().into_iter().flatten();
-            conditions.any(|c| c["type"] == type_ && c["status"] == "True")
-        };
+        let is_well = |report, type_| condition(report, type_) == Some("True");
         let all_well =
             |report| ["RoutesReady", "CNIReady", "MasqueradeReady"].iter().all(|t| is_well(report, t));
         holds(items(&reports).filter(|report| all_well(report)).count() == 2, reports.to_string())

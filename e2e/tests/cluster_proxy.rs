@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use plat_e2e::bare::{BareNode, Process, operator};
 use plat_e2e::bare_pods::Pods;
-use plat_e2e::light::{ControlPlane, create_node};
+use plat_e2e::light::ControlPlane;
 use plat_e2e::testbed::{images, output};
 use plat_e2e::wait::holds;
 use plat_e2e::wait_until;
@@ -51,8 +51,7 @@ impl Drop for Server {
 
 fn join<'a>(plane: &'a ControlPlane, number: u8) -> (BareNode<'a>, Process) {
     let node = BareNode::up(plane, number).unwrap();
-    let address = node.address().to_string();
-    plane.block_on(async |client| create_node(&client, &node.name(), &[&address]).await.unwrap());
+    node.register().unwrap();
     let agent = node.agent().unwrap();
     wait_until("the node is ready for pods", DEADLINE, || {
         holds(node.folder().join("conf/05-plat.conflist").exists(), "no conflist")

@@ -1,14 +1,8 @@
 //! A node with several blocks of a family, of one range and of several: as they come, drain, are released and go.
 
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::time::Duration;
 
 use plat_agent::facts::{BlockFact, RangeFact};
-use plat_cni::boot::BootId;
-use plat_cni::kernel::HostKernel;
-use plat_cni::netlink::{Protocol, Socket};
-use plat_cni::store::{Missing, Store};
 use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::BlocksFile;
 use plat_crds::lease::{Datapath, HostVeth, Lease, LeasedAddress, Pool};
@@ -144,14 +138,6 @@ fn leases(block: &Block, datapath: Datapath, hosts: std::ops::Range<u32>) -> Vec
         ..Lease::default()
     };
     hosts.map(lease).collect()
-}
-
-/// What is done with the lease store under one lock of it.
-fn with_store<T>(file: &Path, work: impl FnOnce(&mut plat_cni::store::Locked<'_>) -> T) -> T {
-    let boot = BootId::read().unwrap();
-    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
-    let store = Store::at(file);
-    work(&mut store.lock(&boot, Duration::from_secs(5), Missing::Create, &mut kernel).unwrap().unwrap())
 }
 
 fn insert(node: &TestNode, leases: &[Lease]) {

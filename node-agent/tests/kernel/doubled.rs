@@ -4,7 +4,10 @@ use plat_agent::facts::BlockFact;
 use plat_crds::lease::Datapath;
 
 use crate::harness::*;
-use crate::routed::{node, pod};
+use crate::routed::{expect_reach, node, pod, reaches};
+
+/// The host, as its pods know it.
+const HOST: &str = "10.244.1.1";
 
 /// Block 1 as the other node has it: another object of the same name.
 fn of_n9() -> BlockFact {
@@ -24,18 +27,12 @@ fn expect_link(link: &str, up: bool) {
     });
 }
 
-fn reaches_the_host(n: u8) -> bool {
-    try_run(&format!("ip netns exec p{n} busybox ping -c1 -W1 10.244.1.1")).status.success()
-}
-
 fn cut_off_while_anothers(datapath: Datapath) {
     let mut node = node(datapath);
     pod(3, datapath);
     run(&format!("rm -f {}", node.settings.run_dir.join("leases").display()));
     node.settled();
-    eventually("the pod reaches the host", || {
-        if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) }
-    });
+    expect_reach(3, &[HOST]);
 
     // The node cannot know while it is cut off; then it learns all at once.
     node.apply(of_n9());
@@ -45,7 +42,7 @@ fn cut_off_while_anothers(datapath: Datapath) {
     let message = node.expect_incident("PodsCutOff", 1);
     assert!(message.contains("delete these pods"), "{message}");
     expect_link("plat3", false);
-    assert!(!reaches_the_host(3), "nothing is sent from an address that is another pod's");
+    assert!(!reaches(3, HOST), "nothing is sent from an address that is another pod's");
     // What is meant for that pod leaves to its node, also from here.
     eventually("the way to the new holder", || {
         let route = run("ip route get 10.244.1.3");
@@ -65,7 +62,7 @@ fn cut_off_while_anothers(datapath: Datapath) {
     node.apply(BlockFact { uid: "third".into(), created: 9999, ..block(1) });
     node.expect_condition("Overlapping", "False", "Disjoint");
     expect_link("plat3", true);
-    eventually("the pod is back", || if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) });
+    expect_reach(3, &[HOST]);
 
     // And if that happens between two lives of the agent of which the second knows nothing of the first.
     node.apply(BlockFact { created: 99999, ..of_n9() });
@@ -79,7 +76,7 @@ fn cut_off_while_anothers(datapath: Datapath) {
     expect_link("plat3", false);
     node.apply(BlockFact { uid: "fourth".into(), created: 999_999, ..block(1) });
     expect_link("plat3", true);
-    eventually("the pod is back", || if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) });
+    expect_reach(3, &[HOST]);
 }
 
 #[test]
@@ -124,8 +121,6 @@ fn pods_beside_another_nodes_small_block_stay_on_the_network() {
         node.settled();
         node.expect_condition("Overlapping", "False", "Disjoint");
         expect_link("plat3", true);
-        eventually("the pod reaches the host", || {
-            if reaches_the_host(3) { Ok(()) } else { Err("no answer".into()) }
-        });
+        expect_reach(3, &[HOST]);
     });
 }

@@ -17,7 +17,10 @@ use plat_agent::objects::{Ask, Change, Contact, Objects};
 use plat_agent::readiness::Readiness;
 use plat_agent::reconcile::{self, Ended, Links, Pulse};
 use plat_agent::reporter::Report;
-use plat_cni::boot;
+use plat_cni::boot::{self, BootId};
+use plat_cni::kernel::HostKernel;
+use plat_cni::netlink::{Protocol, Socket};
+use plat_cni::store::{Locked, Missing, Store};
 use plat_crds::block::Block;
 use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::lease::Datapath;
@@ -117,6 +120,14 @@ pub fn eventually<T>(what: &str, mut check: impl FnMut() -> Result<T, String>) -
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+/// What is done with the lease store under one lock of it.
+pub fn with_store<T>(file: &Path, work: impl FnOnce(&mut Locked<'_>) -> T) -> T {
+    let boot = BootId::read().unwrap();
+    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
+    let store = Store::at(file);
+    work(&mut store.lock(&boot, Duration::from_secs(5), Missing::Create, &mut kernel).unwrap().unwrap())
 }
 
 /// Our routes as `ip` shows them, both families, in order of prefix and metric.

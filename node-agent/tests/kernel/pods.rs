@@ -1,12 +1,6 @@
 //! The pods' own nftables tables: the CNI binary writes them, the agent keeps them as the leases say.
 
-use std::time::Duration;
-
-use plat_cni::boot::BootId;
-use plat_cni::kernel::HostKernel;
-use plat_cni::netlink::{Protocol, Socket};
 use plat_cni::pods::{self, Added};
-use plat_cni::store::{Missing, Store};
 use plat_crds::host_port::{HostIp, HostPort, Transport};
 use plat_crds::lease::{Guard, GuardScope, HostVeth, Lease, LeasedAddress, Pool};
 
@@ -50,16 +44,13 @@ fn pod_with(node: &TestNode, guard: Option<Guard>) {
 }
 
 fn lease_out(node: &TestNode, lease: &Lease) {
-    let boot = BootId::read().unwrap();
-    let mut kernel = HostKernel::new(Socket::open(Protocol::Route).unwrap());
-    let store = Store::at(&node.file("plat/leases"));
-    let locked = store.lock(&boot, Duration::from_secs(5), Missing::Create, &mut kernel).unwrap();
-    let mut locked = locked.unwrap();
-    let survey = locked.survey(&lease.container_id, &lease.ifname).unwrap();
-    locked.insert(&survey, lease).unwrap();
-    if pods::add(lease).unwrap() == Added::Unsettled {
-        pods::settle(lease, std::slice::from_ref(lease), &mut || Ok(Vec::new())).unwrap();
-    }
+    with_store(&node.file("plat/leases"), |store| {
+        let survey = store.survey(&lease.container_id, &lease.ifname).unwrap();
+        store.insert(&survey, lease).unwrap();
+        if pods::add(lease).unwrap() == Added::Unsettled {
+            pods::settle(lease, std::slice::from_ref(lease), &mut || Ok(Vec::new())).unwrap();
+        }
+    });
 }
 
 fn table() -> String {

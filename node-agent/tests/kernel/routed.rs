@@ -97,11 +97,16 @@ fn expect_gateways(link: &str, expected: &[&str]) {
     });
 }
 
-fn expect_reach(n: u8, to: &[&str]) {
+/// Whether pod `n` has an answer from there to one packet.
+pub fn reaches(n: u8, to: &str) -> bool {
+    try_run(&format!("ip netns exec p{n} busybox ping -c1 -W1 {to}")).status.success()
+}
+
+/// Waits until pod `n` reaches all these.
+pub fn expect_reach(n: u8, to: &[&str]) {
     for to in to {
         eventually(&format!("p{n} to {to}"), || {
-            let ping = try_run(&format!("ip netns exec p{n} busybox ping -c1 -W1 {to}"));
-            if ping.status.success() { Ok(()) } else { Err(shell("ip route; ip -6 route")) }
+            if reaches(n, to) { Ok(()) } else { Err(shell("ip route; ip -6 route")) }
         });
     }
 }

@@ -179,6 +179,21 @@ impl Cluster {
         .await
     }
 
+    /// The quarantine of a PodCIDR is over.
+    pub async fn end_quarantine(&self, name: &str) {
+        let past = Patch::Merge(json!({"spec": {"releaseAfter": "2026-01-01T00:00:00Z"}}));
+        self.api::<PodCIDR>().patch(name, &PatchParams::default(), &past).await.unwrap();
+    }
+
+    /// Waits until there is no PodCIDR of that name.
+    pub async fn wait_gone(&self, name: &str) {
+        wait_until_async(&format!("{name} is free"), DEADLINE, async || {
+            let block = self.api::<PodCIDR>().get_opt(name).await.unwrap();
+            holds(block.is_none(), format!("{block:?}"))
+        })
+        .await;
+    }
+
     /// Waits until a ClusterCIDR's condition has that status and reason; answers the condition's message.
     pub async fn wait_range(&self, name: &str, type_: &str, status: &str, reason: &str) -> String {
         wait_until_async(&format!("{name} is {type_}={status} ({reason})"), DEADLINE, async || {
@@ -331,6 +346,15 @@ impl Operator {
     pub fn metric(&self, name: &str) -> Option<f64> {
         let text = self.ask("/metrics").ok()?;
         text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    }
+
+    /// Waits until a metric has that value.
+    pub async fn wait_metric(&self, name: &str, expected: f64) {
+        wait_until_async(&format!("{name} is {expected}"), DEADLINE, async || {
+            let value = self.metric(name);
+            holds(value == Some(expected), format!("{value:?}"))
+        })
+        .await;
     }
 
     pub async fn wait_ready(&self) {

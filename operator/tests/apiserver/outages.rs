@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Node;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams};
 use plat_crds::condition::{self, READY};
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
@@ -151,8 +151,7 @@ impl Stage {
         });
         cluster.patch_node_status(&round.changed, status).await;
         cluster.delete_node(&round.leaving).await;
-        let past = Patch::Merge(json!({"spec": {"releaseAfter": "2026-01-01T00:00:00Z"}}));
-        cluster.api::<PodCIDR>().patch(&left, &PatchParams::default(), &past).await.unwrap();
+        cluster.end_quarantine(&left).await;
         let cidr = format!(
             "10.{}.0.0/16",
             100 + round.address(0).rsplit('.').next().unwrap().parse::<u8>().unwrap()

@@ -12,11 +12,7 @@ use serde_json::json;
 use crate::arena::{Cluster, DEADLINE, Operator, arena};
 
 async fn wait_without(operator: &Operator, expected: usize) {
-    wait_until_async(&format!("{expected} nodes without a block"), DEADLINE, async || {
-        let without = operator.metric("plat_operator_nodes_without_block");
-        holds(without == Some(expected as f64), format!("{without:?}"))
-    })
-    .await;
+    operator.wait_metric("plat_operator_nodes_without_block", expected as f64).await;
 }
 
 fn names(prefix: &str, count: usize) -> Vec<String> {

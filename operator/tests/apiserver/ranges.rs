@@ -176,11 +176,7 @@ fn a_full_range_is_named_once_and_another_range_helps() {
         cluster.range("more", json!({"cidr": "10.250.0.0/16"})).await;
         let blocks = cluster.wait_blocks(&["n1", "n2", "n3"], 1).await;
         assert_eq!(blocks["n3"], ["10.250.0.0/24"]);
-        wait_until_async("the metric follows", DEADLINE, async || {
-            let without = operator.metric("plat_operator_nodes_without_block");
-            holds(without == Some(0.0), format!("{without:?}"))
-        })
-        .await;
+        operator.wait_metric("plat_operator_nodes_without_block", 0.0).await;
     });
 }
 
@@ -222,8 +218,7 @@ fn a_deleted_range_stays_until_its_last_block_is_gone() {
         cluster.wait_range("old", "Ready", "False", "Terminating").await;
         cluster.delete_node("n1").await;
         cluster.wait_block("10-9-0-0-24", "rests", |b| b.spec.state == BlockState::Quarantined).await;
-        let past = Patch::Merge(json!({"spec": {"releaseAfter": "2026-01-01T00:00:00Z"}}));
-        cluster.api::<PodCIDR>().patch("10-9-0-0-24", &PatchParams::default(), &past).await.unwrap();
+        cluster.end_quarantine("10-9-0-0-24").await;
         wait_until_async("the range is gone", DEADLINE, async || {
             let range = cluster.api::<ClusterCIDR>().get_opt("old").await.unwrap();
             holds(range.is_none(), format!("{range:?}"))

@@ -13,7 +13,6 @@ use kube::api::{DeleteParams, ListParams, Patch as ApiPatch, PatchParams};
 use kube::core::DeserializeGuard;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
-use plat_e2e::wait::{holds, wait_until_async};
 use plat_operator::apply::Outcome;
 use plat_operator::facts::{BlockFact, Fact, NodeFact, RangeFact, ReportFact};
 use plat_operator::kube_server::KubeServer;
@@ -25,7 +24,7 @@ use plat_operator::snapshot::{Clock, Facts, IpamSource, Settings, Start, Tenure}
 use plat_operator::step::Kind;
 use serde_json::{Value, json};
 
-use crate::arena::{Cluster, DEADLINE, arena, condition_of};
+use crate::arena::{Cluster, arena, condition_of};
 
 const NAME: &str = "10-244-0-0-24";
 
@@ -33,18 +32,11 @@ const NAME: &str = "10-244-0-0-24";
 fn a_released_block_waits_for_every_live_node_also_under_a_new_leader_and_at_most_until_the_deadline() {
     arena(|cluster| async move {
         cluster.nodes(&["gone", "n1", "n2"]).await;
-        let flags = |deadline| {
-            let fixed =
-                ["--cluster-cidr=10.244.0.0/16", "--quarantine-seconds=60", "--quarantine-watch-seconds=1"];
-            fixed
-                .into_iter()
-                .map(str::to_owned)
-                .chain([format!("--withdrawal-deadline-seconds={deadline}")])
-                .collect::<Vec<_>>()
-        };
         let start = |name: &str, deadline: u64| {
-            let flags = flags(deadline);
-            cluster.operator(name, &flags.iter().map(String::as_str).collect::<Vec<_>>())
+            let deadline = format!("--withdrawal-deadline-seconds={deadline}");
+            let cidr = "--cluster-cidr=10.244.0.0/16";
+            let flags = [cidr, "--quarantine-seconds=60", "--quarantine-watch-seconds=1", &deadline];
+            cluster.operator(name, &flags)
         };
         let first = start("a", 600);
         cluster.wait_blocks(&["gone", "n1", "n2"], 1).await;
@@ -54,30 +46,21 @@ fn a_released_block_waits_for_every_live_node_also_under_a_new_leader_and_at_mos
         }
         cluster.delete_node("gone").await;
         cluster.wait_block(&holder, "rests", |b| b.spec.state == BlockState::Quarantined).await;
-        let past = ApiPatch::Merge(json!({"spec": {"releaseAfter": "2026-01-01T00:00:00Z"}}));
-        cluster.api::<PodCIDR>().patch(&holder, &PatchParams::default(), &past).await.unwrap();
+        cluster.end_quarantine(&holder).await;
         // n1 has withdrawn its route, n2 has said nothing since.
         cluster.report("n1", &[]).await;
         let waits = |b: &PodCIDR| message_of(b).contains("1 of 2 live nodes (n2) have not reported yet");
         let waiting = cluster.wait_block(&holder, "waits for n2", waits).await;
         assert_eq!(condition_of(&waiting, "Converged"), ("False".to_owned(), "Spreading".to_owned()));
-        let metric = |operator: &crate::arena::Operator, name: &str| operator.metric(name);
-        wait_until_async("the metric says so", DEADLINE, async || {
-            let waiting = metric(&first, "plat_operator_blocks_awaiting_withdrawal");
-            holds(waiting == Some(1.0), format!("{waiting:?}"))
-        })
-        .await;
+        first.wait_metric("plat_operator_blocks_awaiting_withdrawal", 1.0).await;
 
         // A new leader knows no sum but the present one: n1's report equals it, n2's does not.
         assert!(first.terminate().await.success());
         let second = start("b", 600);
-        wait_until_async("the new leader waits for n2", DEADLINE, async || {
-            let waiting = metric(&second, "plat_operator_blocks_awaiting_withdrawal");
-            holds(waiting == Some(1.0), format!("{waiting:?}"))
-        })
-        .await;
+        // It waits for n2.
+        second.wait_metric("plat_operator_blocks_awaiting_withdrawal", 1.0).await;
         cluster.report("n2", &[]).await;
-        wait_gone(&cluster, &holder).await;
+        cluster.wait_gone(&holder).await;
         cluster.wait_event("PodCIDR", &holder, "BlockReleased").await;
 
         // Once more; n1 stays silent until the deadline.
@@ -86,29 +69,17 @@ fn a_released_block_waits_for_every_live_node_also_under_a_new_leader_and_at_mos
         let holder = cluster.block_of("n2").await.unwrap().metadata.name.unwrap();
         cluster.delete_node("n2").await;
         cluster.wait_block(&holder, "rests", |b| b.spec.state == BlockState::Quarantined).await;
-        cluster.api::<PodCIDR>().patch(&holder, &PatchParams::default(), &past).await.unwrap();
-        wait_gone(&cluster, &holder).await;
+        cluster.end_quarantine(&holder).await;
+        cluster.wait_gone(&holder).await;
         let text = cluster.wait_event("PodCIDR", &holder, "BlockReleasedUnproven").await;
         assert!(text.contains("1 of 1 live nodes (n1)"), "{text}");
-        wait_until_async("the metric counts it", DEADLINE, async || {
-            let unproven = metric(&third, "plat_operator_blocks_released_unproven_total");
-            holds(unproven == Some(1.0), format!("{unproven:?}"))
-        })
-        .await;
+        third.wait_metric("plat_operator_blocks_released_unproven_total", 1.0).await;
     });
 }
 
 fn message_of(block: &PodCIDR) -> String {
     let conditions = block.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
     plat_crds::condition::find(conditions, "Ready").map(|c| c.message.clone()).unwrap_or_default()
-}
-
-async fn wait_gone(cluster: &Cluster, name: &str) {
-    wait_until_async(&format!("{name} is free"), DEADLINE, async || {
-        let block = cluster.api::<PodCIDR>().get_opt(name).await.unwrap();
-        holds(block.is_none(), format!("{block:?}"))
-    })
-    .await;
 }
 
 /// Where a leader is stopped, and what is made of its request.

@@ -32,16 +32,6 @@ impl Cluster {
         self.wait_block(name, &format!("is {state:?}"), |b| b.spec.state == state).await
     }
 
-    async fn wait_gone(&self, name: &str) {
-        let past = Patch::Merge(json!({"spec": {"releaseAfter": "2026-01-01T00:00:00Z"}}));
-        self.api::<PodCIDR>().patch(name, &PatchParams::default(), &past).await.unwrap();
-        wait_until_async(&format!("{name} is free"), DEADLINE, async || {
-            let block = self.api::<PodCIDR>().get_opt(name).await.unwrap();
-            holds(block.is_none(), format!("{block:?}"))
-        })
-        .await;
-    }
-
     /// Reports until something is so: a report says what its agent has seen by then.
     async fn report_until(&self, node: &str, held: &[(&str, i64)], name: &str, state: BlockState) -> PodCIDR {
         wait_until_async(&format!("{name} is {state:?}"), DEADLINE, async || {
@@ -79,6 +69,7 @@ fn a_node_that_fills_up_gets_another_block_and_gives_it_back_when_it_is_empty_ag
         cluster.wait_event("PodCIDR", second, "BlockDraining").await;
         cluster.report_until("n1", &[(OLD, 9), ("10.244.1.0/24", 0)], second, BlockState::Quarantined).await;
         cluster.report("n1", &[(OLD, 9)]).await;
+        cluster.end_quarantine(second).await;
         cluster.wait_gone(second).await;
         assert_eq!(cluster.wait_blocks(&["n1"], 1).await["n1"], [OLD]);
     });
@@ -142,6 +133,7 @@ fn blocks_move_to_another_range_when_asked_replacement_first_and_not_under_a_pod
         let moved = |b: &PodCIDR| condition_of(b, "NodeSpecConflict") == ("False".into(), "Moved".into());
         cluster.wait_block(&fresh_name, "says that the node was moved", moved).await;
         cluster.report("n1", &[(fresh, 7)]).await;
+        cluster.end_quarantine("10-244-0-0-24").await;
         cluster.wait_gone("10-244-0-0-24").await;
         cluster.wait_block(&fresh_name, "goes on saying so", moved).await;
         assert_eq!(pod_cidrs(&cluster.get_node("n1").await), [OLD], "the field is write-once");
