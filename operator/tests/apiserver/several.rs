@@ -53,6 +53,12 @@ fn a_node_that_fills_up_gets_another_block_and_gives_it_back_when_it_is_empty_ag
         cluster.report("n1", &[(OLD, 204)]).await;
         let blocks = cluster.wait_blocks(&["n1"], 2).await;
         assert_eq!(blocks["n1"], [OLD, "10.244.1.0/24"]);
+        // In the pass that creates the second, or just after it.
+        wait_until_async("node.spec.podCIDRs is written", DEADLINE, async || {
+            let node = cluster.get_node("n1").await;
+            holds(!pod_cidrs(&node).is_empty(), format!("{node:?}"))
+        })
+        .await;
         assert_eq!(pod_cidrs(&cluster.get_node("n1").await), [OLD], "the primary one is mirrored");
 
         let second = "10-244-1-0-24";
