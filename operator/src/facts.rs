@@ -182,6 +182,8 @@ pub struct BlockFact {
     pub routing: Option<Box<Routing>>,
     /// All its labels.
     pub labels: Labels,
+    /// Those of them that are not the operator's (`metadata.managedFields`): it removes none of these.
+    pub others_labels: Labels,
     /// What the operator last wrote.
     pub status: Option<Box<PodCIDRStatus>>,
     /// Why the object could not be read. Then it is taken, and nothing is changed in it.
@@ -446,6 +448,7 @@ impl BlockFact {
             drain: meta.annotations.iter().flatten().any(|(key, _)| key == names::ANNOTATION_DRAIN),
             routing: None,
             labels,
+            others_labels: others_labels(meta),
             status: None,
             problem: None,
         }
@@ -541,6 +544,19 @@ fn pod_cidrs_writer(meta: &ObjectMeta) -> Option<Writer> {
         Some(Writer { at: entry.time.as_ref()?.0, manager: entry.manager.as_deref()?.into() })
     });
     writer.max()
+}
+
+/// The labels of a PodCIDR that the operator does not own: mostly none.
+fn others_labels(meta: &ObjectMeta) -> Labels {
+    let entries = meta.managed_fields.iter().flatten();
+    let ours = entries.filter(|entry| entry.manager.as_deref() == Some(names::OPERATOR_MANAGER));
+    let labels = ours.filter_map(|entry| entry.fields_v1.as_ref()?.0.pointer("/f:metadata/f:labels"));
+    let owned: Vec<_> = labels.collect();
+    let others = meta.labels.iter().flatten().filter(|(key, _)| {
+        let field = format!("f:{key}");
+        !owned.iter().any(|labels| labels.get(&field).is_some())
+    });
+    Labels::pack(Some(&others.map(|(key, value)| (key.clone(), value.clone())).collect()))
 }
 
 fn pod_cidrs(node: &NodeView) -> Box<[PodCidrText]> {

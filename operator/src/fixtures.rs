@@ -121,6 +121,7 @@ pub fn held_block(cidr: &str, range: &str, node: &str) -> BlockFact {
         drain: false,
         routing: None,
         labels: labels(&[(names::LABEL_CLUSTER_CIDR, range), (names::LABEL_NODE, node)]),
+        others_labels: Labels::default(),
         status: None,
         problem: None,
     }

@@ -19,6 +19,8 @@ use crate::unanswered::Unanswered;
 
 /// Statuses are compared at least so often, however many blocks are created.
 const STATUSES_WITHIN: Duration = Duration::from_millis(500);
+/// Labels that wait for the write budget are looked at again after so long.
+pub const LABELS_WAIT: Duration = Duration::from_millis(500);
 /// After a pass in which the API server did not answer.
 const PAUSE_WHEN_AWAY: Duration = Duration::from_secs(1);
 
@@ -124,6 +126,13 @@ impl Leader {
         // Thousands of nodes make thousands of steps: they are there once.
         let mut steps = std::mem::take(&mut plan.steps);
         steps.retain(|step| self.memory.is_ripe(&step.retry_key(), now));
+        let relabels =
+            |step: &Step| matches!(step, Step::ChangeBlock { change, .. } if change.is_labels_only());
+        let planned = steps.len();
+        steps.retain(|step| !relabels(step) || self.memory.may_relabel(now));
+        if steps.len() < planned {
+            plan.wake_at_the_latest(LABELS_WAIT);
+        }
         steps.extend(chosen.steps);
         pass.done = apply(steps, server, on_progress).await;
         self.move_cursors(&plan, world, &pass.done);

@@ -41,6 +41,8 @@ const DOUBTFUL_AFTER: u32 = 3;
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// PodCIDR statuses per second, over the whole cluster.
 pub const STATUS_WRITES_PER_SECOND: f64 = 50.0;
+/// Of those writes, so many may change the labels of PodCIDRs instead.
+pub const LABEL_WRITES_PER_SECOND: f64 = 25.0;
 
 /// What a leader knows besides the objects. See the module's table.
 #[derive(Clone, Debug)]
@@ -78,6 +80,8 @@ pub struct Memory {
     pub budget: Budget,
     /// Of those, writes of counters alone.
     pub counters_budget: Budget,
+    /// Of those, writes of labels alone.
+    pub labels_budget: Budget,
     /// Since when statuses have been left for later.
     pub statuses_left_since: Option<Duration>,
     /// Object uid → when its status was last written.
@@ -143,6 +147,7 @@ impl Memory {
             ledger: Ledger::default(),
             budget: Budget::new(STATUS_WRITES_PER_SECOND),
             counters_budget: Budget::new(STATUS_WRITES_PER_SECOND),
+            labels_budget: Budget::new(LABEL_WRITES_PER_SECOND),
             statuses_left_since: None,
             status_written: BTreeMap::new(),
             retries: BTreeMap::new(),
@@ -300,6 +305,11 @@ impl Memory {
     /// Whether a write to that object may be tried (again) now.
     pub fn is_ripe(&self, target: &(Kind, Name), clock: Clock) -> bool {
         self.retries.get(target).is_none_or(|retry| retry.not_before <= clock.steady)
+    }
+
+    /// Whether one more PodCIDR may get other labels now.
+    pub fn may_relabel(&mut self, clock: Clock) -> bool {
+        self.labels_budget.take(clock.steady, 1) == 1 && self.budget.take(clock.steady, 1) == 1
     }
 
     /// A write failed: the next try waits, longer each time. An object that is missing, or that does not

@@ -165,6 +165,12 @@ impl BlockChange {
     pub fn is_empty(&self) -> bool {
         *self == BlockChange::default()
     }
+
+    /// Whether labels are all that changes: nobody waits for those of thousands of blocks at once.
+    pub fn is_labels_only(&self) -> bool {
+        let without = BlockChange { labels: Vec::new(), ..self.clone() };
+        !self.is_empty() && without.is_empty()
+    }
 }
 
 /// The blocks of a [`Step::CreateRange`] with that `block_prefix`, in words.

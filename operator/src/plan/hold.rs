@@ -14,11 +14,15 @@ use plat_crds::pod_cidr::BlockState;
 use super::Planner;
 use super::drain::Next;
 use crate::facts::{BlockFact, NodeFact};
+use crate::leader::LABELS_WAIT;
+use crate::memory::LABEL_WRITES_PER_SECOND;
 use crate::ranges::quarantine_of;
-use crate::step::{BlockChange, Step, Why, version};
+use crate::step::{BlockChange, Kind, Step, Why, version};
 
 /// A label value has at most so many bytes.
 const MAX_LABEL_VALUE: usize = 63;
+/// A plan changes the labels of at most so many blocks.
+const MAX_RELABELLED: usize = LABEL_WRITES_PER_SECOND as usize;
 
 impl Planner<'_> {
     pub(super) fn hold_blocks(&mut self) {
@@ -64,9 +68,23 @@ impl Planner<'_> {
             change.release_after = Some(None);
         }
         change.labels = self.label_changes(block, node);
-        if !change.is_empty() {
+        for (key, _) in &change.labels {
+            *self.plan.uncopied.entry(key.clone()).or_default() += 1;
+        }
+        if change.is_labels_only() && !self.may_relabel(block) {
+            self.wake_after(LABELS_WAIT);
+        } else if !change.is_empty() {
             self.change(block, node, change, why);
         }
+    }
+
+    /// Each label that changes is an event for every agent, so a plan has only as many such steps as can be carried
+    /// out soon: with thousands of blocks, the others would be made again and again in vain.
+    fn may_relabel(&mut self, block: &BlockFact) -> bool {
+        let ripe = self.snapshot.memory.is_ripe(&(Kind::PodCIDR, block.name.clone()), self.snapshot.clock);
+        let may = ripe && self.relabelled < MAX_RELABELLED;
+        self.relabelled += usize::from(may);
+        may
     }
 
     fn let_go(&mut self, block: &BlockFact) {
@@ -101,16 +119,17 @@ impl Planner<'_> {
         self.plan.steps.push(Step::ChangeBlock { object, node, node_uid, change, why });
     }
 
-    /// Labels of ours that are missing, differ, or that the node has lost. Keys that nothing names any
-    /// more stay as they are: nobody reads them, and they may be a user's.
+    /// Labels of ours that are missing or differ, that the node has lost, or that nothing names any more. Users'
+    /// labels stay, but for those that something names: they are the node's, or selectors would see what is not so.
     fn label_changes(&self, block: &BlockFact, node: &NodeFact) -> Vec<(String, Option<String>)> {
         let wanted = self.labels(&block.range, node);
-        let keys = self.selected_keys.iter().copied();
-        let lost =
-            keys.into_iter().filter(|key| node.labels.get(key).is_none() && block.labels.get(key).is_some());
-        let lost = lost.map(|key| (key.to_owned(), None));
+        let is_wanted = |key: &str| wanted.iter().any(|(wanted, _)| wanted == key);
+        let is_users =
+            |key: &str| block.others_labels.get(key).is_some() && !self.selected_keys.contains(key);
+        let gone = block.labels.iter().filter(|(key, _)| !is_wanted(key) && !is_users(key));
+        let gone: Vec<_> = gone.map(|(key, _)| (key.to_owned(), None)).collect();
         let set = wanted.into_iter().filter(|(key, value)| block.labels.get(key) != Some(value));
-        set.map(|(key, value)| (key, Some(value))).chain(lost).collect()
+        set.map(|(key, value)| (key, Some(value))).chain(gone).collect()
     }
 
     /// The labels of a block: whose and from where it is, and the node's labels that selectors and

@@ -80,6 +80,8 @@ pub struct Plan {
     pub verdicts: BTreeMap<Name, Vec<Verdict>>,
     /// The same for each group of a ClusterCIDR with a `topologyKey`.
     pub group_cursors: GroupCursors,
+    /// Label key → how many blocks do not have their node's value of it yet.
+    pub uncopied: BTreeMap<String, usize>,
 }
 
 /// A range as the plan leaves it.
@@ -107,7 +109,8 @@ impl RangeOutlook {
 }
 
 impl Plan {
-    fn wake_at_the_latest(&mut self, wait: Duration) {
+    /// Plans again after that time, if it was not to be sooner anyway.
+    pub fn wake_at_the_latest(&mut self, wait: Duration) {
         self.wake_after = Some(self.wake_after.map_or(wait, |known| known.min(wait)));
     }
 }
@@ -141,6 +144,8 @@ struct Planner<'a> {
     selected_keys: BTreeSet<&'a str>,
     /// Why a node gets no block of a family, or no further one.
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
+    /// Blocks whose labels alone this plan changes.
+    relabelled: usize,
     /// Made when the first block asks.
     carriers: OnceCell<Carriers<'a>>,
     plan: Plan,
@@ -236,6 +241,7 @@ impl<'a> Planner<'a> {
             told_of,
             selected_keys,
             refused: BTreeMap::new(),
+            relabelled: 0,
             carriers: OnceCell::new(),
             plan: Plan::default(),
         }

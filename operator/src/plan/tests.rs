@@ -667,13 +667,43 @@ fn address_label_and_uid_changes_of_the_node_are_copied() {
             ("plat.network/node", "n1"),
             ("rack", "1"),
             ("mine", "x"),
-        ])
+            ("former", "1"),
+        ]);
+        b.others_labels = labels(&[("rack", "1"), ("mine", "x")]);
     })
     .range(RangeFact { selector: selector("rack", "1"), ..range("r", "10.9.0.0/16") })
     .range(RangeFact { selector: selector("zone", "a"), ..range("z", "10.8.0.0/16") })
     .node(NodeFact { labels: labels(&[("zone", "a")]), ..node("n1") });
     let (_, change) = change_of(&selected).unwrap();
-    assert_eq!(change.labels, [("zone".to_owned(), Some("a".to_owned())), ("rack".to_owned(), None)]);
+    assert_eq!(
+        change.labels,
+        [("zone".to_owned(), Some("a".to_owned())), ("former".to_owned(), None), ("rack".to_owned(), None)],
+        "a named one is the node's, another one the user's, and one of ours that nothing names goes"
+    );
+}
+
+#[test]
+fn the_labels_of_thousands_of_blocks_change_a_few_at_a_time() {
+    let named = RangeFact { selector: selector("zone", "a"), ..range("z", "10.8.0.0/16") };
+    let mut scene = scene().range(range("default-v4", "10.244.0.0/16")).range(named);
+    for n in 0..200 {
+        let name = format!("n{n}");
+        scene = scene.node(NodeFact { labels: labels(&[("zone", "a")]), ..node(&name) }).block(held_block(
+            &format!("10.244.{n}.0/24"),
+            "default-v4",
+            &name,
+        ));
+    }
+    let (mut passes, mut left) = (0, 200);
+    while left > 0 {
+        let plan = scene.plan();
+        assert_eq!(plan.uncopied, [("zone".to_owned(), left)].into());
+        let changed = steps(&plan).len();
+        assert!(changed <= 25 && plan.wake_after.is_some() == (changed < left), "{changed} of {left}");
+        (scene, passes, left) = (scene.after(&plan), passes + 1, left - changed);
+    }
+    assert_eq!(passes, 8);
+    assert!(scene.plan().uncopied.is_empty());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `topologyKey`: the blocks of a zone lie together, carry its label, and the ClusterCIDR says where.
 
+use kube::ResourceExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use plat_crds::cluster_cidr::TopologyGroup;
 use plat_crds::{ClusterCIDR, PodCIDR};
@@ -101,9 +102,18 @@ fn the_blocks_of_a_zone_lie_together_and_carry_its_label_through_restart_and_cha
         wait_groups(&cluster, "zoned", &[("a", 2, 0, &["10.244.0.0/23"]), ("b", 4, 1, b)]).await;
         assert_eq!(in_zone("b").await, ["n2", "n4", "n6", "n5"], "the block stays, its label follows");
 
+        let mine = Patch::Merge(json!({"metadata": {"labels": {"mine": "1"}}}));
+        cluster.api::<PodCIDR>().patch("10-244-0-0-24", &PatchParams::default(), &mine).await.unwrap();
         let off = Patch::Merge(json!({"spec": {"topologyKey": null}}));
         cluster.api::<ClusterCIDR>().patch("zoned", &PatchParams::default(), &off).await.unwrap();
         wait_groups(&cluster, "zoned", &[]).await;
+        for name in ["10-244-0-0-24", "10-244-129-0-24", "10-244-130-0-24"] {
+            cluster
+                .wait_block(name, "has no label that nothing names", |b| !b.labels().contains_key(ZONE))
+                .await;
+        }
+        let block = cluster.api::<PodCIDR>().get("10-244-0-0-24").await.unwrap();
+        assert_eq!(block.labels()["mine"], "1", "a user's label stays");
         cluster.assert_no_double().await;
     });
 }
