@@ -88,8 +88,8 @@ says "the notes say what Plat does not do" "NetworkPolicy, encryption or Windows
 says "the notes say how to remove it" "--set cleanup=true" helm install plat $chart --dry-run=client
 
 kinds() { grep -c '^kind: CustomResourceDefinition' <<<"$1"; }
-[[ $(kinds "$(<"$work/default.yaml")") == 3 ]] && pass "three kinds are installed" || fail "three kinds are installed"
-[[ $(grep -c 'helm.sh/resource-policy: keep' "$work/default.yaml") == 3 ]] && pass "each kind is kept on uninstall" || fail "each kind is kept on uninstall"
+[[ $(kinds "$(<"$work/default.yaml")") == 4 ]] && pass "four kinds are installed" || fail "four kinds are installed"
+[[ $(grep -c 'helm.sh/resource-policy: keep' "$work/default.yaml") == 4 ]] && pass "each kind is kept on uninstall" || fail "each kind is kept on uninstall"
 [[ $(render --set crds.keep=false | grep -c 'resource-policy: keep') == 0 ]] && pass "crds.keep=false keeps none" || fail "crds.keep=false keeps none"
 [[ $(kinds "$(render --set crds.enabled=false)") == 0 ]] && pass "crds.enabled=false installs none" || fail "crds.enabled=false installs none"
 says "image.registry re-tags both images" "registry.example/net/plat-agent:0.1" render --set image.registry=registry.example/net,image.tag=0.1
@@ -244,6 +244,7 @@ while read -r answer who verb resource; do
 done <<'RIGHTS'
 yes agent watch podcidrs.plat.network
 yes agent watch clustercidrs.plat.network
+yes agent watch routingpolicies.plat.network
 yes agent patch nodenetworks.plat.network/status
 no agent patch nodenetworks.plat.network
 no agent create nodenetworks.plat.network
@@ -259,6 +260,9 @@ yes operator patch nodes/status
 yes operator create podcidrs.plat.network
 yes operator delete podcidrs.plat.network
 yes operator patch clustercidrs.plat.network/status
+yes operator watch routingpolicies.plat.network
+yes operator patch routingpolicies.plat.network/status
+no operator patch routingpolicies.plat.network
 no operator delete clustercidrs.plat.network
 no operator delete nodes
 no operator update podcidrs.plat.network

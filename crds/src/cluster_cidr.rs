@@ -176,7 +176,7 @@ pub struct ClusterCIDRSpec {
     /// Nodes that get blocks from this range, by their labels; all nodes if not set. A block that was
     /// carved stays when labels change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "node_selector_schema")]
+    #[schemars(schema_with = "crate::selector::schema")]
     pub node_selector: Option<LabelSelector>,
 
     /// Of several ranges that fit a node, the highest priority with a free block wins, then the name.
@@ -229,34 +229,6 @@ pub struct ClusterCIDRSpec {
 
 fn default_quarantine_seconds() -> i32 {
     DEFAULT_QUARANTINE_SECONDS
-}
-
-/// A LabelSelector with the bounds that Kubernetes' own type leaves open.
-fn node_selector_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({
-        "type": "object",
-        "nullable": true,
-        "properties": {
-            "matchLabels": {
-                "type": "object", "maxProperties": 32,
-                "description": "Labels that a node must have, with exactly these values.",
-                "additionalProperties": {"type": "string", "maxLength": 63},
-            },
-            "matchExpressions": {
-                "type": "array", "maxItems": 32,
-                "description": "Requirements that a node's labels must all meet.",
-                "items": {
-                    "type": "object",
-                    "required": ["key", "operator"],
-                    "properties": {
-                        "key": {"type": "string", "maxLength": 317, "description": "Label key."},
-                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the label is compared."},
-                        "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values for In and NotIn."},
-                    },
-                },
-            },
-        },
-    })
 }
 
 /// What the operator observed of a range.

@@ -10,8 +10,9 @@
 //! | [`alias`] | CNI binary (writes it onto each pod's link) and agent (rebuilds leases from it) |
 //! | [`host_port`] | as [`lease`], of which it is a part |
 //! | [`cni_conf`] | agent (writes the conflist) and CNI binary (reads one plugin of it) |
-//! | [`cluster_cidr`], [`pod_cidr`], [`node_network`] | operator, agents and users, through the API server |
+//! | [`cluster_cidr`], [`pod_cidr`], [`routing_policy`], [`node_network`] | operator, agents and users, through the API server |
 //! | [`routing`] | users (write it), operator and agents (resolve it) |
+//! | [`selector`] | operator and agents: which labels a selector matches |
 //! | [`digest`] | agents (report it) and operator (compares it) |
 //!
 //! Nothing here does I/O, reads a clock or holds a client. Without the feature `k8s` (the CNI binary's
@@ -43,6 +44,10 @@ pub mod node_network;
 pub mod pod_cidr;
 #[cfg(feature = "k8s")]
 pub mod routing;
+#[cfg(feature = "k8s")]
+pub mod routing_policy;
+#[cfg(feature = "k8s")]
+pub mod selector;
 
 pub use block::{Block, Family};
 #[cfg(feature = "k8s")]
@@ -51,3 +56,5 @@ pub use cluster_cidr::{ClusterCIDR, ClusterCIDRSpec, ClusterCIDRStatus};
 pub use node_network::{NodeNetwork, NodeNetworkStatus};
 #[cfg(feature = "k8s")]
 pub use pod_cidr::{PodCIDR, PodCIDRSpec, PodCIDRStatus};
+#[cfg(feature = "k8s")]
+pub use routing_policy::{RoutingPolicy, RoutingPolicySpec, RoutingPolicyStatus};

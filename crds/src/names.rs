@@ -38,6 +38,9 @@ pub const ROUTE_METRIC: u32 = 1120;
 /// Metric of our `unreachable` routes: worse than any route to a block, so they only catch what has none.
 pub const UNREACHABLE_METRIC: u32 = 65_535;
 
+/// The kernel's main routing table (`RT_TABLE_MAIN`).
+pub const MAIN_TABLE: u32 = 254;
+
 /// The agent's nftables table (family inet): masquerade; replaced whole.
 pub const NFT_TABLE: &str = "plat";
 /// The CNI binary's nftables table (family inet): what belongs to single pods.

@@ -195,7 +195,7 @@ fn diagnosis(name: &str, run: &Path) -> String {
     let mut text = String::new();
     for args in [
         &["get", "nodes", "-o", "wide"][..],
-        &["get", "clustercidrs,podcidrs,nodenetworks", "-o", "wide"],
+        &["get", "clustercidrs,podcidrs,routingpolicies,nodenetworks", "-o", "wide"],
         &["get", "pods", "-A", "-o", "wide"],
         &["get", "events", "-A", "--sort-by=.metadata.creationTimestamp"],
         &plat,

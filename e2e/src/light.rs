@@ -15,6 +15,9 @@ use serde_json::json;
 use crate::testbed::{Extent, Testbed, output, repository};
 use crate::wait::wait_until;
 
+/// The kinds that the chart installs.
+pub const KINDS: [&str; 4] = ["clustercidrs", "podcidrs", "routingpolicies", "nodenetworks"];
+
 /// etcd and API server. See [`Testbed`] for what can be done with it.
 #[derive(Debug)]
 pub struct ControlPlane(Testbed);
@@ -59,12 +62,11 @@ impl ControlPlane {
     /// warning of the API server is an error.
     pub fn install_crds(&self) -> Result<()> {
         self.apply(&fs::read_to_string(repository().join("charts/plat/crd/crds.yaml"))?)?;
-        let kinds =
-            ["clustercidrs", "podcidrs", "nodenetworks"].map(|kind| format!("crd/{kind}.plat.network"));
+        let kinds = KINDS.map(|kind| format!("crd/{kind}.plat.network"));
         let mut command = self.kubectl_command();
         output(command.args(["wait", "--for=condition=Established", "--timeout=20s"]).args(kinds))?;
         // Names, categories and schemas are published a moment later.
-        for kind in ["clustercidrs", "podcidrs", "nodenetworks"] {
+        for kind in KINDS {
             wait_until("kubectl knows the kind", Duration::from_secs(20), || {
                 self.kubectl(&["explain", kind])
             });

@@ -222,6 +222,7 @@ fn set_route(
         let message = match kind {
             Kind::PodCIDR => format!("PodCIDR '{name}': {error}"),
             Kind::ClusterCIDR => format!("ClusterCIDR '{name}': {error}"),
+            Kind::RoutingPolicy => format!("RoutingPolicy '{name}': {error}"),
         };
         outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
     }

@@ -10,10 +10,11 @@ use plat_crds::node_network::LostBlock;
 
 use crate::cache::{Cache, Loaded};
 use crate::desired::Map;
-use crate::facts::{BlockFact, Fact, RangeFact};
+use crate::facts::{BlockFact, Fact, PolicyFact, RangeFact};
 use crate::failstatic::{Belief, Held};
 use crate::folder::Folder;
 use crate::objects::Objects;
+use crate::policies::{self, InForce};
 
 /// A block whose PodCIDR was lost. Its node may have been granted leases for a quarantine just before, so for
 /// that long nobody else may have it, also where no trace of that node is left: where etcd was put back to a
@@ -30,6 +31,9 @@ pub struct Beliefs {
     known: Objects,
     blocks: Belief<BlockFact>,
     ranges: Belief<RangeFact>,
+    policies: Belief<PolicyFact>,
+    /// Of the policies, those that this node follows.
+    in_force: Vec<InForce>,
     /// Names of PodCIDRs that are believed in though they are absent.
     absent: BTreeSet<String>,
     /// PodCIDRs that went without having been released, by name.
@@ -50,6 +54,8 @@ impl Beliefs {
             known: Objects::default(),
             blocks: Belief::default(),
             ranges: Belief::default(),
+            policies: Belief::default(),
+            in_force: Vec::new(),
             absent: BTreeSet::new(),
             lost: BTreeMap::new(),
             complete: false,
@@ -61,7 +67,9 @@ impl Beliefs {
                 tracing::info!(blocks = cache.blocks.len(), ranges = cache.ranges.len(), "loaded the cache");
                 beliefs.blocks = Belief::of(cache.blocks);
                 beliefs.ranges = Belief::of(cache.ranges);
+                beliefs.policies = Belief::of(cache.policies);
                 beliefs.complete = true;
+                beliefs.follow_policies();
             }
             Loaded::Nothing => tracing::info!("there is no cache; waiting for the API server"),
             Loaded::Unusable(why) => {
@@ -74,14 +82,18 @@ impl Beliefs {
     /// Takes in the newest objects.
     pub fn learn(&mut self, objects: &Objects) {
         self.known.clone_from(objects);
-        self.complete |= objects.blocks.lists > 0 && objects.ranges.lists > 0;
+        let lists = [objects.blocks.lists, objects.ranges.lists, objects.policies.lists];
+        self.complete |= lists.iter().all(|lists| *lists > 0);
         self.fresh = true;
         self.unsaved = true;
     }
 
     /// Decides which absences to believe at `now`.
     pub fn update(&mut self, now: Duration) -> Held {
-        let in_doubt = self.blocks.is_in_doubt() || self.ranges.is_in_doubt() || !self.lost.is_empty();
+        let in_doubt = self.blocks.is_in_doubt()
+            || self.ranges.is_in_doubt()
+            || self.policies.is_in_doubt()
+            || !self.lost.is_empty();
         if !std::mem::take(&mut self.fresh) && !in_doubt {
             return Held::default();
         }
@@ -100,13 +112,28 @@ impl Beliefs {
         );
         self.absent = self.blocks.absent().cloned().collect();
         self.unsaved |= self.absent.len() != before;
-        held.names.extend(ranges.names);
-        held.wants_list |= ranges.wants_list;
+        // A policy is its users' to delete, and without it the next layer holds.
+        let deleted = &self.known.policies.deleted;
+        let gone = self.policies.update(
+            &self.known.policies,
+            now,
+            self.hold,
+            |_| false,
+            |policy| deleted.contains(policy.name()),
+        );
+        self.follow_policies();
+        held.names.extend(ranges.names.into_iter().chain(gone.names));
+        held.wants_list |= ranges.wants_list || gone.wants_list;
         self.note_losses(now);
         held.lost = self.lost.values().map(|loss| loss.block.clone()).collect();
         let lost = self.lost.values().map(|loss| loss.until);
-        held.next = held.next.into_iter().chain(ranges.next).chain(lost).min();
+        held.next = held.next.into_iter().chain(ranges.next).chain(gone.next).chain(lost).min();
         held
+    }
+
+    fn follow_policies(&mut self) {
+        let own = policies::labels_of(&self.node, &self.blocks.facts);
+        self.in_force = policies::in_force(&self.policies.facts, &own);
     }
 
     /// What is still routed to counts from now on at the latest; what was given up, until its time is over.
@@ -139,7 +166,12 @@ impl Beliefs {
 
     /// The objects to program.
     pub fn map(&self) -> Map<'_> {
-        Map { blocks: &self.blocks.facts, ranges: &self.ranges.facts, absent: &self.absent }
+        Map {
+            blocks: &self.blocks.facts,
+            ranges: &self.ranges.facts,
+            policies: &self.in_force,
+            absent: &self.absent,
+        }
     }
 
     /// Saves the cache if it changed or is gone, or if it is to be looked after. It is a copy: a pass does
@@ -148,7 +180,8 @@ impl Beliefs {
         if !self.unsaved && !look && run.path().join(MAP_FILE).exists() {
             return;
         }
-        let cache = Cache::new(self.blocks.facts.clone(), self.ranges.facts.clone());
+        let cache =
+            Cache::new(self.blocks.facts.clone(), self.ranges.facts.clone(), self.policies.facts.clone());
         match cache.save(run) {
             Ok(_) => self.unsaved = false,
             Err(error) => tracing::warn!(%error, "the cache was not saved"),
@@ -159,7 +192,7 @@ impl Beliefs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{block, objects, range};
+    use crate::fixtures::{block, objects, policy, range};
     use crate::objects::Change;
     use plat_crds::pod_cidr::BlockState;
 
@@ -176,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_may_be_done_before_both_kinds_were_listed() {
+    fn nothing_may_be_done_before_all_kinds_were_listed() {
         let fixture = fixture();
         let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
         let mut objects = Objects::default();
@@ -185,7 +218,31 @@ mod tests {
         assert!(!beliefs.are_complete());
         objects.ranges.apply(Change::Listed(vec![]));
         beliefs.learn(&objects);
+        assert!(!beliefs.are_complete());
+        assert!(objects.policies.apply(Change::Missing), "the kind is not installed");
+        assert!(!objects.policies.apply(Change::Missing));
+        beliefs.learn(&objects);
         assert!(beliefs.are_complete());
+    }
+
+    #[test]
+    fn a_deleted_policy_goes_at_once_and_one_that_a_list_lacks_after_the_hold() {
+        let fixture = fixture();
+        let mut beliefs = Beliefs::load("n1", HOLD, &fixture.run);
+        let mut seen = objects(vec![block(1)], vec![range("default-v4")]);
+        seen.policies.apply(Change::Listed(vec![Ok(policy("a")), Ok(policy("b"))]));
+        beliefs.learn(&seen);
+        beliefs.update(Duration::ZERO);
+        seen.policies.apply(Change::Deleted("a".into()));
+        beliefs.learn(&seen);
+        assert_eq!(beliefs.update(Duration::ZERO), Held::default());
+        assert_eq!(beliefs.policies.facts.len(), 1);
+        seen.policies.apply(Change::Listed(vec![]));
+        beliefs.learn(&seen);
+        assert_eq!(beliefs.update(Duration::ZERO).names, ["b"]);
+        seen.policies.apply(Change::Listed(vec![]));
+        beliefs.learn(&seen);
+        assert_eq!((beliefs.update(HOLD), beliefs.policies.facts.len()), (Held::default(), 0));
     }
 
     #[test]

@@ -9,23 +9,26 @@ use std::collections::BTreeMap;
 use plat_crds::names::MAP_FILE;
 use serde::{Deserialize, Serialize};
 
-use crate::facts::{BlockFact, RangeFact};
+use crate::facts::{BlockFact, PolicyFact, RangeFact};
 use crate::folder::{self, Folder};
 
 const VERSION: u32 = 1;
 
 /// The objects by name.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cache {
     version: u32,
     /// PodCIDRs.
     pub blocks: BTreeMap<String, BlockFact>,
     /// ClusterCIDRs.
     pub ranges: BTreeMap<String, RangeFact>,
+    /// RoutingPolicies.
+    #[serde(default)]
+    pub policies: BTreeMap<String, PolicyFact>,
 }
 
 /// What a cache file turned out to be.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum Loaded {
     /// A cache.
     Cache(Cache),
@@ -37,8 +40,12 @@ pub enum Loaded {
 
 impl Cache {
     /// A cache of these objects.
-    pub fn new(blocks: BTreeMap<String, BlockFact>, ranges: BTreeMap<String, RangeFact>) -> Cache {
-        Cache { version: VERSION, blocks, ranges }
+    pub fn new(
+        blocks: BTreeMap<String, BlockFact>,
+        ranges: BTreeMap<String, RangeFact>,
+        policies: BTreeMap<String, PolicyFact>,
+    ) -> Cache {
+        Cache { version: VERSION, blocks, ranges, policies }
     }
 
     /// Reads the cache of that folder.
@@ -84,7 +91,7 @@ mod tests {
     fn cache() -> Cache {
         let routing = serde_json::from_str(r#"{"mtu":1400}"#).unwrap();
         let block = BlockFact { generation: 3, created: 7, routing, ..block(1) };
-        Cache::new([(block.name.clone(), block)].into(), BTreeMap::new())
+        Cache::new([(block.name.clone(), block)].into(), BTreeMap::new(), BTreeMap::new())
     }
 
     #[test]

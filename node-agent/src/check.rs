@@ -19,13 +19,14 @@ use crate::args::Check;
 use crate::cache::{Cache, Loaded};
 use crate::conf;
 use crate::desired::{self, Map, Me};
-use crate::facts::{BlockFact, RangeFact};
+use crate::facts::{BlockFact, PolicyFact, RangeFact};
 use crate::files::Files;
 use crate::foreign::{self, ForeignRoute};
 use crate::kernel::forward;
 use crate::kernel::kube_proxy::{self, Local};
 use crate::kernel::nft::Nft;
 use crate::kernel::route;
+use crate::policies;
 
 /// What a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -72,6 +73,8 @@ pub struct Seen {
     pub blocks: BTreeMap<String, BlockFact>,
     /// ClusterCIDRs that it knows, by name.
     pub ranges: BTreeMap<String, RangeFact>,
+    /// RoutingPolicies that it knows, by name.
+    pub policies: BTreeMap<String, PolicyFact>,
     /// Why the above cannot be read.
     pub unknown: Option<String>,
     /// What the CNI binary may lease from, or why that cannot be read.
@@ -107,7 +110,8 @@ pub fn judge(bridge: &str, seen: &Seen) -> Vec<Finding> {
     let node = seen.file.iter().flatten().map(|file| file.node.clone()).next().unwrap_or_default();
     let me = Me { node, datapath: Datapath::Bridge, bridge: bridge.to_owned(), admit_forward: false };
     let absent = BTreeSet::new();
-    let map = Map { blocks: &seen.blocks, ranges: &seen.ranges, absent: &absent };
+    let policies = policies::in_force(&seen.policies, &policies::labels_of(&me.node, &seen.blocks));
+    let map = Map { blocks: &seen.blocks, ranges: &seen.ranges, policies: &policies, absent: &absent };
     for fault in foreign::overlaps(&me, map, &seen.routes) {
         add(Subject::Addresses, fault.message);
     }
@@ -223,7 +227,9 @@ fn look(check: &Check) -> anyhow::Result<Seen> {
         ..Seen::default()
     };
     match Cache::load(&files.run) {
-        Loaded::Cache(cache) => (seen.blocks, seen.ranges) = (cache.blocks, cache.ranges),
+        Loaded::Cache(cache) => {
+            (seen.blocks, seen.ranges, seen.policies) = (cache.blocks, cache.ranges, cache.policies);
+        }
         Loaded::Nothing => {}
         Loaded::Unusable(why) => seen.unknown = Some(why),
     }

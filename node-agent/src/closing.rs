@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::desired::{Map, all_routed};
+use crate::desired::Map;
 use crate::facts::{Fault, RangeFact, Reason};
+use crate::path::all_routed;
 
 /// How long a new route waits for a sign that the API server is still reached. Well below the 30 s in
 /// which it must be gone if it did harm.
@@ -175,7 +176,7 @@ mod tests {
 
         fn at(&mut self, now: u64) -> Closing {
             let ranges = [("r".to_owned(), self.range.clone())].into();
-            let map = Map { blocks: &self.blocks, ranges: &ranges, absent: &BTreeSet::new() };
+            let map = Map { blocks: &self.blocks, ranges: &ranges, policies: &[], absent: &BTreeSet::new() };
             let Case { exposed, installed, contact, .. } = self;
             let evidence = Evidence { exposed, installed, contact: *contact, now: seconds(now) };
             close(map, &evidence, &mut self.trials)

@@ -14,16 +14,14 @@ use plat_crds::cluster_cidr::{DEFAULT_QUARANTINE_SECONDS, MasqueradeMode};
 use plat_crds::lease::Datapath;
 use plat_crds::names::{ROUTE_METRIC, UNREACHABLE_METRIC};
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::routing::{self, Mode};
 
 use crate::fabric::{
     Admit, Bridge, Desired, Direction, Masquerade, Route, RouteKey, Sysctl, Target, host_prefix,
 };
 use crate::facts::{BlockFact, Fault, Kind, RangeFact, Reason};
 use crate::overlap;
-
-/// Smallest MTU of an IPv6 path (RFC 8200 §5).
-const MIN_MTU_V6: u32 = 1280;
+use crate::path;
+use crate::policies::InForce;
 
 /// Destinations that always see pods' own addresses: multicast and link-local never leave a link through
 /// a router (RFC 5771, RFC 3927, RFC 4291).
@@ -84,6 +82,8 @@ pub struct Map<'a> {
     pub blocks: &'a BTreeMap<String, BlockFact>,
     /// ClusterCIDRs.
     pub ranges: &'a BTreeMap<String, RangeFact>,
+    /// RoutingPolicies that this node follows, in the order in which they decide.
+    pub policies: &'a [InForce],
     /// Names of PodCIDRs that are believed in though no object says so any more.
     pub absent: &'a BTreeSet<String>,
 }
@@ -95,29 +95,6 @@ impl<'a> Map<'a> {
             Some(fact) => self.ranges.get(&fact.range),
             None => self.ranges.values().find(|range| range.range.covers(block)),
         }
-    }
-}
-
-/// How a foreign block is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Path {
-    /// By a route of ours.
-    Via { next_hop: IpAddr, metric: u32, mtu: Option<u32> },
-    /// By something else.
-    None,
-}
-
-/// The addresses that routes to foreign blocks lead to. Their locations are what `Host` must know.
-pub fn next_hops(me: &Me, map: Map<'_>) -> BTreeSet<IpAddr> {
-    let foreign = map.blocks.values().filter(|b| b.node != me.node && !b.released());
-    foreign.filter_map(|b| next_hop(b, map.ranges).ok().flatten()).collect()
-}
-
-/// The router or node to which the policy of a block sends its packets; `None` if it leaves them to others.
-pub fn next_hop(block: &BlockFact, ranges: &BTreeMap<String, RangeFact>) -> Result<Option<IpAddr>, Fault> {
-    match path(block, ranges)? {
-        Path::Via { next_hop, .. } => Ok(Some(next_hop)),
-        Path::None => Ok(None),
     }
 }
 
@@ -187,7 +164,7 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
         if block.node == me.node {
             continue;
         }
-        match foreign_route(block, map.ranges, host) {
+        match path::route(block, map, host) {
             Ok(Some(route)) => insert(&mut desired, Kind::PodCIDR, &block.name, route),
             Ok(None) => {}
             Err(fault) => {
@@ -232,97 +209,6 @@ fn holds_needed(block: &BlockFact, address: IpAddr, stands: bool) -> Fault {
             block.name, block.node
         ),
     )
-}
-
-fn foreign_route(
-    block: &BlockFact,
-    ranges: &BTreeMap<String, RangeFact>,
-    host: &Host,
-) -> Result<Option<Route>, Fault> {
-    let Path::Via { next_hop, metric, mtu } = path(block, ranges)? else { return Ok(None) };
-    let whose = format!("PodCIDR '{}' of node {}", block.name, block.node);
-    match host.locations.get(&next_hop).copied().unwrap_or(Location::Remote) {
-        Location::OnLink { device } => Ok(Some(Route {
-            key: RouteKey::main(block.block, metric),
-            target: Target::Via { gateway: next_hop, device },
-            mtu,
-        })),
-        Location::Local => Err(Fault::block(
-            &block.name,
-            Reason::NotOnLink,
-            format!(
-                "{whose}: its next hop {next_hop} is an address of this node itself; correct the node's address or spec.routing.nextHop"
-            ),
-        )),
-        Location::Remote => Err(Fault::block(
-            &block.name,
-            Reason::NotOnLink,
-            format!(
-                "{whose}: its next hop {next_hop} is not on a link of this node; set spec.routing.nextHop to a router that is, or spec.routing.mode to None if something else carries the block"
-            ),
-        )),
-    }
-}
-
-/// The policy of a foreign block: what `crds` resolves, checked against what a kernel route can express.
-fn path(block: &BlockFact, ranges: &BTreeMap<String, RangeFact>) -> Result<Path, Fault> {
-    let unusable = |what: String| Fault::block(&block.name, Reason::UnusablePolicy, what);
-    let range = ranges.get(&block.range).and_then(|range| range.routing.as_ref());
-    let policy = routing::resolve(block.routing.as_ref(), range)
-        .map_err(|error| unusable(format!("PodCIDR '{}': {error}", block.name)))?;
-    match policy.mode.value {
-        Mode::None => return Ok(Path::None),
-        Mode::Auto | Mode::Direct => {}
-        Mode::Unknown => {
-            return Err(unusable(format!(
-                "PodCIDR '{}': the routing mode of the {:?} is not known to this agent; upgrade the agent or set another spec.routing.mode",
-                block.name, policy.mode.from
-            )));
-        }
-    }
-    let family = block.block.family();
-    let next_hop = match policy.next_hop.value {
-        Some(router) if Family::of(&router) != family => {
-            return Err(unusable(format!(
-                "PodCIDR '{}': nextHop {router} of the {:?} is not an {family} address",
-                block.name, policy.next_hop.from
-            )));
-        }
-        Some(router) => router,
-        None => block.addresses.iter().find(|a| Family::of(a) == family).copied().ok_or_else(|| {
-            Fault::block(
-                &block.name,
-                Reason::NoNodeAddress,
-                format!("PodCIDR '{}': node {} has no {family} address; give it an InternalIP, or set spec.routing.nextHop", block.name, block.node),
-            )
-        })?,
-    };
-    let metric = policy.metric.value;
-    if !(1..UNREACHABLE_METRIC).contains(&metric) {
-        return Err(unusable(format!(
-            "PodCIDR '{}': metric {metric} of the {:?} is not between 1 and {}",
-            block.name,
-            policy.metric.from,
-            UNREACHABLE_METRIC - 1
-        )));
-    }
-    let mtu = policy.mtu.value;
-    if family == Family::IPv6 && mtu.is_some_and(|mtu| mtu < MIN_MTU_V6) {
-        return Err(unusable(format!(
-            "PodCIDR '{}': mtu {} of the {:?} is below {MIN_MTU_V6}, the least that IPv6 allows",
-            block.name,
-            mtu.unwrap_or_default(),
-            policy.mtu.from
-        )));
-    }
-    Ok(Path::Via { next_hop, metric, mtu })
-}
-
-/// Whether no block of the range is left to something else to route: then what has no route of ours has
-/// no pods, and may be closed.
-pub fn all_routed(range: &RangeFact, map: Map<'_>) -> bool {
-    let mut blocks = map.blocks.values().filter(|b| b.range == range.name && !b.released());
-    blocks.all(|b| !matches!(path(b, map.ranges), Ok(Path::None)))
 }
 
 fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masquerade {
@@ -380,7 +266,8 @@ pub fn forwarded(own: &BTreeMap<Block, HeldBlock>, uses: impl Fn(Datapath) -> bo
 mod tests {
     use super::*;
     use crate::fixtures::{block, block_v6, range};
-    use plat_crds::routing::Routing;
+    use crate::path::all_routed;
+    use plat_crds::routing::{Mode, Routing};
     use proptest::prelude::*;
 
     fn me() -> Me {
@@ -414,7 +301,7 @@ mod tests {
         }
 
         fn map(&self) -> Map<'_> {
-            Map { blocks: &self.blocks, ranges: &self.ranges, absent: &self.absent }
+            Map { blocks: &self.blocks, ranges: &self.ranges, policies: &[], absent: &self.absent }
         }
 
         fn routes(&self) -> Vec<String> {
@@ -499,7 +386,7 @@ mod tests {
         let b = || block(2);
         for (fact, reason, needle) in [
             (
-                BlockFact { routing: routing(r#"{"mode":"VXLAN"}"#), ..b() },
+                BlockFact { routing: routing(r#"{"mode":"Later"}"#), ..b() },
                 Reason::UnusablePolicy,
                 "not known to this agent",
             ),

@@ -187,7 +187,7 @@ mod tests {
         ] {
             let blocks: BTreeMap<_, _> = fact.into_iter().map(|fact| (fact.name.clone(), fact)).collect();
             let absent = blocks.keys().filter(|_| is_absent).cloned().collect();
-            let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), absent: &absent };
+            let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &absent };
             let me = Me {
                 node: "n1".into(),
                 datapath: Datapath::Bridge,
@@ -208,7 +208,7 @@ mod tests {
             (fact.name.clone(), fact)
         };
         let blocks = [of("10.244.7.0/26", "n1"), of("10.244.7.64/26", "n2")].into();
-        let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), absent: &BTreeSet::new() };
+        let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &BTreeSet::new() };
         let cidr = |text: &str| text.parse::<Block>().unwrap();
         let own = [(cidr("10.244.7.64/26"), HeldBlock { cidr: cidr("10.244.7.64/26"), lease: true })].into();
         let taken = taken(map, &own, &[cidr("10.244.7.0/24")].into());

@@ -10,11 +10,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
 use plat_crds::lease::Datapath;
+use plat_crds::names::MAIN_TABLE;
 
 use crate::facts::Kind;
-
-/// The kernel's main routing table (`RT_TABLE_MAIN`).
-pub const MAIN_TABLE: u32 = 254;
 
 /// What the kernel keys a route by when it replaces one; the protocol is not part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,6 +1,6 @@
 //! What the agent knows of the cluster's objects, parsed once at the border.
 //!
-//! A [`BlockFact`] is a PodCIDR and a [`RangeFact`] a ClusterCIDR, reduced to what the node's programming
+//! A [`BlockFact`] is a PodCIDR, a [`RangeFact`] a ClusterCIDR and a [`PolicyFact`] a RoutingPolicy, reduced to what the node's programming
 //! depends on, with every text parsed. An object that cannot be parsed is a [`Fault`] that names it; the
 //! rest of the set goes on. Facts are what `map.json` keeps, so the agent starts without the API server.
 
@@ -14,16 +14,20 @@ use plat_crds::condition::{self, CONVERGED};
 use plat_crds::node_network::NOT_WITHDRAWN;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing::Routing;
-use plat_crds::{ClusterCIDR, PodCIDR};
+use plat_crds::routing_policy::{self, LastGood, Phase, Progress};
+use plat_crds::selector::{LabelSet, Labels, Selector};
+use plat_crds::{ClusterCIDR, PodCIDR, RoutingPolicy, RoutingPolicySpec};
 use serde::{Deserialize, Serialize};
 
-/// The two kinds that agents watch.
+/// The kinds that agents watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Kind {
     /// A block.
     PodCIDR,
     /// A range of blocks.
     ClusterCIDR,
+    /// How some nodes reach some blocks.
+    RoutingPolicy,
 }
 
 /// Something that cannot be done for one object. The rest goes on.
@@ -114,9 +118,14 @@ impl Fault {
     pub fn range(name: impl Into<String>, reason: Reason, message: impl Into<String>) -> Fault {
         Fault { kind: Kind::ClusterCIDR, name: name.into(), reason, message: message.into() }
     }
+
+    /// A fault of a RoutingPolicy.
+    pub fn policy(name: impl Into<String>, reason: Reason, message: impl Into<String>) -> Fault {
+        Fault { kind: Kind::RoutingPolicy, name: name.into(), reason, message: message.into() }
+    }
 }
 
-/// What both kinds have.
+/// What all kinds have.
 pub trait Fact: Clone + PartialEq {
     /// Name of the object.
     fn name(&self) -> &str;
@@ -151,6 +160,31 @@ pub struct BlockFact {
     /// the status of every block.
     #[serde(default)]
     pub converged: bool,
+    /// Its labels: those of its node that policies name, among others.
+    #[serde(default)]
+    pub labels: Labels,
+}
+
+/// A RoutingPolicy: its spec, and what of its status decides which version a node follows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PolicyFact {
+    /// Object name.
+    pub name: String,
+    /// Object UID.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// The newest spec.
+    pub spec: RoutingPolicySpec,
+    /// Generation that the phase speaks of.
+    #[serde(default)]
+    pub observed: Option<i64>,
+    /// How far that generation has come.
+    #[serde(default)]
+    pub phase: Option<Phase>,
+    /// The newest version that all nodes followed.
+    #[serde(default)]
+    pub last_good: Option<LastGood>,
 }
 
 /// A ClusterCIDR.
@@ -205,6 +239,50 @@ impl Fact for RangeFact {
     }
 }
 
+impl Fact for PolicyFact {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn identity(&self) -> (&str, i64) {
+        (&self.uid, self.generation)
+    }
+}
+
+impl PolicyFact {
+    /// Reads a RoutingPolicy.
+    pub fn read(object: &RoutingPolicy) -> Result<PolicyFact, Fault> {
+        let name = object.name_any();
+        let spec = &object.spec;
+        let canary = spec.rollout.as_ref().map(|rollout| &rollout.canary);
+        for selector in [spec.destinations.as_ref(), spec.sources.as_ref(), canary] {
+            Selector::read(selector).map_err(|error| {
+                Fault::policy(&name, Reason::Unreadable, format!("RoutingPolicy '{name}': {error}"))
+            })?;
+        }
+        let status = object.status.as_ref();
+        Ok(PolicyFact {
+            uid: object.uid().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            spec: spec.clone(),
+            observed: status.and_then(|status| status.observed_generation),
+            phase: status.and_then(|status| status.phase),
+            last_good: status.and_then(|status| status.last_good.clone()),
+            name,
+        })
+    }
+
+    /// The version that a node with these labels follows.
+    pub fn in_force<L: LabelSet + ?Sized>(&self, own: &L) -> Option<&RoutingPolicySpec> {
+        let progress = Progress {
+            observed: self.observed,
+            phase: self.phase,
+            last_good: self.last_good.as_ref().map(|good| &good.spec),
+        };
+        routing_policy::in_force(&self.spec, self.generation, progress, own)
+    }
+}
+
 impl BlockFact {
     /// Reads a PodCIDR.
     pub fn read(object: &PodCIDR) -> Result<BlockFact, Fault> {
@@ -234,6 +312,7 @@ impl BlockFact {
             state: object.spec.state,
             routing: object.spec.routing.clone(),
             converged: false,
+            labels: Labels::pack(object.metadata.labels.as_ref()),
             name,
         })
     }

@@ -1,11 +1,12 @@
 //! Facts for tests: [`block`] and [`range`] are what an ordinary cluster has, and a test changes what it is
 //! about (`BlockFact { state: …, ..block(2) }`).
 
-use plat_crds::Block;
 use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::pod_cidr::BlockState;
+use plat_crds::selector::Labels;
+use plat_crds::{Block, RoutingPolicySpec};
 
-use crate::facts::{BlockFact, RangeFact};
+use crate::facts::{BlockFact, PolicyFact, RangeFact};
 use crate::objects::{Change, Objects};
 
 /// Block `10.244.<n>.0/24` of node `n<n>`, whose address is `172.30.0.<10+n>`; from range `default-v4`.
@@ -23,6 +24,7 @@ pub fn block(n: u8) -> BlockFact {
         state: BlockState::Active,
         routing: None,
         converged: false,
+        labels: Labels::default(),
     }
 }
 
@@ -56,10 +58,24 @@ pub fn range(name: &str) -> RangeFact {
     }
 }
 
-/// What a watch knows that has listed these.
+/// A policy for every node and block that says nothing.
+pub fn policy(name: &str) -> PolicyFact {
+    PolicyFact {
+        name: name.into(),
+        uid: format!("uid-{name}"),
+        generation: 1,
+        spec: RoutingPolicySpec::default(),
+        observed: None,
+        phase: None,
+        last_good: None,
+    }
+}
+
+/// What a watch knows that has listed these, and no policy.
 pub fn objects(blocks: Vec<BlockFact>, ranges: Vec<RangeFact>) -> Objects {
     let mut objects = Objects::default();
     objects.blocks.apply(Change::Listed(blocks.into_iter().map(Ok).collect()));
     objects.ranges.apply(Change::Listed(ranges.into_iter().map(Ok).collect()));
+    objects.policies.apply(Change::Listed(vec![]));
     objects
 }

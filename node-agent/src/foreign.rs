@@ -19,10 +19,11 @@ use std::net::IpAddr;
 use plat_crds::block::Block;
 use plat_crds::names::VETH_PREFIX;
 
-use crate::desired::{self, Map, Me};
+use crate::desired::{Map, Me};
 use crate::fabric::host_prefix;
 use crate::facts::{BlockFact, Fault, RangeFact, Reason};
 use crate::overlap;
+use crate::path;
 
 /// As many are told as a report has room for.
 const MAX_TOLD: usize = 16;
@@ -105,7 +106,7 @@ fn overlap(me: &Me, map: Map<'_>, route: &ForeignRoute, range: &RangeFact) -> Op
 
 /// Whether the route is meant for that block: users leave it to others, or it leads where ours does.
 fn is_left_to(map: Map<'_>, block: &BlockFact, route: &ForeignRoute) -> bool {
-    match desired::next_hop(block, map.ranges) {
+    match path::next_hop(block, map) {
         Ok(None) => true,
         Ok(next_hop) => next_hop == route.gateway,
         Err(_) => false,
@@ -165,7 +166,7 @@ mod tests {
         let blocks = blocks.into_iter().map(|b| (b.name.clone(), b)).collect();
         let ranges = [("r".to_owned(), range("r"))].into();
         let absent = BTreeSet::new();
-        let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
+        let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &absent };
         let mut faults = overlaps(&me(), map, &[route]);
         assert!(faults.len() <= 1, "{faults:?}");
         faults.pop().map(|fault| (fault.name, fault.reason, fault.message))
@@ -226,7 +227,7 @@ mod tests {
     fn only_a_block_that_holds_a_needed_address_is_exposed() {
         let blocks = [1, 2].map(|n| (block(n).name, block(n))).into();
         let (ranges, absent) = (BTreeMap::new(), BTreeSet::new());
-        let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
+        let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &absent };
         let needed = ["10.244.2.1", "10.244.2.9", "10.244.3.1", "172.30.0.1", "fd00::1"];
         let found =
             exposed(map, &[block(3).block].into(), &needed.iter().map(|a| a.parse().unwrap()).collect());
@@ -241,7 +242,7 @@ mod tests {
         let refused = BlockFact { created: 99, ..block(1) };
         let blocks = [wide.clone(), refused].map(|b| (b.name.clone(), b)).into();
         let (ranges, absent) = (BTreeMap::new(), BTreeSet::new());
-        let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
+        let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &absent };
         let needed: BTreeSet<IpAddr> = ["10.244.1.9", "10.244.200.1"].map(|a| a.parse().unwrap()).into();
         assert_eq!(exposed(map, &BTreeSet::new(), &needed), [(wide.block, needed)].into());
     }

@@ -138,7 +138,7 @@ mod tests {
     fn may_grow(growth: &Growth, own: &OwnBlocks, range: RangeFact, now: u64) -> Vec<Family> {
         let (blocks, absent) = (BTreeMap::new(), BTreeSet::new());
         let ranges = [(range.name.clone(), range)].into();
-        let map = Map { blocks: &blocks, ranges: &ranges, absent: &absent };
+        let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &absent };
         growth.may_grow(own, map, Duration::from_secs(now))
     }
 

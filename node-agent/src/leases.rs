@@ -391,7 +391,7 @@ mod tests {
     fn with_map<T>(facts: &[BlockFact], ranges: &[RangeFact], then: impl FnOnce(Map<'_>) -> T) -> T {
         let blocks = facts.iter().map(|fact| (fact.name.clone(), fact.clone())).collect();
         let ranges = ranges.iter().map(|range| (range.name.clone(), range.clone())).collect();
-        then(Map { blocks: &blocks, ranges: &ranges, absent: &BTreeSet::new() })
+        then(Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &BTreeSet::new() })
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //!
 //! | pure | edge |
 //! |---|---|
-//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
+//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
 //!
 //! Rights: uid 0 with `CAP_NET_ADMIN` alone, read-only root file system; it never enters a pod's namespace.
 
@@ -48,6 +48,8 @@ pub mod node;
 pub mod objects;
 pub mod outlet;
 pub mod overlap;
+pub mod path;
+pub mod policies;
 pub mod program;
 pub mod publish;
 pub mod readiness;

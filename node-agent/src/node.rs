@@ -33,6 +33,7 @@ use crate::kernel::{host, route, sysctl};
 use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
+use crate::path;
 use crate::readiness::Readiness;
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
@@ -434,7 +435,7 @@ impl Machine {
     /// What the node's own state adds to the objects.
     fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, OwnBlocks, Closing), Error> {
         let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
-        let locations = host::locate(&mut self.kernel.route, &view, desired::next_hops(&self.me, map))?;
+        let locations = host::locate(&mut self.kernel.route, &view, path::next_hops(&self.me, map))?;
         let devices = locations.values().filter_map(|location| match location {
             Location::OnLink { device } => Some(*device),
             Location::Local | Location::Remote => None,

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::facts::{BlockFact, Fact, Fault, RangeFact};
+use crate::facts::{BlockFact, Fact, Fault, PolicyFact, RangeFact};
 
 /// A message of the watch.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,9 @@ pub enum Change<F> {
     Applied(Result<F, Fault>),
     /// The object of that name was deleted.
     Deleted(String),
+    /// The kind cannot be listed, as it is not installed or not ours to read: there is none, unless some were
+    /// seen before.
+    Missing,
 }
 
 /// The objects of one kind.
@@ -64,6 +67,11 @@ impl<F: Fact> KindSet<F> {
                 }
                 known
             }
+            Change::Missing => {
+                let first = self.lists == 0;
+                self.lists = self.lists.max(1);
+                first
+            }
         }
     }
 
@@ -96,6 +104,8 @@ pub struct Objects {
     pub blocks: KindSet<BlockFact>,
     /// ClusterCIDRs.
     pub ranges: KindSet<RangeFact>,
+    /// RoutingPolicies.
+    pub policies: KindSet<PolicyFact>,
     /// When the API server last confirmed that this node's blocks are still its own.
     pub contact: Option<Contact>,
 }
@@ -112,7 +122,7 @@ pub struct Contact {
 /// What the loop asks of the watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
-    /// List both kinds anew, with a quorum read: objects are missing and somebody must confirm it.
+    /// List all kinds anew, with a quorum read: objects are missing and somebody must confirm it.
     Relist,
     /// Prove at once that the API server is reachable.
     Contact,

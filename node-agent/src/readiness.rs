@@ -94,7 +94,7 @@ mod tests {
 
     fn ask(gate: &mut Gate, blocks: &[BlockFact], second: u64) -> Admission {
         let blocks: BTreeMap<_, _> = blocks.iter().map(|b| (b.name.clone(), b.clone())).collect();
-        let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), absent: &BTreeSet::new() };
+        let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &BTreeSet::new() };
         gate.admit("n1", map, Duration::from_secs(second))
     }
 

@@ -1,4 +1,4 @@
-//! The API server's edge: watches PodCIDRs and ClusterCIDRs, and proves now and then that this node's
+//! The API server's edge: watches PodCIDRs, ClusterCIDRs and RoutingPolicies, and proves now and then that this node's
 //! blocks are still its own.
 //!
 //! Writes nothing but the shared [`Objects`]. A watch says nothing while nothing changes, also when it
@@ -18,12 +18,12 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use plat_cni::boot;
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::{ClusterCIDR, PodCIDR};
+use plat_crds::{ClusterCIDR, PodCIDR, RoutingPolicy};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::facts::{BlockFact, Fact, Fault, Kind, RangeFact, Reason};
+use crate::facts::{BlockFact, Fact, Fault, Kind, PolicyFact, RangeFact, Reason};
 use crate::objects::{Ask, Change, Contact, Objects};
 use crate::reporter::Report;
 
@@ -46,7 +46,8 @@ pub async fn run(
     reports: watch::Receiver<(Report, Duration)>,
 ) {
     let objects = Arc::new(objects);
-    let (relist_blocks, relist_ranges, contact) = (Notify::new(), Notify::new(), Notify::new());
+    let (relist_blocks, relist_ranges, relist_policies) = (Notify::new(), Notify::new(), Notify::new());
+    let contact = Notify::new();
     let reached = Notify::new();
     let blocks = follow(
         Api::<DeserializeGuard<PodCIDR>>::all(client.clone()),
@@ -62,19 +63,27 @@ pub async fn run(
         (&relist_ranges, &reached),
         |change| objects.send_if_modified(|objects| objects.ranges.apply(change)),
     );
+    let policies = follow(
+        Api::<DeserializeGuard<RoutingPolicy>>::all(client.clone()),
+        Kind::RoutingPolicy,
+        PolicyFact::read,
+        (&relist_policies, &reached),
+        |change| objects.send_if_modified(|objects| objects.policies.apply(change)),
+    );
     let answers = async {
         while let Some(ask) = asks.recv().await {
             match ask {
                 Ask::Relist => {
                     relist_blocks.notify_one();
                     relist_ranges.notify_one();
+                    relist_policies.notify_one();
                 }
                 Ask::Contact => contact.notify_one(),
             }
         }
     };
     let contacts = keep_contact(Api::all(client), &objects, reports, &contact, (&relist_blocks, &reached));
-    futures::future::join4(blocks, ranges, answers, contacts).await;
+    futures::future::join5(blocks, ranges, policies, answers, contacts).await;
 }
 
 /// Watches one kind for ever; lists anew when asked to. A failed watch is tried again after a while, or
@@ -148,6 +157,9 @@ async fn follow<K, F>(
                 }
                 Some(Err(error)) => {
                     tracing::warn!(?kind, error = %words(&error), "watch; going on with what is known");
+                    if kind == Kind::RoutingPolicy && is_not_there(&error) {
+                        apply(Change::Missing);
+                    }
                     if refuses_streams(&error) {
                         config = watcher::Config::default();
                         break;
@@ -244,6 +256,14 @@ pub fn words(error: &dyn std::error::Error) -> String {
 /// Whether the API server is one that does not stream lists (some of Kubernetes 1.33).
 fn refuses_streams(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
+}
+
+/// Whether the kind is not installed (CRDs of an older chart), or not ours to read (roles of one).
+fn is_not_there(error: &watcher::Error) -> bool {
+    let (watcher::Error::WatchStartFailed(error) | watcher::Error::InitialListFailed(error)) = error else {
+        return false;
+    };
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 403 | 404))
 }
 
 /// One bad object is a fault, never a stalled watch.

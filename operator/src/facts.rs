@@ -21,8 +21,8 @@ use plat_crds::{
 };
 
 use crate::node_view::NodeView;
-use crate::selector::{Labels, Selector};
 use crate::stretch::Stretch;
+use plat_crds::selector::{Labels, Selector};
 
 /// An object's name or uid, shared between facts and steps.
 pub type Name = Arc<str>;

@@ -18,11 +18,11 @@ use crate::leader::World;
 use crate::memory::Memory;
 use crate::plan::source::follow;
 use crate::plan::{Plan, plan};
-use crate::selector::{Labels, Selector};
 use crate::snapshot::{
     Clock, DefaultRange, Facts, Foreign, IpamSource, Settings, Snapshot, Source, Start, Tenure,
 };
 use crate::step::{NewBlock, Origin, Step};
+use plat_crds::selector::{Labels, Selector};
 
 pub const NOW: i64 = 1_800_000_000;
 

@@ -19,8 +19,8 @@ use plat_crds::condition::{self, EXHAUSTED, Verdict};
 use crate::facts::RangeFact;
 use crate::plan::Plan;
 use crate::reason;
-use crate::selector::Selector;
 use crate::snapshot::Snapshot;
+use plat_crds::selector::Selector;
 
 /// Complete days that must have been seen: a week has its own ups and downs, and a cluster its installation.
 const MIN_DAYS: usize = 7;

@@ -39,7 +39,6 @@ pub mod publish;
 pub mod ranges;
 pub mod reason;
 pub mod run;
-pub mod selector;
 pub mod server;
 #[cfg(test)]
 mod sim;

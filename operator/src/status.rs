@@ -12,7 +12,7 @@ use plat_crds::condition::{
 };
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::pod_cidr::EffectiveRouting;
-use plat_crds::routing::{self, Mode};
+use plat_crds::routing::{self, Layer, Mode};
 use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
 
 use crate::budget::Budget;
@@ -414,11 +414,15 @@ fn block_status(
 }
 
 fn effective_routing(block: &BlockFact, range: Option<&RangeFact>) -> Option<EffectiveRouting> {
-    let resolved =
-        routing::resolve(block.routing.as_deref(), range.and_then(|range| range.routing.as_deref())).ok()?;
+    let own = block.routing.as_deref().map(|routing| (Layer::PodCIDR, routing));
+    let ranges =
+        range.and_then(|range| range.routing.as_deref()).map(|routing| (Layer::ClusterCIDR, routing));
+    let layers: Vec<_> = own.into_iter().chain(ranges).collect();
+    let resolved = routing::resolve(&layers).ok()?;
     let family = block.block.family();
     let of_family = |address: &&IpAddr| Family::of(address) == family;
-    let via = resolved.next_hop.value.or_else(|| block.addresses.iter().find(of_family).copied());
+    let hop = resolved.next_hops.value.first().map(|hop| hop.address);
+    let via = hop.or_else(|| block.addresses.iter().find(of_family).copied());
     Some(EffectiveRouting {
         mode: resolved.mode.value,
         via: via.filter(|_| resolved.mode.value != Mode::None).map(|address| address.to_string()),

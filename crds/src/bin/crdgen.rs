@@ -1,11 +1,11 @@
 //! Prints the CRDs as YAML documents: `cargo run --bin crdgen` (see `make generate`).
 
 use kube::CustomResourceExt;
-use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR, RoutingPolicy};
 use serde_json::Value;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), NodeNetwork::crd()] {
+    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), RoutingPolicy::crd(), NodeNetwork::crd()] {
         let mut crd = serde_json::to_value(&crd)?;
         unwrap_descriptions(&mut crd);
         println!("---\n{}", serde_saphyr::to_string(&crd)?.trim_end());

@@ -1,15 +1,15 @@
-//! Prints docs/reference.md, the reference of the three kinds, from the CRDs: `cargo run --bin crdref` (see
+//! Prints docs/reference.md, the reference of the four kinds, from the CRDs: `cargo run --bin crdref` (see
 //! `make generate`).
 
 use std::fmt::Write;
 
 use kube::CustomResourceExt;
-use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR};
+use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR, RoutingPolicy};
 use serde_json::Value;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     print!("{HEAD}");
-    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), NodeNetwork::crd()] {
+    for crd in [ClusterCIDR::crd(), PodCIDR::crd(), RoutingPolicy::crd(), NodeNetwork::crd()] {
         print!("{}", kind(&serde_json::to_value(crd)?)?);
     }
     Ok(())

@@ -106,7 +106,7 @@ fn rights(user: &str, namespace: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_agent_reads_blocks_and_ranges_and_patches_reports_and_may_nothing_else() {
+fn the_agent_reads_blocks_ranges_and_policies_and_patches_reports_and_may_nothing_else() {
     let _alone = AGENT_RIGHTS.lock().unwrap_or_else(PoisonError::into_inner);
     for namespace in ["plat-system", "default", "kube-system"] {
         assert_eq!(
@@ -115,6 +115,7 @@ fn the_agent_reads_blocks_and_ranges_and_patches_reports_and_may_nothing_else() 
                 "clustercidrs.plat.network: get list watch",
                 "nodenetworks/status.plat.network: patch",
                 "podcidrs.plat.network: get list watch",
+                "routingpolicies.plat.network: get list watch",
             ],
             "in {namespace}"
         );
@@ -131,6 +132,8 @@ fn the_operator_has_the_rights_of_its_work_and_no_others() {
         "nodes: get list watch patch",
         "podcidrs.plat.network: get list watch create patch delete",
         "podcidrs/status.plat.network: patch",
+        "routingpolicies.plat.network: get list watch",
+        "routingpolicies/status.plat.network: patch",
         "servicecidrs.networking.k8s.io: list",
     ];
     let lease =

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use plat_e2e::light::ControlPlane;
+use plat_e2e::light::{ControlPlane, KINDS};
 use plat_e2e::testbed::repository;
 use serde_json::json;
 
@@ -131,7 +131,7 @@ fn the_crds_are_accepted_without_a_warning() {
     let plane = ControlPlane::shared();
     let manifest = fs::read_to_string(repository().join("charts/plat/crd/crds.yaml")).unwrap();
     let said = plane.apply(&manifest).unwrap();
-    for kind in ["clustercidrs", "podcidrs", "nodenetworks"] {
+    for kind in KINDS {
         assert!(said.contains(&format!("{kind}.plat.network serverside-applied")), "{said}");
     }
 }

@@ -17,7 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use plat_cni::netlink::{APPEND, CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
 use plat_crds::block::{Block, Family};
-use plat_crds::names::{POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
+use plat_crds::names::{MAIN_TABLE, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::{DefaultNla, Emitable, NlasIterator, Parseable, ParseableParametrized};
 use rtnetlink::packet_route::route::{
@@ -26,7 +26,7 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::fabric::{MAIN_TABLE, Route, RouteKey, Target};
+use crate::fabric::{Route, RouteKey, Target};
 use crate::foreign::ForeignRoute;
 
 /// The message of a route. `bridge` is the index of the pods' bridge; `None` for a target that no message

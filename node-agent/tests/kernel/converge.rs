@@ -86,7 +86,7 @@ fn said(node: &TestNode) -> Vec<String> {
         .any(|b| !b.released() && b.routing.as_ref().is_some_and(|r| r.mode == Some(Mode::None)));
     let closed = ranges.keys().filter(|name| name.as_str() == "default-v6" || !open);
     let host = Host { locations, closed_ranges: closed.cloned().collect(), ..Host::default() };
-    let map = Map { blocks, ranges, absent: &Default::default() };
+    let map = Map { blocks, ranges, policies: &[], absent: &Default::default() };
     let (desired, faults) = desired(&node.settings.me, map, &host);
     assert!(faults.is_empty(), "{faults:?}");
     let mut said: Vec<String> = desired

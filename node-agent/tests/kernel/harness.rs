@@ -25,6 +25,7 @@ use plat_crds::block::Block;
 use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::lease::Datapath;
 use plat_crds::pod_cidr::BlockState;
+use plat_crds::selector::Labels;
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -189,6 +190,7 @@ fn named(cidr: &str, n: u8, range: &str) -> BlockFact {
         state: BlockState::Active,
         routing: None,
         converged: false,
+        labels: Labels::default(),
     }
 }
 
@@ -333,10 +335,12 @@ impl TestNode {
         self.agent().objects.send_replace(self.objects.clone());
     }
 
-    /// The watch sends complete lists of both kinds.
+    /// The watch sends complete lists of all kinds; of the policies the same as before.
     pub fn list(&mut self, blocks: Vec<BlockFact>, ranges: Vec<RangeFact>) {
         self.objects.blocks.apply(Change::Listed(blocks.into_iter().map(Ok).collect()));
         self.objects.ranges.apply(Change::Listed(ranges.into_iter().map(Ok).collect()));
+        let policies = self.objects.policies.facts.values().cloned().map(Ok);
+        self.objects.policies.apply(Change::Listed(policies.collect()));
         self.push();
     }
 

@@ -18,7 +18,7 @@ fn node() -> TestNode {
         |facts: Vec<plat_agent::facts::BlockFact>| facts.into_iter().map(|f| (f.name.clone(), f)).collect();
     let ranges = [range("default-v4"), range("default-v6")].map(|r| (r.name.clone(), r));
     let blocks = map(vec![block(1), block(2), block_v6(1), block_v6(2)]);
-    Cache::new(blocks, ranges.into()).save(&Folder::new(&node.settings.run_dir)).unwrap();
+    Cache::new(blocks, ranges.into(), Default::default()).save(&Folder::new(&node.settings.run_dir)).unwrap();
     for dir in [&node.settings.bin_dir, &node.settings.conf_dir] {
         fs::create_dir_all(dir).unwrap();
     }

@@ -154,7 +154,7 @@ fn what_cannot_be_followed_keeps_the_last_working_route_and_says_what_to_do() {
         away.addresses = vec![ip("10.9.9.9")];
         for (bad, reason, words) in [
             (away, "NotOnLink", "10.9.9.9 is not on a link"),
-            (with_routing(block(2), r#"{"mode":"VXLAN"}"#), "UnusablePolicy", "upgrade the agent"),
+            (with_routing(block(2), r#"{"mode":"Later"}"#), "UnusablePolicy", "upgrade the agent"),
             (with_routing(block(2), r#"{"nextHop":"fd00::1"}"#), "UnusablePolicy", "not an IPv4 address"),
             (with_routing(block(2), r#"{"nextHop":"172.30.0.11"}"#), "NotOnLink", "this node itself"),
         ] {
@@ -178,7 +178,7 @@ fn an_agent_that_starts_anew_keeps_the_last_working_route_too() {
         node.stop();
         node.start();
         node.contact();
-        let unknown = with_routing(block(2), r#"{"mode":"VXLAN"}"#);
+        let unknown = with_routing(block(2), r#"{"mode":"Later"}"#);
         node.list(vec![block(1), unknown], vec![range("default-v4")]);
         node.expect_condition("RoutesReady", "False", "UnusablePolicy");
         expect_own_and(&["10.244.2.0/24 gateway 172.30.0.12 dev eth0 metric 1120"]);

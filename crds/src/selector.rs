@@ -1,15 +1,18 @@
-//! Labels in one allocation each, and the selectors that ClusterCIDRs choose nodes with.
+//! Labels in one allocation each, and the selectors that ClusterCIDRs choose nodes with and RoutingPolicies
+//! choose blocks with.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
+use schemars::{Schema, SchemaGenerator};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// An object's labels, sorted by key, as `key NUL value NUL …`.
 ///
 /// A node has about fifteen; in a `BTreeMap<String, String>` they would be most of what the operator keeps
-/// of it.
-#[derive(Clone, Default, PartialEq, Eq)]
+/// of it. Serialised, they are a map.
+#[derive(Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Labels(Box<str>);
 
 impl Labels {
@@ -42,7 +45,37 @@ impl fmt::Debug for Labels {
     }
 }
 
-/// A `nodeSelector`, checked once when it is read.
+impl Serialize for Labels {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+impl<'de> Deserialize<'de> for Labels {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::Error> {
+        Ok(Labels::pack(Some(&BTreeMap::deserialize(deserializer)?)))
+    }
+}
+
+/// Something that has labels.
+pub trait LabelSet {
+    /// The value of a label.
+    fn label(&self, key: &str) -> Option<&str>;
+}
+
+impl LabelSet for Labels {
+    fn label(&self, key: &str) -> Option<&str> {
+        self.get(key)
+    }
+}
+
+impl LabelSet for BTreeMap<String, String> {
+    fn label(&self, key: &str) -> Option<&str> {
+        self.get(key).map(String::as_str)
+    }
+}
+
+/// A label selector, checked once when it is read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selector(Vec<Requirement>);
 
@@ -62,11 +95,11 @@ enum Test {
 
 /// A selector that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("nodeSelector has the operator '{0}'; use In, NotIn, Exists or DoesNotExist")]
+#[error("the selector has the operator '{0}'; use In, NotIn, Exists or DoesNotExist")]
 pub struct UnknownOperator(pub String);
 
 impl Selector {
-    /// Reads a selector; an absent or empty one selects every node.
+    /// Reads a selector; an absent or empty one selects everything.
     pub fn read(selector: Option<&LabelSelector>) -> Result<Selector, UnknownOperator> {
         let mut requirements = Vec::new();
         let Some(selector) = selector else { return Ok(Selector(requirements)) };
@@ -81,9 +114,9 @@ impl Selector {
 
     /// Whether labels meet every requirement. As everywhere in Kubernetes, `NotIn` also holds where the
     /// label is absent.
-    pub fn matches(&self, labels: &Labels) -> bool {
+    pub fn matches<L: LabelSet + ?Sized>(&self, labels: &L) -> bool {
         self.0.iter().all(|requirement| {
-            let value = labels.get(&requirement.key);
+            let value = labels.label(&requirement.key);
             match &requirement.test {
                 Test::In(values) => value.is_some_and(|v| values.iter().any(|x| x == v)),
                 Test::NotIn(values) => value.is_none_or(|v| values.iter().all(|x| x != v)),
@@ -110,6 +143,34 @@ impl Test {
             other => Err(UnknownOperator(other.to_owned())),
         }
     }
+}
+
+/// A LabelSelector with the bounds that Kubernetes' own type leaves open.
+pub(crate) fn schema(_: &mut SchemaGenerator) -> Schema {
+    schemars::json_schema!({
+        "type": "object",
+        "nullable": true,
+        "properties": {
+            "matchLabels": {
+                "type": "object", "maxProperties": 32,
+                "description": "Labels that a node must have, with exactly these values.",
+                "additionalProperties": {"type": "string", "maxLength": 63},
+            },
+            "matchExpressions": {
+                "type": "array", "maxItems": 32,
+                "description": "Requirements that the labels must all meet.",
+                "items": {
+                    "type": "object",
+                    "required": ["key", "operator"],
+                    "properties": {
+                        "key": {"type": "string", "maxLength": 317, "description": "Label key."},
+                        "operator": {"type": "string", "enum": ["In", "NotIn", "Exists", "DoesNotExist"], "description": "How the label is compared."},
+                        "values": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 63}, "description": "Values for In and NotIn."},
+                    },
+                },
+            },
+        },
+    })
 }
 
 #[cfg(test)]

@@ -1,0 +1,110 @@
+//! The RoutingPolicies that this node follows, and the layers that decide how it reaches a block.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use plat_crds::routing::{Layer, Routing};
+use plat_crds::selector::{Labels, Selector};
+
+use crate::facts::{BlockFact, PolicyFact, RangeFact};
+
+/// A policy that this node follows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InForce {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Generation of the newest spec, which need not be the one in force.
+    pub generation: i64,
+    /// Higher goes first.
+    pub priority: i32,
+    /// Blocks that it is about.
+    pub destinations: Selector,
+    /// What it says.
+    pub routing: Routing,
+}
+
+/// The labels of a node: those of its first block that is not released.
+pub fn labels_of(node: &str, blocks: &BTreeMap<String, BlockFact>) -> Labels {
+    let mut own = blocks.values().filter(|block| block.node == node && !block.released());
+    own.next().map(|block| block.labels.clone()).unwrap_or_default()
+}
+
+/// The policies that a node with these labels follows, in the order in which they decide.
+pub fn in_force(policies: &BTreeMap<String, PolicyFact>, own: &Labels) -> Vec<InForce> {
+    let mut found: Vec<InForce> = policies.values().filter_map(|policy| of(policy, own)).collect();
+    found.sort_by(|a, b| (Reverse(a.priority), &a.name).cmp(&(Reverse(b.priority), &b.name)));
+    found
+}
+
+fn of(policy: &PolicyFact, own: &Labels) -> Option<InForce> {
+    let spec = policy.in_force(own)?;
+    // An unknown operator of a newer version selects nothing: it may exclude this node.
+    let sources = Selector::read(spec.sources.as_ref()).ok()?;
+    let destinations = Selector::read(spec.destinations.as_ref()).ok()?;
+    sources.matches(own).then(|| InForce {
+        name: policy.name.as_str().into(),
+        generation: policy.generation,
+        priority: spec.priority,
+        destinations,
+        routing: spec.routing.clone(),
+    })
+}
+
+/// The layers that decide how a block is reached, the nearest first.
+pub fn layers<'a>(
+    block: &'a BlockFact,
+    range: Option<&'a RangeFact>,
+    policies: &'a [InForce],
+) -> Vec<(Layer, &'a Routing)> {
+    let own = block.routing.as_ref().map(|routing| (Layer::PodCIDR, routing));
+    let about = policies.iter().filter(|policy| policy.destinations.matches(&block.labels));
+    let about = about.map(|policy| (Layer::RoutingPolicy(policy.name.clone()), &policy.routing));
+    let range = range.and_then(|range| range.routing.as_ref()).map(|routing| (Layer::ClusterCIDR, routing));
+    own.into_iter().chain(about).chain(range).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{block, policy, range};
+    use plat_crds::RoutingPolicySpec;
+
+    fn labels(zone: &str) -> Labels {
+        Labels::pack(Some(&[("zone".to_owned(), zone.to_owned())].into()))
+    }
+
+    fn named(name: &str, json: serde_json::Value) -> (String, PolicyFact) {
+        let spec: RoutingPolicySpec = serde_json::from_value(json).unwrap();
+        (name.to_owned(), PolicyFact { spec, ..policy(name) })
+    }
+
+    #[test]
+    fn policies_for_the_node_and_the_block_decide_by_priority_then_name() {
+        let to_b = serde_json::json!({"matchLabels": {"zone": "b"}});
+        let policies = BTreeMap::from([
+            named("a", serde_json::json!({"routing": {"metric": 1}})),
+            named("b", serde_json::json!({"routing": {"metric": 2}, "destinations": to_b, "priority": 5})),
+            named("c", serde_json::json!({"routing": {"metric": 3}, "sources": to_b})),
+            named("d", serde_json::json!({"routing": {"metric": 4}})),
+            named("e", serde_json::json!({"routing": {"metric": 5}, "mode": "Plan"})),
+        ]);
+        let found = in_force(&policies, &labels("a"));
+        let range = RangeFact { routing: Some(Routing::default()), ..range("default-v4") };
+        let far = BlockFact { labels: labels("b"), routing: Some(Routing::default()), ..block(2) };
+        let metrics = |block| -> Vec<Option<i32>> {
+            layers(block, Some(&range), &found).iter().map(|(_, routing)| routing.metric).collect()
+        };
+        assert_eq!(metrics(&far), [None, Some(2), Some(1), Some(4), None]);
+        let near = BlockFact { labels: labels("a"), ..block(3) };
+        assert_eq!(metrics(&near), [Some(1), Some(4), None]);
+    }
+
+    #[test]
+    fn a_node_has_the_labels_of_its_own_block() {
+        let own = BlockFact { labels: labels("a"), ..block(1) };
+        let blocks = BTreeMap::from([(own.name.clone(), own), (block(2).name, block(2))]);
+        assert_eq!(labels_of("n1", &blocks), labels("a"));
+        assert_eq!(labels_of("n9", &blocks), Labels::default());
+    }
+}
