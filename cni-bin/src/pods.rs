@@ -1,8 +1,8 @@
 //! What the kernel's nftables hold for single pods: the tables that the CNI binary writes and the agent
 //! restores.
 //!
-//! Every module below turns a lease, and nothing else, into *elements* of sets and maps ([`Piece`]); what
-//! they hang in (tables, sets, chains, rules: the [`Scaffold`]) is the same for all pods. So a packet costs
+//! Every module below turns a lease, and nothing else, into *elements* of sets and maps (`Piece`); what
+//! they hang in (tables, sets, chains, rules: the `Scaffold`) is the same for all pods. So a packet costs
 //! the same with one pod and with ten thousand, an ADD writes its few elements in one transaction, a DEL
 //! knows what to take away by the lease alone, and whoever reads the leases can write everything again.
 //!

@@ -180,7 +180,9 @@ fn applied(known: &Objects, faults: &[Fault]) -> Applied {
     }
     let mut named: Vec<&Fault> = faults.iter().filter(|fault| fault.reason.fails()).collect();
     named.sort_by_key(|fault| (fault.reason != Reason::NotWithdrawn, *fault));
-    named.dedup_by_key(|fault| (fault.kind, &fault.name));
+    // An object counts once, by what stands first: its other faults need not be its neighbours.
+    let mut counted = BTreeSet::new();
+    named.retain(|fault| counted.insert((fault.kind, &fault.name)));
     let total = named.len();
     let named = named.into_iter().take(MAX_REPORTED).map(|fault| FailedObject {
         name: fault.name.clone(),
@@ -403,6 +405,7 @@ mod tests {
             Fault::range("b", Reason::NotOnLink, "y"),
         ]);
         faults.push(Fault::block("z", Reason::NotWithdrawn, "stays"));
+        faults.push(Fault::block("z", Reason::NotOnLink, "cannot be reached either"));
         let findings = Findings { faults, ..Findings::default() };
         let applied = report(&findings).applied.unwrap();
         assert_eq!(

@@ -10,7 +10,7 @@
 //! 4. there is no room outside the stretches of others: the largest hole within one. A free block is never
 //!    refused for the sake of topology.
 //!
-//! Nothing of this is written anywhere. Stretches are read off the blocks that groups hold ([`Layout::of`]), so it
+//! Nothing of this is written anywhere. Stretches are read off the blocks that groups hold (`Layout::of`), so it
 //! does not matter who carved them, when, or under which key; blocks that exist never move. Where a group was
 //! carved last the leader remembers; a new one goes on after the group's youngest block.
 
