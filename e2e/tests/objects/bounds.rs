@@ -4,7 +4,7 @@ use plat_e2e::light::ControlPlane;
 use serde_json::{Value, json};
 
 use crate::Really::DryRun;
-use crate::{cluster_cidr, crds, ensure, node_network, patch, pod_cidr};
+use crate::{cluster_cidr, crds, ensure, node_network, patch, pod_cidr, routing_policy};
 
 /// One value that a schema must refuse.
 #[derive(Debug)]
@@ -47,6 +47,7 @@ fn walk(kind: &str, pointer: &str, schema: &Value, excesses: &mut Vec<Excess>, u
                 exceed(json!(1_i64 << 40));
             }
         }
+        "boolean" => exceed(json!("yes")),
         "array" => {
             match number("maxItems") {
                 Some(max) => exceed(json!(vec![item(&schema["items"]); max as usize + 1])),
@@ -114,6 +115,7 @@ fn every_bound_is_enforced_and_the_refusal_names_the_field() {
     let objects = [
         cluster_cidr("bounded", json!({"cidr": "10.244.0.0/16"})),
         pod_cidr("10-244-8-0-24", json!({"cidr": "10.244.8.0/24", "clusterCIDR": "c", "nodeName": "n1"})),
+        routing_policy("bounded", json!({})),
         node_network("bounded"),
     ];
     objects.iter().for_each(|object| drop(ensure(plane, object)));

@@ -11,14 +11,14 @@ use std::path::Path;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::GroupVersionKind;
 use kube::{Api, ResourceExt};
-use plat_e2e::light::ControlPlane;
+use plat_e2e::light::{ControlPlane, KINDS};
 use serde_json::{Value, json};
 
-/// The three CRDs, as the API server has them.
+/// The CRDs, as the API server has them.
 fn crds() -> Vec<Value> {
     let list = ControlPlane::shared().get(&["crds"]).unwrap();
     let crds: Vec<_> = list["items"].as_array().unwrap().clone();
-    assert_eq!(crds.len(), 3);
+    assert_eq!(crds.len(), KINDS.len());
     crds
 }
 
@@ -28,6 +28,10 @@ fn cluster_cidr(name: &str, spec: Value) -> Value {
 
 fn pod_cidr(name: &str, spec: Value) -> Value {
     json!({"apiVersion": "plat.network/v1alpha1", "kind": "PodCIDR", "metadata": {"name": name}, "spec": spec})
+}
+
+fn routing_policy(name: &str, spec: Value) -> Value {
+    json!({"apiVersion": "plat.network/v1alpha1", "kind": "RoutingPolicy", "metadata": {"name": name}, "spec": spec})
 }
 
 fn node_network(name: &str) -> Value {
@@ -102,7 +106,7 @@ fn ensure(plane: &ControlPlane, object: &Value) -> DynamicObject {
 fn kind_of(object: &Value) -> ApiResource {
     let kind = object["kind"].as_str().unwrap();
     let gvk = GroupVersionKind::gvk("plat.network", "v1alpha1", kind);
-    ApiResource::from_gvk_with_plural(&gvk, &format!("{}s", kind.to_lowercase()))
+    ApiResource::from_gvk_with_plural(&gvk, &format!("{}s", kind.to_lowercase().replace("policy", "policie")))
 }
 
 fn message(error: kube::Error) -> String {

@@ -6,7 +6,7 @@ use plat_e2e::light::ControlPlane;
 use serde_json::{Value, json};
 
 use crate::Really::DryRun;
-use crate::{cluster_cidr, crds, create, ensure, node_network, patch, pod_cidr};
+use crate::{cluster_cidr, crds, create, ensure, node_network, patch, pod_cidr, routing_policy};
 
 /// A spec of a PodCIDR with the name that belongs to it.
 fn block(cidr: &str, extra: Value) -> Value {
@@ -64,6 +64,22 @@ fn accepted() -> Vec<Value> {
             "10.244.3.0/24",
             json!({"routing": {"mode": "Auto", "nextHop": "fd00::1", "metric": 1, "mtu": 65535}}),
         ),
+        routing_policy("everything", json!({})),
+        routing_policy(
+            "storage-to-b",
+            json!({
+                "priority": 10, "mode": "Plan",
+                "sources": {"matchLabels": {"role": "storage"}},
+                "destinations": {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]},
+                "rollout": {"canary": {"matchLabels": {"canary": ""}}},
+                "routing": {
+                    "mode": "Direct", "interface": "eth1", "metric": 50, "table": 100, "mtu": 9000, "advmss": 8960,
+                    "nextHops": [{"address": "172.30.0.1", "weight": 3}, {"address": "172.30.0.2"}],
+                    "sourceAddress": "172.30.0.11", "onLink": true, "egressAddress": "fd00:30::9",
+                    "masquerade": {"include": ["192.168.7.0/24"], "exclude": ["192.168.0.0/16", "fd00::/8"]},
+                },
+            }),
+        ),
         node_network("n1"),
     ]
 }
@@ -81,7 +97,13 @@ fn refused() -> Vec<(Value, &'static str)> {
     let blocks = "max must not be less than min; when it is not set, it is 8";
     let label_key = "must be a label key such as topology.kubernetes.io/zone";
     let next_hop = "must be an IP address in canonical form, such as 172.30.0.1 or fd00::1";
-    let none = "mode None makes no route: leave out nextHop, metric and mtu";
+    let none = "mode None makes no route: leave out all fields that shape one";
+    let tunnel = "mode VXLAN tunnels to the node: leave out nextHop, nextHops, interface and onLink";
+    let one_or_several = "set nextHop for one router, or nextHops for several, not both";
+    let hops = json!([{"address": "172.30.0.1"}, {"address": "172.30.0.2"}]);
+    let tables = "tables 253 and 255 are the kernel's";
+    let link = "must be the name of a link, such as eth1";
+    let policy = |routing: Value| routing_policy("policy", json!({"routing": routing}));
     vec![
         (range(json!({})), "spec.cidr: Required value"),
         (range(json!({"cidr": "10.244.0.1/16"})), canonical),
@@ -164,6 +186,25 @@ fn refused() -> Vec<(Value, &'static str)> {
         (block("10.244.3.0/24", json!({"nodeAddresses": ["n1.example.com"]})), "each must be an IP address"),
         (block("10.244.3.0/24", json!({"routing": {"nextHop": "172.30.0.1/24"}})), next_hop),
         (block("10.244.3.0/24", json!({"routing": {"mode": "None", "metric": 5}})), none),
+        (policy(json!({"mode": "None", "nextHops": hops})), none),
+        (policy(json!({"mode": "None", "onLink": true})), none),
+        (policy(json!({"mode": "VXLAN", "interface": "eth1"})), tunnel),
+        (policy(json!({"mode": "VXLAN", "nextHops": hops})), tunnel),
+        (policy(json!({"nextHop": "172.30.0.1", "nextHops": hops})), one_or_several),
+        (policy(json!({"nextHops": [{"address": "172.30.0.1"}]})), "should have at least 2 items"),
+        (policy(json!({"nextHops": [{"address": "172.30.0.1"}, {"address": "router"}]})), next_hop),
+        (policy(json!({"table": 255})), tables),
+        (policy(json!({"interface": "eth0:1"})), link),
+        (policy(json!({"interface": ".."})), link),
+        (policy(json!({"sourceAddress": "FD00::1"})), next_hop),
+        (policy(json!({"egressAddress": "10.0.0.1/32"})), next_hop),
+        (policy(json!({"masquerade": {"include": ["10.0.0.1/8"]}})), exclude),
+        (policy(json!({"masquerade": {"exclude": ["world"]}})), exclude),
+        (
+            routing_policy("policy", json!({"rollout": {"canary": {}, "observeSeconds": 9}})),
+            "should be greater than or equal to 10",
+        ),
+        (routing_policy("policy", json!({"rollout": {}})), "spec.rollout.canary: Required value"),
         (block("10.244.3.0/24", json!({"routing": {"mode": "None", "nextHop": "172.30.0.1"}})), none),
         // No RFC 1123 name begins with '-'.
         (pod_cidr("---64", block("::/64", json!({}))["spec"].clone()), "a lowercase RFC 1123 subdomain"),
