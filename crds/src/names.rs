@@ -41,6 +41,10 @@ pub const UNREACHABLE_METRIC: u32 = 65_535;
 /// The kernel's main routing table (`RT_TABLE_MAIN`).
 pub const MAIN_TABLE: u32 = 254;
 
+/// Priority of our `ip rule`s, one per table and family that policies name: behind the kernel's own for local
+/// addresses, and before those that send all traffic elsewhere (a VPN's, a default route by source address).
+pub const RULE_PRIORITY: u32 = 1120;
+
 /// The agent's nftables table (family inet): masquerade; replaced whole.
 pub const NFT_TABLE: &str = "plat";
 /// The CNI binary's nftables table (family inet): what belongs to single pods.

@@ -29,7 +29,7 @@ use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
-use crate::kernel::{host, route, sysctl};
+use crate::kernel::{host, route, rule, sysctl};
 use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
@@ -603,6 +603,7 @@ impl Machine {
         Ok(Observed {
             table: self.kernel.nft.observe(&desired.masquerade)?,
             routes: route::dump(&mut self.kernel.route, view.bridge)?,
+            rules: rule::dump(&mut self.kernel.route)?.into_iter().filter_map(|found| found.ours()).collect(),
             sysctls,
             bridge: host::bridge(&view),
             gateways: host::gateways(&view),

@@ -11,6 +11,7 @@ mod checks;
 mod cleanup;
 mod converge;
 mod doubled;
+mod edge;
 mod forwarding;
 mod harness;
 mod held;
