@@ -48,12 +48,19 @@ impl Mac {
                 let [a, b, c, d] = v4.octets();
                 Mac([0x0a, number, a, b, c, d])
             }
-            IpAddr::V6(v6) => {
-                let seed = [v6.octets().as_slice(), &[number]].concat();
-                let [a, b, c, d, e, ..] = checksum(&seed).to_be_bytes();
-                Mac([0x0e, a, b, c, d, e])
-            }
+            IpAddr::V6(v6) => Mac::hashed(&v6.octets(), number),
         }
+    }
+
+    /// The hardware address of a node's VXLAN devices, made of the node's name: every node can tell every other's
+    /// without a message, and it stays when the node's addresses change.
+    pub fn for_node(name: &str) -> Mac {
+        Mac::hashed(name.as_bytes(), 0x73)
+    }
+
+    fn hashed(seed: &[u8], number: u8) -> Mac {
+        let [a, b, c, d, e, ..] = checksum(&[seed, &[number]].concat()).to_be_bytes();
+        Mac([0x0e, a, b, c, d, e])
     }
 }
 

@@ -9,14 +9,15 @@ use plat_crds::block::{Block, Family};
 use plat_crds::lease::Lease;
 
 use crate::diff::Step;
-use crate::fabric::{Admit, Bridge, Desired, Masquerade, Observed, Route, RouteKey, Rule};
+use crate::fabric::{Admit, Bridge, Desired, Devices, Masquerade, Observed, Route, RouteKey};
 use crate::facts::{Fault, Kind, Reason};
 use crate::incidents::Repair;
 use crate::kernel::forward;
 use crate::kernel::nft::Nft;
 use crate::kernel::route::{self, SetError};
-use crate::kernel::rule;
 use crate::kernel::sysctl::Sysctls;
+use crate::tunnels;
+use crate::vxlan::Tunnel;
 
 /// The sockets and folders that reach the kernel.
 pub struct Kernel {
@@ -42,14 +43,14 @@ pub struct Done {
     pub table: Option<Masquerade>,
     /// Routes.
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Rules.
-    pub rules: BTreeSet<Rule>,
     /// Sysctls.
     pub sysctls: BTreeMap<String, String>,
     /// The bridge.
     pub bridge: Option<Bridge>,
     /// The blocks whose gateways stand on `lo`.
     pub gateways: BTreeSet<Block>,
+    /// Tunnels.
+    pub tunnels: BTreeMap<Family, Tunnel>,
     /// Accept rules in foreign chains.
     pub admitted: BTreeSet<Admit>,
 }
@@ -61,6 +62,8 @@ pub enum Part {
     Table,
     /// The bridge.
     Bridge,
+    /// A VXLAN device or an entry of its tables.
+    Tunnel,
     /// Gateways on `lo`, and the routes to pods without bridge.
     Gateways,
     /// A sysctl.
@@ -76,8 +79,6 @@ pub struct Outcome {
     pub faults: Vec<Fault>,
     /// Keys of routes that could not be set.
     pub failed_routes: BTreeSet<RouteKey>,
-    /// Rules that could not be added.
-    pub failed_rules: BTreeSet<Rule>,
     /// Other failures.
     pub troubles: BTreeMap<Part, String>,
     /// What was put back.
@@ -90,7 +91,7 @@ impl Outcome {
         self.repaired.entry(repair).or_default().push(what.into());
     }
 
-    fn trouble(&mut self, part: Part, error: impl ToString) {
+    pub(crate) fn trouble(&mut self, part: Part, error: impl ToString) {
         self.troubles.entry(part).or_insert_with(|| error.to_string());
     }
 
@@ -98,7 +99,6 @@ impl Outcome {
     pub fn merge(&mut self, other: Outcome) {
         self.faults.extend(other.faults);
         self.failed_routes.extend(other.failed_routes);
-        self.failed_rules.extend(other.failed_rules);
         self.troubles.extend(other.troubles);
         for (repair, what) in other.repaired {
             self.repaired.entry(repair).or_default().extend(what);
@@ -116,9 +116,9 @@ impl Outcome {
         Done {
             table: fine(Part::Table).then(|| desired.masquerade.clone()),
             routes: routes.map(|(key, route)| (*key, route.clone())).collect(),
-            rules: desired.rules.difference(&self.failed_rules).copied().collect(),
             sysctls: sysctls.map(|s| (s.path.clone(), s.value.clone())).collect(),
             bridge: desired.bridge.clone().filter(|_| fine(Part::Bridge)),
+            tunnels: if fine(Part::Tunnel) { desired.tunnels.clone() } else { BTreeMap::new() },
             gateways: desired.gateways.iter().copied().filter(|_| fine(Part::Gateways)).collect(),
             admitted: admitted.filter(|_| fine(Part::Admission)).copied().collect(),
         }
@@ -130,42 +130,31 @@ impl Outcome {
     }
 }
 
-/// Executes the steps in order; none stops the others. `bridge` is the bridge's interface index.
+/// Executes the steps in order; none stops the others. `devices` are the links of ours that are there.
 pub fn apply(
     kernel: &mut Kernel,
     steps: Vec<Step>,
     desired: &Desired,
     before: &Done,
-    bridge: Option<u32>,
+    mut devices: Devices,
 ) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut bridge = bridge;
     for step in steps {
         tracing::debug!(?step, "apply");
         match step {
             Step::ReplaceTable => replace_table(kernel, &desired.masquerade, before, &mut outcome),
             Step::AddRoute(route) => {
-                let result = route::add(&mut kernel.route, &route, bridge);
+                let result = route::add(&mut kernel.route, &route, devices);
                 set_route(result, route, desired, before, &mut outcome);
             }
             Step::ReplaceRoute(route) => {
-                let result = route::replace(&mut kernel.route, &route, bridge);
+                let result = route::replace(&mut kernel.route, &route, devices);
                 set_route(result, route, desired, before, &mut outcome);
             }
             Step::DeleteRoute(key) if outcome.failed(&key) => {}
             Step::DeleteRoute(key) => {
                 if let Err(error) = route::delete(&mut kernel.route, &key) {
                     outcome.faults.push(not_withdrawn(&key, &error.to_string()));
-                }
-            }
-            Step::AddRule(rule) => match rule::add(&mut kernel.route, &rule) {
-                Ok(()) if before.rules.contains(&rule) => outcome.repaired(Repair::Route, rule.to_string()),
-                Ok(()) => tracing::info!(%rule, "added a rule that leads to routes to blocks"),
-                Err(error) => without_rule(&rule, &error.to_string(), desired, &mut outcome),
-            },
-            Step::DeleteRule(rule) => {
-                if let Err(error) = rule::delete(&mut kernel.route, &rule) {
-                    tracing::warn!(%rule, %error, "a rule that should go is still there");
                 }
             }
             Step::WriteSysctl(sysctl) => match kernel.sysctls.write(&sysctl) {
@@ -178,9 +167,20 @@ pub fn apply(
             },
             Step::EnsureBridge(wanted) => {
                 if let Some(index) = ensure_bridge(kernel, &wanted, before, &mut outcome) {
-                    bridge = Some(index);
+                    devices.bridge = Some(index);
                 }
             }
+            Step::EnsureTunnel(device) => {
+                let index = tunnels::ensure(kernel, &device, before, &mut outcome);
+                *devices.tunnel_mut(device.underlay) = index;
+            }
+            Step::SetEntries { underlay, entries } => {
+                tunnels::set(kernel, devices, underlay, &entries, before, &mut outcome);
+            }
+            Step::RemoveEntries { underlay, entries, strange } => {
+                tunnels::remove(kernel, devices, underlay, entries, &strange, &mut outcome);
+            }
+            Step::RemoveTunnel(underlay) => tunnels::delete(kernel, underlay, &mut outcome),
             Step::EnsureGateways(blocks) => ensure_gateways(kernel, &blocks, before, &mut outcome),
             Step::Admit(admit) => {
                 match forward::append(&mut kernel.nft, &admit, &desired.masquerade.pod_interface) {
@@ -229,32 +229,19 @@ fn set_route(
         Ok(()) => return,
         Err(error) => error,
     };
+    outcome.failed_routes.insert(route.key);
     let reason = match &error {
         SetError::Foreign(_) => Reason::ForeignRoute,
         SetError::NotOnLink(_) => Reason::NotOnLink,
-        SetError::NoBridge(_) | SetError::Refused(_) => Reason::KernelRefused,
+        SetError::NoDevice(_) | SetError::Refused(_) => Reason::KernelRefused,
     };
-    route_failed(route.key, reason, &error.to_string(), desired, outcome);
-}
-
-fn route_failed(key: RouteKey, reason: Reason, error: &str, desired: &Desired, outcome: &mut Outcome) {
-    outcome.failed_routes.insert(key);
-    if let Some((kind, name)) = desired.owners.get(&key) {
+    if let Some((kind, name)) = desired.owners.get(&route.key) {
         let message = match kind {
             Kind::PodCIDR => format!("PodCIDR '{name}': {error}"),
             Kind::ClusterCIDR => format!("ClusterCIDR '{name}': {error}"),
             Kind::RoutingPolicy => format!("RoutingPolicy '{name}': {error}"),
         };
         outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
-    }
-}
-
-/// No packet finds the routes in the table, so what else leads to their blocks stays.
-fn without_rule(rule: &Rule, error: &str, desired: &Desired, outcome: &mut Outcome) {
-    outcome.failed_rules.insert(*rule);
-    let behind = |key: &&RouteKey| (key.table, key.family()) == (rule.table, rule.family);
-    for key in desired.routes.keys().filter(behind) {
-        route_failed(*key, Reason::KernelRefused, error, desired, outcome);
     }
 }
 

@@ -8,6 +8,7 @@ use plat_cni::netlink::{self, deleted};
 use plat_cni::nft::{self, Batch, Table, TableFamily};
 use plat_cni::{link, routed, sysctl as cni_sysctl};
 use plat_crds::alias;
+use plat_crds::block::Family;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{
     BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
@@ -15,9 +16,11 @@ use plat_crds::names::{
 
 use crate::apply::Kernel;
 use crate::args::Place;
+use crate::fabric::Devices;
 use crate::folder::Folder;
 use crate::kernel::sysctl::Sysctls;
-use crate::kernel::{forward, route, rule};
+use crate::kernel::{self, forward, route};
+use crate::vxlan;
 
 /// The probes' socket, at its default place.
 const SOCKET_FILE: &str = "agent.sock";
@@ -60,8 +63,10 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     outcome.each(close_loopback(&mut kernel, &place.bridge));
     outcome.each(remove_tables(&mut kernel));
     outcome.each(remove_admissions(&mut kernel, &place.bridge));
-    outcome.each(remove_rules(&mut kernel));
     outcome.each(remove_routes(&mut kernel));
+    for underlay in Family::ALL {
+        outcome.note(vxlan::name(underlay), kernel::vxlan::delete(&mut kernel.route, underlay));
+    }
     let (restored, errors) = kernel.sysctls.restore();
     outcome.done.extend(restored.into_iter().map(|path| format!("sysctl net/{path}")));
     outcome.errors.extend(errors.iter().map(ToString::to_string));
@@ -130,20 +135,9 @@ fn remove_admissions(kernel: &mut Kernel, bridge: &str) -> Result<Vec<String>, n
     Ok(done)
 }
 
-/// Before the routes, which leaves no moment in which a rule leads to half a table.
-fn remove_rules(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {
-    let mut done = Vec::new();
-    for rule in rule::dump(&mut kernel.route)?.into_iter().filter_map(|found| found.ours()) {
-        if rule::delete(&mut kernel.route, &rule)? {
-            done.push(rule.to_string());
-        }
-    }
-    Ok(done)
-}
-
 fn remove_routes(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {
     let mut done = Vec::new();
-    for route in route::dump(&mut kernel.route, None)?.into_values() {
+    for route in route::dump(&mut kernel.route, Devices::default())?.into_values() {
         if route::delete(&mut kernel.route, &route.key)? {
             done.push(format!("route {route}"));
         }

@@ -7,12 +7,14 @@
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
+use plat_cni::mac::Mac;
 use plat_crds::block::{Block, Family};
 
 use crate::fabric::{
-    Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Packets, Route, RouteKey, Rule, Sysctl,
-    TableState, Target, host_prefix,
+    Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Route, RouteKey, Sysctl, TableState,
+    Target, host_prefix,
 };
+use crate::vxlan::{self, Entries};
 
 /// One change to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,14 +25,32 @@ pub enum Step {
     AddRoute(Route),
     /// Replace our route of that key.
     ReplaceRoute(Route),
-    /// Add a rule that leads to a table.
-    AddRule(Rule),
     /// Write a sysctl.
     WriteSysctl(Sysctl),
     /// Make the bridge, or bring it and its gateways in order.
     EnsureBridge(Bridge),
     /// Make `lo` carry the gateways of these blocks and no other ones of ours.
     EnsureGateways(BTreeSet<Block>),
+    /// Make the VXLAN device, or bring it in order.
+    EnsureTunnel(vxlan::Device),
+    /// Set entries of a VXLAN device's tables.
+    SetEntries {
+        /// Family of its underlay.
+        underlay: Family,
+        /// What to set.
+        entries: Entries,
+    },
+    /// Remove entries of a VXLAN device's tables.
+    RemoveEntries {
+        /// Family of its underlay.
+        underlay: Family,
+        /// What to remove.
+        entries: Entries,
+        /// Hardware addresses whose entries of others go too.
+        strange: BTreeSet<Mac>,
+    },
+    /// Remove the VXLAN device over that family.
+    RemoveTunnel(Family),
     /// Append an accept rule to the family's FORWARD chain.
     Admit(Admit),
     /// Remove an accept rule of ours from the family's FORWARD chain.
@@ -42,8 +62,6 @@ pub enum Step {
     },
     /// Remove our route of that key.
     DeleteRoute(RouteKey),
-    /// Remove a rule of ours.
-    DeleteRule(Rule),
 }
 
 /// The steps from `observed` to `desired`; empty when nothing differs.
@@ -52,22 +70,18 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
     if observed.table != TableState::Intact {
         steps.push(Step::ReplaceTable);
     }
+    steps.extend(vxlan::prepare(desired, observed));
     // Own blocks' routes need the bridge, the others do not wait for it.
     let (own, foreign): (Vec<_>, Vec<_>) =
         wanted_routes(desired, observed).partition(|step| target(step) == Some(&Target::Bridge));
     steps.extend(foreign);
-    // The kernel takes a narrower rule for the same one and adds none beside it.
-    let (narrower, unneeded): (Vec<_>, Vec<_>) =
-        unwanted_rules(desired, observed).partition(|rule| rule.packets == Packets::Other);
-    steps.extend(narrower.into_iter().map(Step::DeleteRule));
-    steps.extend(desired.rules.difference(&observed.rules).copied().map(Step::AddRule));
     steps.extend(sysctls(desired, observed));
     steps.extend(bridge(desired, observed));
     steps.extend(gateways(desired, observed));
     steps.extend(own);
     steps.extend(admissions(desired, observed));
     steps.extend(unwanted_routes(desired, observed));
-    steps.extend(unneeded.into_iter().map(Step::DeleteRule));
+    steps.extend(vxlan::clear(desired, observed));
     steps
 }
 
@@ -79,7 +93,8 @@ fn target(step: &Step) -> Option<&Target> {
 }
 
 fn wanted_routes<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Step> + 'a {
-    desired.routes.values().filter_map(|route| match observed.routes.get(&route.key) {
+    let there = |key| observed.routes.get(key).filter(|route| vxlan::survives(route, desired, observed));
+    desired.routes.values().filter_map(move |route| match there(&route.key) {
         None => Some(Step::AddRoute(route.clone())),
         Some(there) if there != route => Some(Step::ReplaceRoute(route.clone())),
         Some(_) => None,
@@ -89,17 +104,6 @@ fn wanted_routes<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Itera
 fn unwanted_routes<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Step> + 'a {
     let unwanted = |key: &RouteKey| !desired.routes.contains_key(key) && !desired.keep.contains(&key.prefix);
     observed.routes.keys().filter(move |key| unwanted(key)).map(|key| Step::DeleteRoute(*key))
-}
-
-/// Not those that lead to routes that stay.
-fn unwanted_rules<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Rule> + 'a {
-    let stays = |rule: &Rule, key: &RouteKey| {
-        (key.table, key.family()) == (rule.table, rule.family) && desired.keep.contains(&key.prefix)
-    };
-    let in_use = move |rule: &Rule| {
-        *rule == Rule::to(rule.family, rule.table) && observed.routes.keys().any(|key| stays(rule, key))
-    };
-    observed.rules.difference(&desired.rules).copied().filter(move |rule| !in_use(rule))
 }
 
 fn sysctls<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Step> + 'a {
@@ -158,17 +162,17 @@ fn surplus<'a>(chain: &'a ForwardChain, wanted: &'a [Admit]) -> impl Iterator<It
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fabric::{Admitted, Direction, Hop};
+    use crate::fabric::{Admitted, Direction};
     use plat_crds::lease::Datapath;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
     fn route(prefix: &str, metric: u32, target: Target) -> Route {
-        Route::new(RouteKey::main(prefix.parse().unwrap(), metric), target)
+        Route { key: RouteKey::main(prefix.parse().unwrap(), metric), target, mtu: None }
     }
 
     fn via(prefix: &str, gateway: &str) -> Route {
-        route(prefix, 1120, Target::via([Hop::to(gateway.parse().unwrap(), 2)]))
+        route(prefix, 1120, Target::Via { gateway: gateway.parse().unwrap(), device: 2 })
     }
 
     fn routes(list: &[Route]) -> BTreeMap<RouteKey, Route> {
@@ -211,34 +215,6 @@ mod tests {
                 Step::DeleteRoute(RouteKey::main("10.244.9.0/24".parse().unwrap(), 1120)),
             ]
         );
-    }
-
-    #[test]
-    fn a_rule_comes_behind_its_routes_and_stays_while_one_of_them_does() {
-        let in_table = |prefix: &str| {
-            let route = via(prefix, "172.30.0.12");
-            Route { key: RouteKey { table: 1000, ..route.key }, ..route }
-        };
-        let (rule, kept) = (Rule::to(Family::IPv4, 1000), in_table("10.244.2.0/24"));
-        let desired = Desired {
-            routes: routes(std::slice::from_ref(&kept)),
-            rules: [rule].into(),
-            ..Desired::default()
-        };
-        assert_eq!(
-            diff(&desired, &intact(BTreeMap::new())),
-            [Step::AddRoute(kept.clone()), Step::AddRule(rule)]
-        );
-        let gone = in_table("10.244.3.0/24");
-        let there = |priority| Observed {
-            rules: [Rule { priority, ..rule }].into(),
-            ..intact(routes(&[kept.clone(), gone.clone()]))
-        };
-        let keep = Desired { keep: [kept.key.prefix].into(), ..Desired::default() };
-        assert_eq!(diff(&keep, &there(rule.priority)), [Step::DeleteRoute(gone.key)]);
-        let old = Rule { priority: 7, ..rule };
-        assert_eq!(diff(&keep, &there(7)), [Step::DeleteRoute(gone.key), Step::DeleteRule(old)]);
-        assert_eq!(diff(&Desired::default(), &there(rule.priority)).last(), Some(&Step::DeleteRule(rule)));
     }
 
     #[test]
@@ -326,7 +302,7 @@ mod tests {
 
     fn any_route() -> impl Strategy<Value = Route> {
         let target = prop_oneof![
-            (1u8..5, 1u32..3).prop_map(|(a, device)| Target::via([Hop::to([172, 30, 0, a].into(), device)])),
+            (1u8..5, 1u32..3).prop_map(|(a, device)| Target::Via { gateway: [172, 30, 0, a].into(), device }),
             Just(Target::Bridge),
             Just(Target::Unreachable),
             Just(Target::Other),
@@ -334,7 +310,7 @@ mod tests {
         (0u8..6, prop_oneof![Just(7u32), Just(1120), Just(65_535)], target, prop::option::of(Just(1400u32)))
             .prop_map(|(n, metric, target, mtu)| {
                 let prefix = format!("10.244.{n}.0/24").parse().unwrap();
-                Route { mtu, ..Route::new(RouteKey::main(prefix, metric), target) }
+                Route { key: RouteKey::main(prefix, metric), target, mtu }
             })
     }
 

@@ -19,6 +19,8 @@ pub enum Repair {
     Sysctl,
     /// The bridge or a gateway on it.
     Bridge,
+    /// A VXLAN device or an entry of its tables.
+    Tunnel,
     /// An accept rule in a foreign chain.
     Forward,
     /// The CNI binary.
@@ -31,11 +33,12 @@ pub enum Repair {
 
 impl Repair {
     /// All of them.
-    pub const ALL: [Repair; 8] = [
+    pub const ALL: [Repair; 9] = [
         Repair::Route,
         Repair::Nft,
         Repair::Sysctl,
         Repair::Bridge,
+        Repair::Tunnel,
         Repair::Forward,
         Repair::Plugin,
         Repair::Blocks,
@@ -49,6 +52,7 @@ impl Repair {
             Repair::Nft => "NftRestored",
             Repair::Sysctl => "SysctlRestored",
             Repair::Bridge => "BridgeRestored",
+            Repair::Tunnel => "TunnelRestored",
             Repair::Forward => "ForwardRestored",
             Repair::Plugin => "PluginRestored",
             Repair::Blocks => "BlocksRestored",
@@ -63,6 +67,7 @@ impl Repair {
             Repair::Nft => "nft",
             Repair::Sysctl => "sysctl",
             Repair::Bridge => "bridge",
+            Repair::Tunnel => "tunnel",
             Repair::Forward => "forward",
             Repair::Plugin => "plugin",
             Repair::Blocks => "blocks",

@@ -58,4 +58,6 @@ pub mod report;
 pub mod reporter;
 pub mod selftest;
 pub mod telemetry;
+pub mod tunnels;
+pub mod vxlan;
 pub mod watch;

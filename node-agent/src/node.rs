@@ -21,7 +21,7 @@ use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::diff;
 use crate::doubled::{self, Cuts, Doubled};
-use crate::fabric::{self, Admit, Desired, Observed, RouteKey, Sysctl, TableState};
+use crate::fabric::{self, Admit, Desired, Devices, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
 use crate::folder;
 use crate::foreign;
@@ -29,7 +29,7 @@ use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
-use crate::kernel::{host, route, rule, sysctl};
+use crate::kernel::{host, route, sysctl, vxlan};
 use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
@@ -549,7 +549,7 @@ impl Machine {
         let there = match &self.desired {
             Some(_) => self.done.routes.clone(),
             // The first pass of this life: what an earlier one left counts.
-            None => route::dump(socket, None)?,
+            None => route::dump(socket, Devices::default())?,
         };
         let (mut exposed, mut installed) = (BTreeMap::new(), BTreeSet::new());
         for range in map.ranges.values() {
@@ -600,15 +600,17 @@ impl Machine {
             sysctls.insert(sysctl.path.clone(), value.unwrap_or_else(|| sysctl.value.clone()));
         }
         self.judge_forwarding(desired)?;
-        Ok(Observed {
+        let mut observed = Observed {
             table: self.kernel.nft.observe(&desired.masquerade)?,
-            routes: route::dump(&mut self.kernel.route, view.bridge)?,
-            rules: rule::dump(&mut self.kernel.route)?.into_iter().filter_map(|found| found.ours()).collect(),
             sysctls,
             bridge: host::bridge(&view),
             gateways: host::gateways(&view),
+            tunnels: vxlan::observe(&mut self.kernel.route, &view)?,
             forward: self.forwarding().map(|found| found.chains.clone()).unwrap_or_default(),
-        })
+            ..Observed::default()
+        };
+        observed.routes = route::dump(&mut self.kernel.route, observed.devices())?;
+        Ok(observed)
     }
 
     /// Judges the forward hook anew if some transaction moved the generation of the ruleset.
@@ -629,8 +631,7 @@ impl Machine {
 
     fn apply(&mut self, desired: &Desired, observed: &Observed, outcome: &mut Outcome) {
         let steps = diff(desired, observed);
-        let index = observed.bridge.as_ref().map(|bridge| bridge.index);
-        outcome.merge(apply::apply(&mut self.kernel, steps, desired, &self.done, index));
+        outcome.merge(apply::apply(&mut self.kernel, steps, desired, &self.done, observed.devices()));
         self.done = outcome.done(desired, observed);
     }
 

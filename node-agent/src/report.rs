@@ -224,6 +224,9 @@ fn routes_ready(findings: &Findings) -> Verdict {
     if let Some(trouble) = findings.troubles.get(&Part::Gateways) {
         return not("GatewaysNotReady", trouble.clone());
     }
+    if let Some(trouble) = findings.troubles.get(&Part::Tunnel) {
+        return not("TunnelNotReady", trouble.clone());
+    }
     if let Some(trouble) = findings.troubles.get(&Part::Sysctl) {
         return not("SysctlRefused", trouble.clone());
     }
@@ -494,7 +497,7 @@ mod tests {
         assert_eq!(condition(&blocked, FORWARDING_BLOCKED).status, "True");
         let held = Findings { held: (0..9).map(|n| format!("b{n}")).collect(), ..Findings::default() };
         assert!(condition(&held, WITHDRAWALS_HELD).message.starts_with("9 objects are missing"));
-        for part in [Part::Bridge, Part::Gateways, Part::Sysctl] {
+        for part in [Part::Bridge, Part::Gateways, Part::Tunnel, Part::Sysctl] {
             let findings = Findings { troubles: [(part, "no".to_owned())].into(), ..Findings::default() };
             assert_eq!(condition(&findings, ROUTES_READY).status, "False");
         }

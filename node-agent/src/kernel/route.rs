@@ -22,78 +22,36 @@ use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::{DefaultNla, Emitable, NlasIterator, Parseable, ParseableParametrized};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage, RouteMetric,
-    RouteNextHop, RouteNextHopFlags, RouteProtocol, RouteScope, RouteType,
+    RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::fabric::{Hop, OnLink, Route, RouteKey, Target};
+use crate::fabric::{Devices, Route, RouteKey, Target};
 use crate::foreign::ForeignRoute;
 
-/// The message of a route. `bridge` is the index of the pods' bridge; `None` for a target that no message
-/// can express.
-fn write(route: &Route, bridge: Option<u32>) -> Option<RouteMessage> {
+/// The message of a route; `None` if it leads to a link of ours that is not there, or to what no message can express.
+fn write(route: &Route, devices: Devices) -> Option<RouteMessage> {
     let mut message = write_key(&route.key);
-    let mut source = route.source;
-    message.header.kind = RouteType::Unicast;
-    match &route.target {
-        Target::Via(hops) => write_hops(&mut message, hops)?,
-        Target::Bridge => {
-            message.header.scope = RouteScope::Link;
-            message.attributes.push(RouteAttribute::Oif(bridge?));
-            source = Some(route.key.prefix.gateway());
+    let (kind, scope, device, gateway) = match &route.target {
+        Target::Via { gateway, device } => {
+            (RouteType::Unicast, RouteScope::Universe, Some(*device), Some(*gateway))
         }
-        Target::Unreachable => {
-            (message.header.kind, message.header.scope) = (RouteType::Unreachable, RouteScope::Universe);
+        Target::Tunnel { underlay, gateway } => {
+            // Nothing on the device tells that the peer is there.
+            message.header.flags = RouteFlags::Onlink;
+            (RouteType::Unicast, RouteScope::Universe, Some(devices.tunnel(*underlay)?), Some(*gateway))
         }
+        Target::Bridge => (RouteType::Unicast, RouteScope::Link, Some(devices.bridge?), None),
+        Target::Unreachable => (RouteType::Unreachable, RouteScope::Universe, None, None),
         Target::Other => return None,
-    }
+    };
+    let source = (route.target == Target::Bridge).then(|| route.key.prefix.gateway());
+    (message.header.kind, message.header.scope) = (kind, scope);
+    message.attributes.extend(gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
+    message.attributes.extend(device.map(RouteAttribute::Oif));
     message.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
-    let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
-    let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
-    message.attributes.extend((!metrics.is_empty()).then_some(RouteAttribute::Metrics(metrics)));
+    message.attributes.extend(route.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
     Some(message)
-}
-
-/// One hop is told by attributes of the route itself, as the kernel shows it; several by a list.
-fn write_hops(message: &mut RouteMessage, hops: &[Hop]) -> Option<()> {
-    let led = hops.iter().any(|hop| hop.gateway.is_some());
-    message.header.scope = if led { RouteScope::Universe } else { RouteScope::Link };
-    let gateway = |hop: &Hop| hop.gateway.map(|gateway| RouteAttribute::Gateway(gateway.into()));
-    if let [hop] = hops {
-        if hop.on_link == OnLink::Taken {
-            message.header.flags |= RouteFlags::Onlink;
-        }
-        message.attributes.extend(gateway(hop));
-        message.attributes.push(RouteAttribute::Oif(hop.device));
-        return Some(());
-    }
-    let several = hops.iter().map(|hop| {
-        let mut there = RouteNextHop::default();
-        if hop.on_link == OnLink::Taken {
-            there.flags |= RouteNextHopFlags::Onlink;
-        }
-        // The kernel counts from 0.
-        there.hops = u8::try_from(hop.weight.checked_sub(1)?).ok()?;
-        there.interface_index = hop.device;
-        there.attributes.extend(gateway(hop));
-        Some(there)
-    });
-    message.attributes.push(RouteAttribute::MultiPath(several.collect::<Option<_>>()?));
-    (!hops.is_empty()).then_some(())
-}
-
-fn read_hop(there: &RouteNextHop) -> Option<Hop> {
-    let mut gateway = None;
-    for attribute in &there.attributes {
-        match attribute {
-            RouteAttribute::Gateway(address) => gateway = ip(address),
-            // An encapsulation, or a router of the other family.
-            _ => return None,
-        }
-    }
-    let on_link =
-        if there.flags.contains(RouteNextHopFlags::Onlink) { OnLink::Taken } else { OnLink::Proven };
-    Some(Hop { gateway, device: there.interface_index, weight: u16::from(there.hops) + 1, on_link })
 }
 
 /// A message that names the key, with any type and in any scope: as it stands, what a delete takes.
@@ -160,20 +118,17 @@ fn header(of: Family) -> RouteHeader {
 }
 
 /// What the attributes of a route say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Facts {
     /// `None` if it is everything (`0.0.0.0/0`, `::/0`).
     pub destination: Option<IpAddr>,
     gateway: Option<IpAddr>,
-    /// Where there are several.
-    hops: Vec<Hop>,
     /// The source address that the route prefers.
     source: Option<IpAddr>,
     device: Option<u32>,
     table: Option<u32>,
     metric: Option<u32>,
     mtu: Option<u32>,
-    advmss: Option<u32>,
     /// Whether there is anything else, which no route of ours has.
     foreign: bool,
 }
@@ -189,15 +144,10 @@ impl Facts {
                 RouteAttribute::Oif(device) => facts.device = Some(*device),
                 RouteAttribute::Table(table) => facts.table = Some(*table),
                 RouteAttribute::Priority(metric) => facts.metric = Some(*metric),
-                RouteAttribute::MultiPath(hops) => match hops.iter().map(read_hop).collect() {
-                    Some(hops) => facts.hops = hops,
-                    None => facts.foreign = true,
-                },
                 RouteAttribute::Metrics(metrics) => {
                     for metric in metrics {
                         match metric {
                             RouteMetric::Mtu(mtu) => facts.mtu = Some(*mtu),
-                            RouteMetric::Advmss(advmss) => facts.advmss = Some(*advmss),
                             _ => facts.foreign = true,
                         }
                     }
@@ -228,7 +178,7 @@ fn everything(family: Family) -> IpAddr {
 }
 
 /// The route of a message. `None` for what has no key of ours (a type of service).
-fn read(message: &RouteMessage, bridge: Option<u32>) -> Option<Route> {
+fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
     let fixed = &message.header;
     if fixed.tos != 0 {
         return None;
@@ -238,32 +188,36 @@ fn read(message: &RouteMessage, bridge: Option<u32>) -> Option<Route> {
     let prefix = Block::of(network, fixed.destination_prefix_length)?;
     let table = facts.table.unwrap_or(u32::from(fixed.table));
     let key = RouteKey { table, prefix, metric: facts.metric.unwrap_or(0) };
-    let on_link = if fixed.flags.contains(RouteFlags::Onlink) { OnLink::Taken } else { OnLink::Proven };
-    let mut source = facts.source;
-    let target = match (fixed.kind, facts.device, facts.gateway, facts.hops.as_slice()) {
+    // A next hop that is taken to be on the link without proof: that is set for tunnels alone.
+    let onlink = fixed.flags.contains(RouteFlags::Onlink);
+    let tunnel = Family::ALL
+        .into_iter()
+        .find(|family| facts.device.is_some() && devices.tunnel(*family) == facts.device);
+    let target = match (fixed.kind, facts.gateway, facts.device, facts.source) {
         _ if facts.foreign => Target::Other,
-        (RouteType::Unreachable, _, None, []) => Target::Unreachable,
-        (RouteType::Unicast, Some(device), None, [])
-            if Some(device) == bridge && source == Some(prefix.gateway()) =>
+        (RouteType::Unicast, Some(gateway), Some(_), None) if onlink => match tunnel {
+            Some(underlay) => Target::Tunnel { underlay, gateway },
+            None => Target::Other,
+        },
+        _ if onlink => Target::Other,
+        (RouteType::Unreachable, None, _, None) => Target::Unreachable,
+        (RouteType::Unicast, Some(gateway), Some(device), None) => Target::Via { gateway, device },
+        (RouteType::Unicast, None, device @ Some(_), Some(source))
+            if device == devices.bridge && source == prefix.gateway() =>
         {
-            source = None;
             Target::Bridge
         }
-        (RouteType::Unicast, Some(device), gateway, []) => {
-            Target::via([Hop { gateway, device, weight: 1, on_link }])
-        }
-        (RouteType::Unicast, None, None, [_, _, ..]) => Target::via(facts.hops),
         _ => Target::Other,
     };
-    Some(Route { key, target, mtu: facts.mtu, advmss: facts.advmss, source })
+    Some(Route { key, target, mtu: facts.mtu })
 }
 
 /// All routes of our protocol, in all tables.
-pub fn dump(socket: &mut Socket, bridge: Option<u32>) -> Result<BTreeMap<RouteKey, Route>, Error> {
+pub fn dump(socket: &mut Socket, devices: Devices) -> Result<BTreeMap<RouteKey, Route>, Error> {
     let mut routes = BTreeMap::new();
     for family in Family::ALL {
         let protocol = RouteProtocol::from(ROUTE_PROTOCOL);
-        for route in dump_protocol(socket, family, protocol, |message| read(message, bridge))? {
+        for route in dump_protocol(socket, family, protocol, |message| read(message, devices))? {
             routes
                 .entry(route.key)
                 // Several next hops of one IPv6 prefix and metric: nothing of ours.
@@ -344,14 +298,14 @@ pub fn overriding(
     socket: &mut Socket,
     ours: &BTreeMap<RouteKey, Route>,
 ) -> Result<Vec<(Route, Route)>, Error> {
-    let led = ours.values().filter(|route| matches!(route.target, Target::Via(_)));
+    let led = ours.values().filter(|route| matches!(route.target, Target::Via { .. }));
     let led: BTreeMap<(u32, Block), &Route> = led.map(|r| ((r.key.table, r.key.prefix), r)).collect();
     let families: BTreeSet<Family> = led.keys().map(|(_, prefix)| prefix.family()).collect();
     let mut overriding = Vec::new();
     for family in families {
         let found = dump_protocol(socket, family, RouteProtocol::Unspec, |message| {
             let is_ours = message.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL);
-            let route = read(message, None).filter(|_| !is_ours)?;
+            let route = read(message, Devices::default()).filter(|_| !is_ours)?;
             let own = led.get(&(route.key.table, route.key.prefix))?;
             let goes_before = route.key.metric < own.key.metric && route.target != own.target;
             goes_before.then(|| (Route::clone(own), route))
@@ -370,23 +324,23 @@ pub enum SetError {
     /// The gateway is not on the link.
     #[error("{0}: the next hop is not on a link of this node; set spec.routing.nextHop or spec.routing.mode")]
     NotOnLink(Error),
-    /// The route leads to a bridge that does not exist.
-    #[error("route {0} needs the bridge, which does not exist")]
-    NoBridge(RouteKey),
+    /// The route leads to a link of ours that does not exist.
+    #[error("route {0} needs the bridge or a VXLAN device, which does not exist")]
+    NoDevice(RouteKey),
     /// The kernel refused it otherwise.
     #[error(transparent)]
     Refused(Error),
 }
 
 /// Adds a route whose key no route of ours has.
-pub fn add(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Result<(), SetError> {
-    match set(socket, route, bridge, EXCL) {
+pub fn add(socket: &mut Socket, route: &Route, devices: Devices) -> Result<(), SetError> {
+    match set(socket, route, devices, EXCL) {
         Err(SetError::Foreign(key)) => {
             // The CNI binary adds the routes of this node's blocks too, if it meets the bridge first.
-            let ours = dump(socket, bridge).map_err(SetError::Refused)?;
+            let ours = dump(socket, devices).map_err(SetError::Refused)?;
             match ours.get(&key) {
                 Some(there) if there == route => Ok(()),
-                Some(_) => replace(socket, route, bridge),
+                Some(_) => replace(socket, route, devices),
                 None => Err(SetError::Foreign(key)),
             }
         }
@@ -400,11 +354,11 @@ pub fn add(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Result<()
 /// else may have put before ours since (`ip route prepend`). So the new one is put last, and then ours that
 /// is there goes: deleting looks at the protocol, and takes the first that fits. IPv6 makes one multipath
 /// route of them, which is not ours any more ([`dump`]).
-pub fn replace(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Result<(), SetError> {
+pub fn replace(socket: &mut Socket, route: &Route, devices: Devices) -> Result<(), SetError> {
     if route.key.prefix.family() == Family::IPv6 {
-        return set(socket, route, bridge, REPLACE);
+        return set(socket, route, devices, REPLACE);
     }
-    match set(socket, route, bridge, APPEND) {
+    match set(socket, route, devices, APPEND) {
         // It is there already, and so is another: if the wrong one goes, the next pass makes it again.
         Ok(()) | Err(SetError::Foreign(_)) => {}
         Err(error) => return Err(error),
@@ -412,9 +366,9 @@ pub fn replace(socket: &mut Socket, route: &Route, bridge: Option<u32>) -> Resul
     delete(socket, &route.key).map(drop).map_err(SetError::Refused)
 }
 
-fn set(socket: &mut Socket, route: &Route, bridge: Option<u32>, flags: u16) -> Result<(), SetError> {
+fn set(socket: &mut Socket, route: &Route, devices: Devices, flags: u16) -> Result<(), SetError> {
     use rustix::io::Errno;
-    let content = write(route, bridge).ok_or(SetError::NoBridge(route.key))?;
+    let content = write(route, devices).ok_or(SetError::NoDevice(route.key))?;
     let verb = if flags & EXCL != 0 { "add" } else { "replace" };
     let what = format!("{verb} route {route}");
     let answer = socket.request(message(&RouteNetlinkMessage::NewRoute(content), flags | CREATE, what));
@@ -530,8 +484,12 @@ mod tests {
         bytes
     }
 
-    fn read_bytes(bytes: &[u8], bridge: Option<u32>) -> Option<Route> {
-        read(&parse(bytes)?, bridge)
+    fn read_bytes(bytes: &[u8], devices: Devices) -> Option<Route> {
+        read(&parse(bytes)?, devices)
+    }
+
+    fn devices() -> Devices {
+        Devices { bridge: Some(77), tunnel_v4: Some(78), tunnel_v6: Some(79) }
     }
 
     fn any_route() -> impl Strategy<Value = Route> {
@@ -541,40 +499,31 @@ mod tests {
         let v6 = (any::<u128>(), 0u8..=128, any::<u128>()).prop_map(|(n, length, g)| {
             (Block::of(IpAddr::V6(n.into()), length).unwrap(), IpAddr::V6(g.into()))
         });
-        let hop = (2u32..9, 1u16..=256, any::<bool>(), any::<bool>());
-        let hops = prop::collection::vec(hop, 1..5);
-        let fields = (any::<[Option<u16>; 2]>(), any::<bool>());
-        (prop_oneof![v4, v6], any::<u32>(), 1u32..1000, 0usize..5, hops, fields).prop_map(
-            |((prefix, gateway), metric, table, kind, hops, ([mtu, advmss], has_source))| {
-                let hops = hops.into_iter().map(|(device, weight, has_gateway, taken)| Hop {
-                    gateway: has_gateway.then_some(gateway),
-                    device,
-                    weight,
-                    on_link: if taken { OnLink::Taken } else { OnLink::Proven },
-                });
-                let target = match kind {
-                    0 => Target::Bridge,
-                    1 => Target::Unreachable,
-                    2 => Target::via([Hop::to(gateway, 2)]),
-                    _ => Target::via(hops),
-                };
-                let source = Some(gateway).filter(|_| has_source && matches!(target, Target::Via(_)));
-                let [mtu, advmss] = [mtu, advmss].map(|bytes| bytes.map(u32::from));
-                Route { mtu, advmss, source, ..Route::new(RouteKey { table, prefix, metric }, target) }
-            },
-        )
+        (prop_oneof![v4, v6], any::<u32>(), 1u32..1000, 0usize..5, prop::option::of(576u32..65_536), 2u32..9)
+            .prop_map(|((prefix, gateway), metric, table, target, mtu, device)| Route {
+                key: RouteKey { table, prefix, metric },
+                target: [
+                    Target::Via { gateway, device },
+                    Target::Bridge,
+                    Target::Unreachable,
+                    Target::Tunnel { underlay: Family::IPv4, gateway },
+                    Target::Tunnel { underlay: Family::IPv6, gateway },
+                ][target]
+                    .clone(),
+                mtu,
+            })
     }
 
     proptest! {
         #[test]
         fn a_route_reads_back_as_it_was_written(route in any_route()) {
-            let bytes = payload(&write(&route, Some(77)).unwrap());
-            prop_assert_eq!(read_bytes(&bytes, Some(77)), Some(route));
+            let bytes = payload(&write(&route, devices()).unwrap());
+            prop_assert_eq!(read_bytes(&bytes, devices()), Some(route));
         }
 
         #[test]
         fn no_message_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
-            let _ = read_bytes(&bytes, Some(3));
+            let _ = read_bytes(&bytes, devices());
         }
 
         #[test]
@@ -583,7 +532,7 @@ mod tests {
             kind in 0u16..40,
             value in prop::collection::vec(prop_oneof![0u8..12, any::<u8>()], 0..64),
         ) {
-            let mut message = write(&route, Some(77)).unwrap();
+            let mut message = write(&route, devices()).unwrap();
             message.attributes.push(RouteAttribute::Other(DefaultNla::new(kind, value)));
             prop_assert!(parse(&payload(&message)).is_some());
         }
@@ -594,7 +543,7 @@ mod tests {
     fn a_route_has_the_bytes_that_the_kernel_expects() {
         let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
         let gateway = "172.30.0.2".parse().unwrap();
-        let route = Route { mtu: Some(1400), ..Route::new(key, Target::via([Hop::to(gateway, 2)])) };
+        let route = Route { key, target: Target::Via { gateway, device: 2 }, mtu: Some(1400) };
         let number = |n: u32| n.to_ne_bytes().to_vec();
         let attribute = |kind: u16, value: Vec<u8>| {
             let length = u16::try_from(value.len() + 4).unwrap().to_ne_bytes();
@@ -609,7 +558,7 @@ mod tests {
             attribute(4, number(2)),
             attribute(8, attribute(2, number(1400))),
         ];
-        assert_eq!(payload(&write(&route, None).unwrap()), expected.concat());
+        assert_eq!(payload(&write(&route, devices()).unwrap()), expected.concat());
         let any_type_and_scope = [2, 24, 0, 0, 254, ROUTE_PROTOCOL, 255, 0, 0, 0, 0, 0];
         assert_eq!(payload(&write_key(&key))[..12], any_type_and_scope);
     }
@@ -618,29 +567,39 @@ mod tests {
     fn what_we_never_write_reads_as_other() {
         let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
         let gateway = "172.30.0.2".parse().unwrap();
-        let plain = write(&Route::new(key, Target::via([Hop::to(gateway, 2)])), None).unwrap();
+        let plain =
+            write(&Route { key, target: Target::Via { gateway, device: 2 }, mtu: None }, devices()).unwrap();
         let with = |extra: RouteAttribute| {
             let mut message = plain.clone();
             message.attributes.push(extra);
             payload(&message)
         };
 
+        let preferred_source = with(RouteAttribute::PrefSource(Ipv4Addr::new(10, 0, 0, 1).into()));
         let window = with(RouteAttribute::Metrics(vec![RouteMetric::Window(100)]));
         let unknown = with(RouteAttribute::Other(DefaultNla::new(99, vec![1])));
         let unreadable_metrics = with(RouteAttribute::Other(DefaultNla::new(8, vec![1])));
         let unreadable_encapsulation = with(RouteAttribute::Other(DefaultNla::new(22, vec![255; 3])));
-        let mut encapsulated = RouteNextHop::default();
-        encapsulated.attributes.push(RouteAttribute::Other(DefaultNla::new(22, vec![1])));
-        let mut several = write_key(&key);
-        several.header.kind = RouteType::Unicast;
-        several.attributes.push(RouteAttribute::MultiPath(vec![RouteNextHop::default(), encapsulated]));
-        for bytes in [window, unknown, unreadable_metrics, unreadable_encapsulation, payload(&several)] {
-            let route = read_bytes(&bytes, Some(9)).unwrap();
+        let mut onlink = plain.clone();
+        onlink.header.flags = RouteFlags::Onlink;
+        let mut other_device = write_key(&key);
+        other_device.header.kind = RouteType::Unicast;
+        other_device.attributes.push(RouteAttribute::Oif(5));
+        for bytes in [
+            preferred_source,
+            window,
+            unknown,
+            unreadable_metrics,
+            unreadable_encapsulation,
+            payload(&onlink),
+            payload(&other_device),
+        ] {
+            let route = read_bytes(&bytes, devices()).unwrap();
             assert_eq!((route.key, route.target), (key, Target::Other));
         }
         let mut with_tos = plain.clone();
         with_tos.header.tos = 4;
         let why = "the kernel keys by type of service too, and we set none";
-        assert_eq!(read_bytes(&payload(&with_tos), None), None, "{why}");
+        assert_eq!(read_bytes(&payload(&with_tos), devices()), None, "{why}");
     }
 }

@@ -96,11 +96,13 @@ fn said(node: &TestNode) -> Vec<String> {
             let (prefix, metric) = (route.key.prefix, route.key.metric);
             let mtu = route.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
             match &route.target {
-                Target::Via(hops) => {
-                    let gateway = hops[0].gateway.unwrap();
+                Target::Via { gateway, .. } => {
                     format!("{prefix} gateway {gateway} dev eth0 metric {metric}{mtu}")
                 }
                 Target::Bridge => format!("{prefix} dev cni0 metric {metric}"),
+                Target::Tunnel { gateway, .. } => {
+                    format!("{prefix} gateway {gateway} dev plat-vxlan metric {metric}{mtu}")
+                }
                 Target::Unreachable | Target::Other => format!("unreachable {prefix} metric {metric}"),
             }
         })

@@ -11,7 +11,6 @@ mod checks;
 mod cleanup;
 mod converge;
 mod doubled;
-mod edge;
 mod forwarding;
 mod harness;
 mod held;
