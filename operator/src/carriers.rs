@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use plat_crds::condition::{self, CONVERGED, Verdict};
+use plat_crds::condition::{CONVERGED, Verdict};
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{FailedObject, NOT_WITHDRAWN};
 use plat_crds::pod_cidr::BlockState;
@@ -147,7 +147,9 @@ fn may_have_agent(node: &NodeFact, snapshot: &Snapshot) -> bool {
 
 /// Whether the block's status says that it is converged, as its spec is now.
 pub fn was_converged(block: &BlockFact) -> bool {
-    condition::is_true_at(block.conditions(), CONVERGED, block.generation)
+    block
+        .condition(CONVERGED)
+        .is_some_and(|c| c.is_true() && c.observed_generation() == Some(block.generation))
 }
 
 /// The number of the sum that a node carries, counting what it names as failed as carried: one object that

@@ -61,7 +61,7 @@ fn written(mut scene: Scene) -> Scene {
     for write in writes {
         if let Step::BlockStatus { object, new, .. } = write.step {
             let block = (*scene.world.blocks[&object.name]).clone();
-            scene = scene.block(BlockFact { status: Some(new), ..block });
+            scene = scene.block(BlockFact { status: Some(Box::new((*new).into())), ..block });
         }
     }
     scene

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use plat_crds::cluster_cidr::{Allocation, BlockSizing, BlocksPerNode};
@@ -22,6 +22,7 @@ use plat_crds::{
 
 use crate::node_view::NodeView;
 use crate::stretch::Stretch;
+use crate::written::{Written, WrittenCondition};
 use plat_crds::selector::{Labels, Selector};
 
 /// An object's name or uid, shared between facts and steps.
@@ -185,7 +186,7 @@ pub struct BlockFact {
     /// Those of them that are not the operator's (`metadata.managedFields`): it removes none of these.
     pub others_labels: Labels,
     /// What the operator last wrote.
-    pub status: Option<Box<PodCIDRStatus>>,
+    pub status: Option<Box<Written>>,
     /// Why the object could not be read. Then it is taken, and nothing is changed in it.
     pub problem: Option<Box<str>>,
 }
@@ -417,7 +418,7 @@ impl BlockFact {
             state: spec.state,
             release_after: spec.release_after.as_ref().map(|Time(at)| *at),
             routing: spec.routing.clone().map(Box::new),
-            status: object.status.clone().map(Box::new),
+            status: object.status.clone().map(|status| Box::new(status.into())),
             ..BlockFact::bare(meta, block)
         }
     }
@@ -454,9 +455,14 @@ impl BlockFact {
         }
     }
 
-    /// The conditions that it has; none before its status is written.
-    pub fn conditions(&self) -> &[Condition] {
-        self.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default()
+    /// Its condition of that type; none before its status is written.
+    pub fn condition(&self, type_: &str) -> Option<WrittenCondition<'_>> {
+        self.status.as_ref()?.condition(type_)
+    }
+
+    /// Its status as objects have it; empty before it is written.
+    pub fn unpacked_status(&self) -> PodCIDRStatus {
+        self.status.as_ref().map(|status| status.unpack()).unwrap_or_default()
     }
 
     /// Whether it waits for reuse.

@@ -50,3 +50,4 @@ pub mod stretch;
 pub mod telemetry;
 pub mod topology;
 pub mod unanswered;
+pub mod written;

@@ -337,7 +337,7 @@ fn block_write(
     snapshot: &Snapshot,
 ) -> Option<Write> {
     let new = block_status(block, carriers, blocks_of, plan, snapshot);
-    let old = block.status.as_deref().cloned().unwrap_or_default();
+    let old = block.unpacked_status();
     if new == old {
         return None;
     }
@@ -390,7 +390,7 @@ fn block_status(
 ) -> PodCIDRStatus {
     let (generation, now) = (Some(block.generation), Time(snapshot.clock.wall));
     let (node, report) = (snapshot.nodes.get(&block.node), snapshot.reports.get(&block.node));
-    let mut status = block.status.as_deref().cloned().unwrap_or_default();
+    let mut status = block.unpacked_status();
     status.observed_generation = generation;
     status.capacity = Some(i64::from(block.block.capacity()));
     let held = report.and_then(|report| report.held.iter().find(|held| held.block == block.block));
@@ -463,7 +463,7 @@ fn ready(block: &BlockFact, node: Option<&NodeFact>, report: Option<&ReportFact>
 
 /// Whether the block's node was moved to it from the one that `node.spec.podCIDRs` names.
 pub fn was_moved(block: &BlockFact) -> bool {
-    condition::find(block.conditions(), NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
+    block.condition(NODE_SPEC_CONFLICT).is_some_and(|c| c.reason == reason::MOVED)
 }
 
 fn node_spec_conflict(
@@ -609,7 +609,7 @@ mod tests {
         let status = status_of(&with, "10-244-1-0-24");
         assert_eq!((status.used, status.capacity), (Some(5), Some(253)));
         let without = scene.block(BlockFact {
-            status: Some(Box::new(status)),
+            status: Some(Box::new(status.into())),
             ..held_block("10.244.1.0/24", "default-v4", "n1")
         });
         assert_eq!(status_of(&without, "10-244-1-0-24").used, Some(5));
@@ -643,8 +643,10 @@ mod tests {
         let (scene, sum) = seen(two_nodes());
         let both = scene.report(reported("n1", &[], sum)).report(reported("n2", &[], sum));
         let status = status_of(&both, "10-244-1-0-24");
-        let written =
-            BlockFact { status: Some(Box::new(status)), ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let written = BlockFact {
+            status: Some(Box::new(status.into())),
+            ..held_block("10.244.1.0/24", "default-v4", "n1")
+        };
         let joined = both.clone().block(written.clone()).node(node("n3")).report(report("n3", &[]));
         assert_eq!(verdict(&status_of(&joined, "10-244-1-0-24"), CONVERGED).1, reason::CARRIED);
         let changed = joined.clone().block(BlockFact { generation: 2, ..written });
@@ -702,7 +704,7 @@ mod tests {
             assert_eq!(conflict(&moved), reason::MOVED, "{state:?}");
             assert_eq!(moved.plan().faults, []);
             let status = status_of(&moved, "10-244-3-0-24");
-            let after = BlockFact { status: Some(Box::new(status)), ..further.clone() };
+            let after = BlockFact { status: Some(Box::new(status.into())), ..further.clone() };
             let gone = moved.block(after).with(|s| {
                 std::sync::Arc::make_mut(&mut s.world.blocks).remove("10-244-1-0-24");
             });
@@ -900,7 +902,7 @@ mod tests {
             for step in chosen.steps {
                 let Step::BlockStatus { object, new, .. } = step else { continue };
                 let block = (*scene.world.blocks[&object.name]).clone();
-                scene = scene.block(BlockFact { status: Some(new), ..block });
+                scene = scene.block(BlockFact { status: Some(Box::new((*new).into())), ..block });
             }
             let mut joined = scene.world.blocks.values().filter(|b| b.node.as_ref() >= nodes[live].as_str());
             if joined.all(|block| was_converged(block)) {
@@ -1031,8 +1033,10 @@ mod tests {
             (reported("n1", &[("10.244.1.0/24", 0)], sum), ReportFact { applied: None, ..report("n2", &[]) });
         let scene = scene.report(ready).report(behind);
         let status = status_of(&scene, "10-244-1-0-24");
-        let written =
-            BlockFact { status: Some(Box::new(status)), ..held_block("10.244.1.0/24", "default-v4", "n1") };
+        let written = BlockFact {
+            status: Some(Box::new(status.into())),
+            ..held_block("10.244.1.0/24", "default-v4", "n1")
+        };
         let scene = scene.block(written);
         let class = |scene: &Scene| {
             let of_block = |write: &Write| &*write.step.target().1 == "10-244-1-0-24";

@@ -77,7 +77,7 @@ fn has_happened(step: &Step, ranges: &Facts<RangeFact>, blocks: &Facts<BlockFact
         }
         Step::BlockStatus { object, new, .. } => {
             let block = block(&object.name).filter(|block| block.uid == object.uid)?;
-            (block.status.as_deref() == Some(&**new)).then_some(None)
+            (block.status.is_some() && block.unpacked_status() == **new).then_some(None)
         }
         _ => None,
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use plat_crds::condition::{self, READY};
+use plat_crds::condition::READY;
 use plat_crds::{Block, Family};
 
 use super::Planner;
@@ -75,7 +75,7 @@ impl<'a> Planner<'a> {
     }
 
     fn clear_network_unavailable(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
-        let is_ready = |block: &&BlockFact| condition::is_true(block.conditions(), READY);
+        let is_ready = |block: &&BlockFact| block.condition(READY).is_some_and(|c| c.is_true());
         if node.network_unavailable && blocks.iter().all(is_ready) {
             self.plan.steps.push(Step::ClearNetworkUnavailable {
                 node: node.name.clone(),

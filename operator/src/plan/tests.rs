@@ -859,7 +859,7 @@ fn network_unavailable_is_cleared_once_the_blocks_are_ready() {
             None,
             &k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(NOW)),
         );
-        Some(Box::new(status))
+        Some(Box::new(status.into()))
     };
     let marked = || NodeFact { network_unavailable: true, ..node("n1") };
     assert_eq!(
@@ -878,7 +878,7 @@ fn a_family_that_has_run_out_does_not_hold_back_the_other() {
         let verdict = plat_crds::condition::Verdict::new("Ready", Some(true), "R", "");
         let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(NOW));
         plat_crds::condition::set(&mut status.conditions, &verdict, None, &now);
-        ready.status = Some(Box::new(status));
+        ready.status = Some(Box::new(status.into()));
         let marked = NodeFact { network_unavailable: true, ..node("n1") };
         let good = range("good", if gone == V6 { V4 } else { V6 });
         let scene = scene().node(marked).range(good).range(range("other", gone)).block(ready).all_report();

@@ -23,7 +23,7 @@ enum Probe {
     },
     /// Asks servers, all at once, and prints a line of JSON for each in their order. Fails if one fails.
     Reach {
-        /// Servers, such as 10.244.1.2:8080 or [fd00::2]:8080.
+        /// Servers, such as 10.244.1.2:8080 or `[fd00::2]:8080`.
         servers: Vec<SocketAddr>,
         /// How long to wait for each, in ms.
         #[arg(long, default_value_t = 3000)]
