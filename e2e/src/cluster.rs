@@ -154,6 +154,16 @@ impl Cluster {
         self.helm(&args).map(drop)
     }
 
+    /// Takes Plat off the nodes and removes it, as users do. The kinds and their objects stay.
+    pub fn remove_plat(&self) -> Result<()> {
+        let chart = repository().join("charts/plat");
+        let mut args =
+            vec!["upgrade", "plat", path(&chart)?, "-n", "plat-system", "--reset-then-reuse-values"];
+        args.extend(["--set", "cleanup=true", "--wait", "--timeout", "90s"]);
+        self.helm(&args)?;
+        self.helm(&["uninstall", "plat", "-n", "plat-system", "--wait", "--timeout", "60s"]).map(drop)
+    }
+
     /// Applies a manifest of pods that are pinned to nodes and run `probe serve`, waits until all run, and
     /// returns them in the order of `wanted`.
     pub fn run_pods(&self, wanted: &[PodSpec<'_>], deadline: Duration) -> Result<Vec<Pod>> {

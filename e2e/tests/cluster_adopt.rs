@@ -8,7 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use plat_e2e::cluster::{Cluster, Pod, PodSpec, ProxyMode, node_ip};
-use plat_e2e::matrix::Matrix;
+use plat_e2e::matrix::{Matrix, Way, faults};
 use plat_e2e::plat::{block_of, double_addresses, events, leased, wait_converged};
 use plat_e2e::testbed::tools;
 use plat_e2e::traffic::{Traffic, assert_none_lost};
@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const SUBNETS: [(u8, &str); 2] = [(1, "10.244.71.0/24"), (2, "10.244.52.0/24")];
 const HOST_LOCAL: &str = "ls /var/lib/cni/networks/reference | grep -E '^10\\.' || true";
 
-/// The network that was there before: `bridge` with `ipMasq`, `host-local`, `portmap`, and routes by hand.
+/// The network that was there before: `bridge`, `host-local`, `portmap`, and routes by hand.
 fn install_reference(cluster: &Cluster) {
     for (node, subnet) in SUBNETS {
         let plugins = tools().join("cni");
@@ -87,7 +87,7 @@ impl Connection {
 }
 
 #[test]
-fn a_cluster_of_the_reference_plugins_is_taken_over_under_its_pods() {
+fn a_cluster_of_the_reference_plugins_is_taken_over_under_its_pods_and_can_go_back() {
     let cluster = Cluster::up(2, ProxyMode::Iptables).unwrap();
     cluster.tell_panics();
     install_reference(&cluster);
@@ -135,6 +135,30 @@ fn a_cluster_of_the_reference_plugins_is_taken_over_under_its_pods() {
     let again = cluster.run_pods(&[pod("a", 1), pod("c", 2)], DEADLINE).unwrap();
     let all: Vec<Pod> = again.iter().chain(&new).cloned().collect();
     Matrix::new(&cluster, &all, &[]).unwrap().wait_all_right("after the old pods are gone", DEADLINE);
+    goes_back(&cluster);
+}
+
+/// As the documentation has it: Plat's pods end, then Plat goes, and the network from before goes on.
+fn goes_back(cluster: &Cluster) {
+    cluster.delete_pods(&["a", "c", "d", "e", "f"]).unwrap();
+    cluster.remove_plat().unwrap();
+    for (node, _) in SUBNETS {
+        let confs = cluster.on_node(node, "ls /etc/cni/net.d").unwrap();
+        assert_eq!(confs.trim(), "10-reference.conflist", "on n{node}");
+    }
+    cluster.wait_nodes_ready(DEADLINE);
+    let back = cluster.run_pods(&[pod("g", 1), pod("h", 1), pod("i", 2)], DEADLINE).unwrap();
+    for pod in &back {
+        let files = cluster.on_node(pod.node, HOST_LOCAL).unwrap();
+        assert!(files.lines().any(|address| address == pod.ip().to_string()), "{pod:?}: {files}");
+    }
+    let matrix = Matrix::new(cluster, &back, &[]).unwrap();
+    wait_until("every way inside is open on the old network again", DEADLINE, || {
+        let mut checks = matrix.check().map_err(|e| format!("{e:#}"))?;
+        // That network masquerades nothing.
+        checks.retain(|check| check.way != Way::PodToOutside);
+        holds(!checks.is_empty() && faults(&checks).is_empty(), faults(&checks).join("\n"))
+    });
 }
 
 fn told_what_is_left(cluster: &Cluster) {

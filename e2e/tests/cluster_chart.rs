@@ -86,24 +86,7 @@ fn from_install_on_one_node_to_uninstall_without_a_trace() {
     an_upgrade_of_values_and_of_a_kind_costs_no_datagram(&cluster);
 
     cluster.delete_pods(&["a", "b"]).unwrap();
-    let chart = repository().join("charts/plat");
-    let chart = chart.to_str().unwrap();
-    cluster
-        .helm(&[
-            "upgrade",
-            "plat",
-            chart,
-            "-n",
-            "plat-system",
-            "--reset-then-reuse-values",
-            "--set",
-            "cleanup=true",
-            "--wait",
-            "--timeout",
-            "90s",
-        ])
-        .unwrap();
-    cluster.helm(&["uninstall", "plat", "-n", "plat-system", "--wait", "--timeout", "60s"]).unwrap();
+    cluster.remove_plat().unwrap();
     wait_until("nothing of the release is left but the kinds and their objects", DEADLINE, || {
         let kinds = cluster.kubectl(&["api-resources", "--verbs=list", "-o", "name"])?;
         let kinds: Vec<_> = kinds
