@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// How long a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a client waits for an answer: more than a second, after which TCP sends a lost SYN again (RFC 6298).
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Makes a world outside the host, which knows nothing of pods: container `world`, 192.0.2.2 behind the host's
 /// link `w0` with 192.0.2.1.
