@@ -456,6 +456,18 @@ impl Socket {
         Ok(Socket { socket, sequence: 0, buffer: vec![0; BUFFER] })
     }
 
+    /// The port by which the kernel tells who made a change. The kernel gives one with the first message, or here.
+    pub fn port(&mut self) -> Result<u32, Error> {
+        let mut address = netlink_sys::SocketAddr::new(0, 0);
+        let known = self.socket.get_address(&mut address).map(|()| address.port_number());
+        match known {
+            Ok(port) if port != 0 => Ok(port),
+            _ => {
+                self.socket.bind_auto().map(|bound| bound.port_number()).map_err(|e| socket_error("bind", &e))
+            }
+        }
+    }
+
     /// Sends one message and waits for its acknowledgement.
     pub fn request(&mut self, message: Message) -> Result<(), Error> {
         self.request_all(vec![message])
@@ -480,25 +492,26 @@ impl Socket {
 
     /// Sends messages in one go, hands what comes back besides the acknowledgements to `each`, and returns
     /// each one's outcome, in order.
+    ///
+    /// Only the last message asks for an acknowledgement, as in [`Socket::transact`]: refusals always come, and in
+    /// order, so what was not refused by then is done. That saves a system call for each of thousands of routes.
     pub fn ask_each(
         &mut self,
         messages: Vec<Message>,
         mut each: impl FnMut(Received<'_>),
     ) -> Result<Vec<Result<(), Error>>, Error> {
-        if messages.is_empty() {
-            return Ok(Vec::new());
-        }
+        let Some(last) = messages.len().checked_sub(1) else { return Ok(Vec::new()) };
         let whats: Vec<String> = messages.iter().map(|m| m.what().to_owned()).collect();
         let first = self.sequence.wrapping_add(1);
         let mut out = Vec::new();
-        for message in messages {
+        for (index, message) in messages.into_iter().enumerate() {
             self.sequence = self.sequence.wrapping_add(1);
-            message.finish(ACK, self.sequence, &mut out)?;
+            message.finish(if index == last { ACK } else { 0 }, self.sequence, &mut out)?;
         }
         let all = whats.join(", ");
         self.send(&out, &all)?;
-        let mut outcomes: Vec<Option<Result<(), Error>>> = whats.iter().map(|_| None).collect();
-        while outcomes.iter().any(Option::is_none) {
+        let mut outcomes: Vec<Result<(), Error>> = whats.iter().map(|_| Ok(())).collect();
+        loop {
             let length = self.receive(&all)?;
             for received in split(self.buffer.get(..length).unwrap_or_default()) {
                 let index = usize::try_from(received.sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
@@ -510,13 +523,14 @@ impl Socket {
                     continue;
                 }
                 let answer = read_answer(&received).ok_or_else(|| Error::Malformed { what: what.clone() })?;
-                *outcome = Some(match answer.errno {
-                    Some(errno) => Err(Error::Refused { what: what.clone(), errno, detail: answer.detail }),
-                    None => Ok(()),
-                });
+                if let Some(errno) = answer.errno {
+                    *outcome = Err(Error::Refused { what: what.clone(), errno, detail: answer.detail });
+                }
+                if index == last {
+                    return Ok(outcomes);
+                }
             }
         }
-        Ok(outcomes.into_iter().flatten().collect())
     }
 
     /// Sends a get request for all objects and returns what `read` makes of each. Read again from the

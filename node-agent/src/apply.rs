@@ -83,6 +83,8 @@ pub struct Outcome {
     pub troubles: BTreeMap<Part, String>,
     /// What was put back.
     pub repaired: BTreeMap<Repair, Vec<String>>,
+    /// Routes were replaced: of several with one key a wrong one may have gone, which a second look shows.
+    pub replaced: bool,
 }
 
 impl Outcome {
@@ -99,6 +101,7 @@ impl Outcome {
     pub fn merge(&mut self, other: Outcome) {
         self.faults.extend(other.faults);
         self.failed_routes.extend(other.failed_routes);
+        self.replaced |= other.replaced;
         self.troubles.extend(other.troubles);
         for (repair, what) in other.repaired {
             self.repaired.entry(repair).or_default().extend(what);
@@ -139,21 +142,37 @@ pub fn apply(
     mut devices: Devices,
 ) -> Outcome {
     let mut outcome = Outcome::default();
-    for step in steps {
+    let mut steps = steps.into_iter().peekable();
+    while let Some(step) = steps.next() {
         tracing::debug!(?step, "apply");
         match step {
             Step::ReplaceTable => replace_table(kernel, &desired.masquerade, before, &mut outcome),
             Step::AddRoute(route) => {
-                let result = route::add(&mut kernel.route, &route, devices);
-                set_route(result, route, desired, before, &mut outcome);
+                let mut routes = vec![route];
+                while let Some(Step::AddRoute(route)) =
+                    steps.next_if(|next| matches!(next, Step::AddRoute(_)))
+                {
+                    routes.push(route);
+                }
+                let results = route::add(&mut kernel.route, &routes, devices);
+                for (result, route) in results.into_iter().zip(routes) {
+                    set_route(result, route, desired, before, &mut outcome);
+                }
             }
             Step::ReplaceRoute(route) => {
                 let result = route::replace(&mut kernel.route, &route, devices);
                 set_route(result, route, desired, before, &mut outcome);
+                outcome.replaced = true;
             }
-            Step::DeleteRoute(key) if outcome.failed(&key) => {}
             Step::DeleteRoute(key) => {
-                if let Err(error) = route::delete(&mut kernel.route, &key) {
+                let mut keys = vec![key];
+                while let Some(Step::DeleteRoute(key)) =
+                    steps.next_if(|next| matches!(next, Step::DeleteRoute(_)))
+                {
+                    keys.push(key);
+                }
+                keys.retain(|key| !outcome.failed(key));
+                for (key, error) in route::delete_all(&mut kernel.route, &keys) {
                     outcome.faults.push(not_withdrawn(&key, &error.to_string()));
                 }
             }

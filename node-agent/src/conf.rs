@@ -139,6 +139,16 @@ pub fn blocks_file(node: &str, boot_id: &str, grant: &Grant<'_>) -> String {
     text
 }
 
+/// Until when a blocks file grants that says the same as `like` but for that: one by another agent of this node, as
+/// there may be while an upgrade goes on. `None` if it says anything else.
+pub fn lease_of_another(file: &[u8], like: &str) -> Option<u64> {
+    let (there, like) = (BlocksFile::parse(file).ok()?, BlocksFile::parse(like.as_bytes()).ok()?);
+    let until = there.lease_until;
+    let same = BlocksFile { lease_until: like.lease_until, last_contact: like.last_contact.clone(), ..there }
+        == like;
+    same.then_some(until)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +163,19 @@ mod tests {
             anti_spoofing: true,
             capabilities: vec![HOST_PORTS.capability.into(), BANDWIDTH.capability.into()],
         }
+    }
+
+    #[test]
+    fn another_agents_file_is_known_by_differing_in_the_lease_alone() {
+        let file = |until: u64, mtu: u32| {
+            format!(
+                r#"{{"version":{BLOCKS_FILE_VERSION},"node":"n1","bootID":"b","leaseUntil":{until},"lastContact":"at {until}","mtu":{mtu},"blocks":[]}}"#
+            )
+        };
+        assert_eq!(lease_of_another(file(7, 1500).as_bytes(), &file(5, 1500)), Some(7));
+        assert_eq!(lease_of_another(file(7, 1400).as_bytes(), &file(5, 1500)), None);
+        assert_eq!(lease_of_another(b"{}", &file(5, 1500)), None);
+        assert_eq!(lease_of_another(b"", &file(5, 1500)), None);
     }
 
     #[test]

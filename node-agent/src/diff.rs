@@ -4,7 +4,7 @@
 //! The order is part of the decision: the nftables table first (each millisecond without it resets live
 //! masqueraded connections), then what leads to pods, and removals last, so that no packet meets a gap.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use plat_cni::mac::Mac;
@@ -12,7 +12,7 @@ use plat_crds::block::{Block, Family};
 
 use crate::fabric::{
     Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Route, RouteKey, Sysctl, TableState,
-    Target, host_prefix,
+    Target, Told, host_prefix,
 };
 use crate::vxlan::{self, Entries};
 
@@ -83,6 +83,25 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
     steps.extend(unwanted_routes(desired, observed));
     steps.extend(vxlan::clear(desired, observed));
     steps
+}
+
+/// The steps that undo what was told to have become of routes which stood. What leads to a device of ours is
+/// left to [`diff`]: it needs the device first, and the CNI binary makes those to the bridge too.
+pub fn undo(standing: &BTreeMap<RouteKey, Route>, told: &BTreeMap<RouteKey, Told>) -> Vec<Step> {
+    let steps = told.iter().filter_map(|(key, told)| {
+        let ours = standing.get(key).filter(|route| !route.target.needs_device())?;
+        match told {
+            Told::Gone => Some(Step::AddRoute(ours.clone())),
+            Told::Set(there) if there != ours => Some(Step::ReplaceRoute(ours.clone())),
+            Told::Set(_) => None,
+        }
+    });
+    steps.collect()
+}
+
+/// Whether nothing is left to look at once what was told is undone: each of these routes stood.
+pub fn is_undone_by(standing: &BTreeMap<RouteKey, Route>, told: &BTreeMap<RouteKey, Told>) -> bool {
+    told.keys().all(|key| standing.get(key).is_some_and(|route| !route.target.needs_device()))
 }
 
 fn target(step: &Step) -> Option<&Target> {
@@ -165,7 +184,6 @@ mod tests {
     use crate::fabric::{Admitted, Direction};
     use plat_crds::lease::Datapath;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
     fn route(prefix: &str, metric: u32, target: Target) -> Route {
         Route { key: RouteKey::main(prefix.parse().unwrap(), metric), target, mtu: None }
@@ -215,6 +233,29 @@ mod tests {
                 Step::DeleteRoute(RouteKey::main("10.244.9.0/24".parse().unwrap(), 1120)),
             ]
         );
+    }
+
+    #[test]
+    fn what_was_told_of_standing_routes_is_undone_and_no_other() {
+        let (lost, bent, right) = (
+            via("10.244.2.0/24", "172.30.0.12"),
+            via("10.244.3.0/24", "172.30.0.13"),
+            via("10.244.4.0/24", "172.30.0.14"),
+        );
+        let bridged = route("10.244.1.0/24", 1120, Target::Bridge);
+        let foreign = via("10.9.0.0/24", "172.30.0.9");
+        let standing = routes(&[lost.clone(), bent.clone(), right.clone(), bridged.clone()]);
+        let told = BTreeMap::from([
+            (lost.key, Told::Gone),
+            (bent.key, Told::Set(via("10.244.3.0/24", "172.30.0.66"))),
+            (right.key, Told::Set(right)),
+        ]);
+        assert_eq!(undo(&standing, &told), [Step::AddRoute(lost), Step::ReplaceRoute(bent)]);
+        assert!(is_undone_by(&standing, &told));
+        for other in [bridged, foreign] {
+            let told = BTreeMap::from([(other.key, Told::Gone)]);
+            assert_eq!((undo(&standing, &told), is_undone_by(&standing, &told)), (vec![], false));
+        }
     }
 
     #[test]

@@ -73,6 +73,13 @@ pub enum Target {
     Other,
 }
 
+impl Target {
+    /// Whether it can be told only by who knows the links of ours.
+    pub fn needs_device(&self) -> bool {
+        matches!(self, Target::Tunnel { .. } | Target::Bridge | Target::Other)
+    }
+}
+
 /// Interface indexes of the links of ours that routes lead to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Devices {
@@ -128,6 +135,15 @@ impl fmt::Display for Route {
             None => Ok(()),
         }
     }
+}
+
+/// What somebody else was told to have done to a route of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// It is gone.
+    Gone,
+    /// It is this now. What leads to a link of ours reads as [`Target::Other`].
+    Set(Route),
 }
 
 /// One sysctl: a path below `/proc/sys/net` and its value.

@@ -86,6 +86,8 @@ pub const ADDRESS_CONFLICT: &str = "AddressConflict";
 pub const READY_EARLY: &str = "ReadyBeforeConverged";
 /// Reason of the incident that pods were taken off the network, as their addresses are another node's.
 pub const PODS_CUT_OFF: &str = "PodsCutOff";
+/// Reason of the incident that another program keeps undoing what is put back.
+pub const CONTESTED: &str = "RepairsContested";
 /// Reason of the incident that the lease store was rebuilt from the kernel.
 pub const LEASES_REBUILT: &str = "LeasesRebuilt";
 
@@ -107,6 +109,11 @@ impl Incidents {
             message.push_str(&format!("; likely changed by {culprit}"));
         }
         self.note(repair.reason(), &message, what.len(), now);
+    }
+
+    /// Adds that a fight began, in words.
+    pub fn contested(&mut self, words: &str, now: Timestamp) {
+        self.note(CONTESTED, words, 1, now);
     }
 
     /// Adds that leases, in words, were ended.

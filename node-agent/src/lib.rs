@@ -16,7 +16,7 @@
 //!
 //! | pure | edge |
 //! |---|---|
-//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
+//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`], [`fights`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
 //!
 //! Rights: uid 0 with `CAP_NET_ADMIN` alone, read-only root file system; it never enters a pod's namespace.
 
@@ -35,6 +35,7 @@ pub mod doubled;
 pub mod fabric;
 pub mod facts;
 pub mod failstatic;
+pub mod fights;
 pub mod files;
 #[cfg(test)]
 mod fixtures;

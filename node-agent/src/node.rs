@@ -19,7 +19,7 @@ use crate::beliefs::Beliefs;
 use crate::closing::{self, Closing, Evidence, Trials};
 use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
-use crate::diff::diff;
+use crate::diff::{diff, is_undone_by, undo};
 use crate::doubled::{self, Cuts, Doubled};
 use crate::fabric::{self, Admit, Desired, Devices, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
@@ -113,15 +113,27 @@ pub struct Hints {
     pub rules: Rules,
     /// Links or addresses changed.
     pub links: bool,
+    /// Routes of others changed.
+    pub routes: bool,
+}
+
+/// What came of [`Node::mend`].
+pub struct Mended {
+    /// The last report with what was put back; `None` if nothing was.
+    pub report: Option<Report>,
+    /// Whether that was all there was to do. Otherwise a pass has to look.
+    pub whole: bool,
 }
 
 /// How soon the pods' tables are looked at again if the lease store could not be had.
 const RULES_AGAIN: Duration = Duration::from_millis(500);
 
-/// Shortest time between two looks for overlaps: pods' links come in crowds.
-const OVERLAPS_EVERY: Duration = Duration::from_secs(2);
+/// Shortest time between two looks at the routes of others: pods' links come in crowds, and so do routes.
+const OTHERS_EVERY: Duration = Duration::from_secs(2);
 /// How soon leases are counted again that could not be.
 const COUNT_AGAIN: Duration = Duration::from_secs(1);
+/// How soon replaced routes are looked at again.
+const REPLACED_AGAIN: Duration = Duration::from_millis(50);
 
 /// One node.
 pub struct Node {
@@ -178,13 +190,10 @@ impl Node {
         if full {
             machine.look_after_bridge(&desired, &mut outcome);
         }
-        let overlaps_at = machine.look_for_overlaps(map, hints, now)?;
-        faults.extend(machine.overlaps.iter().cloned());
         let observed = machine.observe(&desired)?;
         machine.apply(&desired, &observed, &mut outcome);
-        if full {
-            machine.look_for_overriding()?;
-        }
+        let others_at = machine.look_at_others(map, hints, now)?;
+        faults.extend(machine.overlaps.iter().cloned());
         faults.extend(machine.overridden.iter().cloned());
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
@@ -195,6 +204,7 @@ impl Node {
         let grow_at = machine.watch_growth(&own, now);
         let doubled = machine.cut_doubled(map, &own);
         machine.restore_pod_routes(&desired, &mut outcome);
+        let again_at = outcome.replaced.then_some(now + REPLACED_AGAIN);
         let cni = match &machine.unusable {
             Some(why) if cni.is_ready() => CniState::StoreUnusable(why.clone()),
             _ => cni,
@@ -221,7 +231,7 @@ impl Node {
             chained: outlet.chained(),
         };
         let mut report = reporter.report(known, map, pass, culprits);
-        let times = [report.next, outlet.opens_at(), count_at, grow_at, overlaps_at, rules_at];
+        let times = [report.next, outlet.opens_at(), count_at, grow_at, others_at, rules_at, again_at];
         report.next = times.into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
@@ -233,6 +243,29 @@ impl Node {
     /// Whether the leases should be counted, which is done by a pass.
     pub fn count(&self) -> Count {
         self.machine.leases.count(Duration::from_millis(boot::boot_ms()))
+    }
+
+    /// The netlink port by which the kernel tells of this node's own changes to routes.
+    pub fn port(&mut self) -> Result<u32, Error> {
+        Ok(self.machine.kernel.route.port()?)
+    }
+
+    /// When something that somebody keeps undoing may be put back next; it may be past.
+    pub fn may_repair_at(&self) -> Duration {
+        self.reporter.fight().may_at()
+    }
+
+    /// Undoes at once what others are told to have done to routes, without a look at all the rest. `last` is the last
+    /// report.
+    pub fn mend(&mut self, wake: &Wake, last: &Report) -> Mended {
+        let Machine { kernel, desired, done, .. } = &mut self.machine;
+        let Some(desired) = desired else { return Mended { report: None, whole: false } };
+        let steps = undo(&done.routes, &wake.told);
+        let outcome = apply::apply(kernel, steps, desired, done, Devices::default());
+        Mended {
+            whole: is_undone_by(&done.routes, &wake.told) && outcome.failed_routes.is_empty(),
+            report: (!outcome.repaired.is_empty()).then(|| self.reporter.mended(last, &outcome, wake)),
+        }
     }
 
     /// What there is to report when passes fail again and again; `last` is the last report.
@@ -252,8 +285,8 @@ struct Machine {
     growth: Growth,
     /// What others' routes share with the pods' addresses, as last looked for.
     overlaps: Vec<Fault>,
-    overlaps_at: Duration,
-    overlaps_due: Option<Duration>,
+    others_at: Duration,
+    others_due: Option<Duration>,
     /// What sweeps did that is not reported yet.
     swept: Swept,
     /// Why the lease store cannot be used.
@@ -282,8 +315,8 @@ impl Machine {
             leased_from: None,
             growth: Growth::default(),
             overlaps: Vec::new(),
-            overlaps_at: Duration::ZERO,
-            overlaps_due: None,
+            others_at: Duration::ZERO,
+            others_due: None,
             swept: Swept::default(),
             unusable: None,
             needed: settings.needed.clone(),
@@ -521,27 +554,28 @@ impl Machine {
         Ok(exposed)
     }
 
-    /// What of the host or of other programs shares addresses with the pods', by a dump of all routes: for a new link
-    /// soon, else now and then. Returns when to look, if it was too early.
-    fn look_for_overlaps(
+    /// What of the host or of other programs shares addresses with the pods', or goes before our routes, by dumps of
+    /// all routes: soon for a new link or route, else now and then. Returns when to look, if it was too early.
+    fn look_at_others(
         &mut self,
         map: Map<'_>,
         hints: Hints,
         now: Duration,
     ) -> Result<Option<Duration>, Error> {
-        let due = match self.overlaps_due {
+        let due = match self.others_due {
             _ if hints.full => now,
-            None if hints.links => self.overlaps_at + OVERLAPS_EVERY,
             Some(due) => due,
+            None if hints.links || hints.routes => self.others_at + OTHERS_EVERY,
             None => return Ok(None),
         };
-        self.overlaps_due = Some(due).filter(|due| now < *due);
-        if self.overlaps_due.is_none() {
+        self.others_due = Some(due).filter(|due| now < *due);
+        if self.others_due.is_none() {
             let routes = route::foreign(&mut self.kernel.route)?;
             self.overlaps = foreign::overlaps(&self.me, map, &routes);
-            self.overlaps_at = now;
+            self.look_for_overriding()?;
+            self.others_at = now;
         }
-        Ok(self.overlaps_due)
+        Ok(self.others_due)
     }
 
     fn close(&mut self, map: Map<'_>, known: &Objects, needed: &BTreeSet<IpAddr>) -> Result<Closing, Error> {

@@ -218,10 +218,16 @@ impl Outlet {
 
     fn write_blocks(&mut self, grant: &Grant<'_>, outcome: &mut Outcome) -> Result<(), folder::Error> {
         let run = &self.files.run;
-        if differs(run, BLOCKS_FILE, self.blocks_done.as_ref())? {
-            outcome.repaired(Repair::Blocks, place(run, BLOCKS_FILE));
-        }
         let text = conf::blocks_file(&self.node, &self.boot_id, grant);
+        if differs(run, BLOCKS_FILE, self.blocks_done.as_ref())? {
+            let there = run.get(BLOCKS_FILE)?.unwrap_or_default();
+            match conf::lease_of_another(&there, &text) {
+                // Whoever had contact last is right; the other one is not to write its file back.
+                Some(until) if until > grant.lease.until_boot_ms => return Ok(()),
+                Some(_) => {}
+                None => outcome.repaired(Repair::Blocks, place(run, BLOCKS_FILE)),
+            }
+        }
         self.files.write_blocks(&text)?;
         self.blocks_done = Some(text);
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! Level-triggered: whatever woke it, a pass looks at everything and repairs what differs, so a lost or
 //! repeated hint costs time and never truth. The first hint after a quiet while acts at once; then there is
-//! at most one pass per [`PACE`].
+//! at most one pass per [`PACE`]. Routes of which the kernel tells all that happened are put back on its word, between
+//! the passes ([`Node::mend`]). Who keeps undoing things slows that down ([`crate::fights`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,6 +24,8 @@ use crate::reporter::Report;
 pub const PACE: Duration = Duration::from_millis(50);
 /// Longest time between two full passes, for what nothing tells of.
 pub const TICK: Duration = Duration::from_secs(30);
+/// How soon all is looked at after routes were put back on a word of the kernel.
+const LOOK_AFTER: Duration = Duration::from_secs(1);
 /// How soon a failed pass is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// So many failures in a row are told.
@@ -95,7 +98,7 @@ pub struct Links {
 /// Runs the loop until it is stopped or cannot go on.
 pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
     let mut node = Node::open(settings)?;
-    let events = Events::open(node.watched())?;
+    let events = Events::open(node.watched(), node.port()?)?;
     let mut asked = Asked::default();
     let mut wake = Wake::default();
     let mut tick = Instant::now();
@@ -115,7 +118,8 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         // On this thread: the runtime has no other work than waiting, and memory that several threads take
         // is held several times (glibc's arenas).
         let mut who = std::mem::take(&mut wake);
-        let hints = Hints { full, rules: who.rules(), links: who.is_about_links() };
+        let hints =
+            Hints { full, rules: who.rules(), links: who.is_about_links(), routes: who.is_about_routes() };
         let result = node.pass(hints, || {
             who.merge(events.peek());
             who
@@ -139,31 +143,56 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
                 Instant::now() + RETRY
             }
         };
-        // At most one pass per PACE, then whatever comes first.
-        tokio::select! {
-            () = links.stop.cancelled() => return Ok(()),
-            () = sleep_until(started + PACE) => {}
-        }
-        let mut until = until;
-        wake = loop {
+        // What comes meanwhile, and when a pass is due for it: at most one per PACE.
+        let paced = started + PACE;
+        let (mut due, mut fresh) = (until.max(paced), false);
+        loop {
             let news = tokio::select! {
                 () = links.stop.cancelled() => return Ok(()),
-                () = changed(&mut links.objects) => break events.now()?,
+                () = changed(&mut links.objects), if !fresh => {
+                    (fresh, due) = (true, due.min(paced));
+                    continue;
+                }
                 news = events.next() => news?,
-                () = sleep_until(until) => break Wake::default(),
+                () = sleep_until(due) => break,
             };
-            if !news.is_about_leases() {
-                break news;
+            if news.is_told() && !fresh && from_now(node.may_repair_at()).is_zero() {
+                due = due.min(mend(&mut node, &links, &news, &mut wake).max(paced));
+                continue;
             }
-            // Pods that come and go are no reason for a pass, but for a count now and then.
-            match node.count() {
-                Count::Due => break news,
-                Count::DueAt(due) => until = until.min(Instant::now() + from_now(due)),
-                Count::Right => {}
-            }
-        };
+            let soonest = if news.is_about_leases() {
+                // Pods that come and go are no reason for a pass, but for a count now and then.
+                match node.count() {
+                    Count::Due => paced,
+                    Count::DueAt(due) => Instant::now() + from_now(due),
+                    Count::Right => continue,
+                }
+            } else if news.may_be_fought_over() {
+                Instant::now() + from_now(node.may_repair_at())
+            } else {
+                paced
+            };
+            wake.merge(news);
+            due = due.min(soonest.max(paced));
+        }
+        wake.merge(events.now()?);
         tracing::trace!(?wake, "woken");
     }
+}
+
+/// Undoes what others did to routes. Returns when a pass should look at all; what it should know by then goes to
+/// `wake`.
+fn mend(node: &mut Node, links: &Links, news: &Wake, wake: &mut Wake) -> Instant {
+    let started = Instant::now();
+    let mended = node.mend(news, &links.reports.borrow().0);
+    if let Some(report) = mended.report {
+        links.reports.send_replace((report, started.elapsed()));
+    }
+    if mended.whole {
+        return started + LOOK_AFTER;
+    }
+    wake.merge(news.clone());
+    started
 }
 
 /// Nobody sends objects any more only while the program ends.

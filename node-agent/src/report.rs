@@ -60,6 +60,8 @@ impl CniState {
 pub struct Findings {
     /// Objects that cannot be followed, or not wholly.
     pub faults: Vec<Fault>,
+    /// Who keeps undoing what is put back, in words.
+    pub contested: Option<String>,
     /// Failures of the node as a whole.
     pub troubles: BTreeMap<Part, String>,
     /// What drops pod packets in foreign chains.
@@ -235,6 +237,9 @@ fn routes_ready(findings: &Findings) -> Verdict {
         let others = failing().count() - 1;
         let more = if others > 0 { format!(" (and {others} more objects)") } else { String::new() };
         return not(first.reason.as_str(), format!("{}{more}", first.message));
+    }
+    if let Some(words) = &findings.contested {
+        return Verdict::new(ROUTES_READY, Some(true), "Contested", words.clone());
     }
     match findings.faults.first() {
         Some(notice) => {

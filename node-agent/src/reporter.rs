@@ -18,7 +18,8 @@ use crate::doubled::Doubled;
 use crate::fabric::Desired;
 use crate::facts::{Fault, Reason};
 use crate::failstatic::Held;
-use crate::incidents::{Incidents, LEASES_ENDED, LEASES_REBUILT, Repair};
+use crate::fights::{self, Fight};
+use crate::incidents::{CONTESTED, Incidents, LEASES_ENDED, LEASES_REBUILT, Repair};
 use crate::kernel::events::Wake;
 use crate::kernel::forward::{self, Forwarding};
 use crate::leases::{Swept, Usage};
@@ -39,6 +40,10 @@ pub struct Report {
     pub faults: BTreeMap<Reason, usize>,
     /// What was put back, since the agent started.
     pub repairs: BTreeMap<Repair, i64>,
+    /// Whether another program keeps undoing what is put back.
+    pub contested: bool,
+    /// How often that began, since the agent started.
+    pub contests: i64,
     /// Leases that were ended because their links are gone, since the agent started.
     pub leases_ended: i64,
     /// How often the lease store was rebuilt, since the agent started.
@@ -108,6 +113,9 @@ pub struct Reporter {
     proc_net: PathBuf,
     conditions: Vec<Condition>,
     incidents: Incidents,
+    fight: Fight,
+    /// What was put back last, and who is likely to have undone it: of a fight.
+    contested: String,
 }
 
 impl Reporter {
@@ -119,7 +127,30 @@ impl Reporter {
             proc_net: settings.proc_net.clone(),
             conditions: Vec::new(),
             incidents: Incidents::default(),
+            fight: Fight::default(),
+            contested: String::new(),
         }
+    }
+
+    /// How fast things are put back.
+    pub fn fight(&self) -> &Fight {
+        &self.fight
+    }
+
+    /// The `last` report with what was put back since, by a look at nothing else.
+    pub fn mended(&mut self, last: &Report, outcome: &Outcome, wake: &Wake) -> Report {
+        self.record(outcome, wake);
+        let mut report = Report { repairs: self.repairs(), ..last.clone() };
+        report.contests = self.incidents.count_of(CONTESTED);
+        report.status.incidents = self.incidents.list();
+        if let Some(routes) = &mut report.status.routes {
+            routes.repaired = self.incidents.count(Repair::Route);
+        }
+        report
+    }
+
+    fn repairs(&self) -> BTreeMap<Repair, i64> {
+        Repair::ALL.map(|repair| (repair, self.incidents.count(repair))).into()
     }
 
     /// The report of a node that has no objects yet.
@@ -187,7 +218,9 @@ impl Reporter {
             nodes: map.blocks.values().map(|block| block.node.as_str()).collect::<BTreeSet<_>>().len(),
             programmed: true,
             faults: by_reason,
-            repairs: Repair::ALL.map(|repair| (repair, self.incidents.count(repair))).into(),
+            repairs: self.repairs(),
+            contested: findings.contested.is_some(),
+            contests: self.incidents.count_of(CONTESTED),
             leases_ended: self.incidents.count_of(LEASES_ENDED),
             leases_rebuilt: self.incidents.count_of(LEASES_REBUILT),
             wants: pass.wants,
@@ -197,16 +230,15 @@ impl Reporter {
             contact_every: Duration::from_secs(u64::from((lease_seconds / 4).clamp(5, 60))),
             wants_list: pass.held.wants_list,
             wants_contact: pass.closing.wants_contact,
-            next: pass.held.next.into_iter().chain(pass.closing.next).min(),
+            next: pass.held.next.into_iter().chain(pass.closing.next).chain(self.fight.ends_at()).min(),
         }
     }
 
     fn record(&mut self, outcome: &Outcome, wake: &Wake) {
         let nft: Vec<&str> = wake.nft_culprits.iter().map(String::as_str).collect();
-        let ports = wake.route_culprits.iter();
-        let ports: Vec<String> =
-            ports.map(|port| format!("netlink port {port} (usually the process ID)")).collect();
+        let ports: Vec<&str> = wake.route_culprits.iter().map(String::as_str).collect();
         let (nft, ports) = (nft.join(", "), ports.join(", "));
+        let mut undone = Vec::new();
         for (repair, what) in &outcome.repaired {
             let culprit = match repair {
                 Repair::Nft | Repair::Forward => nft.as_str(),
@@ -217,6 +249,19 @@ impl Reporter {
             let first = what.first().map(String::as_str).unwrap_or_default();
             tracing::warn!(reason = repair.reason(), count = what.len(), first, culprit, "put back");
             self.incidents.record(*repair, what, culprit, Timestamp::now());
+            undone.push(match culprit {
+                Some(culprit) => format!("{first}, likely by {culprit}"),
+                None => first.to_owned(),
+            });
+        }
+        self.contested = format!(
+            "another program keeps undoing what this agent puts back ({}): it is put back {} times a second from now on; find that program and take it off pods' routes, tables and files",
+            undone.join("; "),
+            Duration::from_secs(1).as_millis() / fights::REFILL.as_millis(),
+        );
+        if self.fight.repaired(Duration::from_millis(boot::boot_ms())) {
+            tracing::error!("{}", self.contested);
+            self.incidents.contested(&self.contested, Timestamp::now());
         }
     }
 
@@ -249,13 +294,15 @@ impl Reporter {
         own.map(|block| Fault::block(&block.name, Reason::KernelRefused, trouble.clone())).collect()
     }
 
-    fn findings(&self, map: Map<'_>, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
+    fn findings(&mut self, map: Map<'_>, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
         let blockers = pass.forwarding.map(|found| found.blockers.as_slice()).unwrap_or_default();
         let families: BTreeSet<Family> = pass.own.keys().map(Block::family).collect();
         let legacy =
             forward::legacy_tables(&self.proc_net).into_iter().filter(|family| families.contains(family));
+        let contested = self.fight.is_on(Duration::from_millis(boot::boot_ms()));
         Findings {
             faults,
+            contested: contested.then(|| self.contested.clone()),
             troubles: pass.outcome.troubles.clone(),
             blockers: blockers.iter().map(|blocker| blocker.to_string()).collect(),
             legacy: legacy.map(|family| format!("{family} filter")).collect(),

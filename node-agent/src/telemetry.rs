@@ -78,6 +78,8 @@ pub struct Metrics {
     held: Gauge,
     leases_ended: Gauge,
     leases_rebuilt: Gauge,
+    contested: Gauge,
+    contests: Gauge,
 }
 
 impl Default for Metrics {
@@ -91,6 +93,7 @@ impl Default for Metrics {
         let pass_duration = Histogram::new(exponential_buckets(0.00025, 2.0, 15));
         let (lease_until, held) = (Gauge::default(), Gauge::default());
         let (leases_ended, leases_rebuilt) = (Gauge::default(), Gauge::default());
+        let (contested, contests) = (Gauge::default(), Gauge::default());
         registry.register(
             "plat_agent_routes",
             "Routes of ours: desired, and of those installed",
@@ -115,6 +118,16 @@ impl Default for Metrics {
             "Objects that are missing without having been released, whose routes stay for now",
             held.clone(),
         );
+        registry.register(
+            "plat_agent_contested",
+            "1 while another program keeps undoing what is put back, so that this is slowed to twice a second",
+            contested.clone(),
+        );
+        registry.register_collector(Box::new(Total {
+            name: "plat_agent_contests",
+            help: "How often another program began to keep undoing what is put back",
+            value: contests.clone(),
+        }));
         registry.register_collector(Box::new(Total {
             name: "plat_agent_leases_ended",
             help: "Leases that were ended because their links were gone and no DEL came",
@@ -139,6 +152,8 @@ impl Default for Metrics {
             held,
             leases_ended,
             leases_rebuilt,
+            contested,
+            contests,
         }
     }
 }
@@ -170,6 +185,8 @@ impl Metrics {
         }
         self.lease_until.set(report.lease_until.unwrap_or(0));
         self.held.set(i64::try_from(report.held).unwrap_or(i64::MAX));
+        self.contested.set(i64::from(report.contested));
+        self.contests.set(report.contests);
         self.leases_ended.set(report.leases_ended);
         self.leases_rebuilt.set(report.leases_rebuilt);
     }
@@ -365,6 +382,8 @@ mod tests {
             held: 3,
             leases_ended: 4,
             leases_rebuilt: 5,
+            contested: true,
+            contests: 6,
             ..Report::default()
         };
         metrics.update(&report, Duration::from_millis(3));
@@ -380,6 +399,8 @@ mod tests {
             "plat_agent_withdrawals_held 3",
             "plat_agent_leases_ended_total 4",
             "plat_agent_lease_store_rebuilds_total 5",
+            "plat_agent_contested 1",
+            "plat_agent_contests_total 6",
             "plat_build_info{version=\"0.1.0\",component=\"agent\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");

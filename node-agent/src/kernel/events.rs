@@ -7,16 +7,19 @@
 //! | nf_tables | any transaction, with the process that made it |
 //! | inotify | the folders of CNI configurations and binaries, and our own; of the lease store each change |
 //!
-//! Messages are hints, never data: each only wakes the loop, which then looks for itself. What pods come
-//! and go with (their veths on the bridge, link-local addresses) is passed over: it is many messages and
+//! Messages are hints, never data: each only wakes the loop, which then looks for itself. With one exception: that a
+//! route of ours went or was changed by somebody is taken at its word ([`Told`]), put right at once, and looked at a
+//! moment later; so one lost route among thousands costs no look at all of them. What this agent did to routes itself
+//! wakes nobody. What pods come and go with (their veths on the bridge, link-local addresses) is passed over: it is many messages and
 //! no news. A change of the lease store leads to a look at the number of leases in its header, and to a pass only
 //! if they are to be counted. What never tells at all (other sysctls, legacy iptables) is met by the loop's tick.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,6 +35,7 @@ use rustix::net::{
 use tokio::sync::Notify;
 
 use super::route;
+use crate::fabric::{Devices, RouteKey, Told};
 use crate::node::Rules;
 
 /// Name of this program's threads: transactions made by them are not taken for somebody else's.
@@ -45,6 +49,8 @@ const NFTABLES_GROUP: u32 = 7;
 const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
 /// As many culprits as a message will name.
 const MAX_CULPRITS: usize = 4;
+/// As many routes are put back on a word; where more changed, all are looked at.
+const MAX_TOLD: usize = 64;
 
 /// More than any message.
 const BUFFER: usize = 64 * 1024;
@@ -64,7 +70,9 @@ const NEW_GENERATION: u16 = (10 << 8) | 15;
 pub enum Source {
     /// A link or address.
     Link,
-    /// A route, rule or next hop.
+    /// A route of ours: [`Wake::told`] says what of it.
+    OurRoute,
+    /// Another route, a rule or next hop, or more of ours than are told of.
     Route,
     /// A sysctl.
     Sysctl,
@@ -90,8 +98,10 @@ pub struct Wake {
     pub nft_culprits: BTreeSet<String>,
     /// The transaction whose messages are being read is about the pods' tables; its end tells who made it.
     touches_pods: bool,
-    /// Netlink ports that deleted routes of ours; usually process IDs.
-    pub route_culprits: BTreeSet<u32>,
+    /// Processes that deleted or changed routes of ours, in words; likely, as a netlink port usually is a process ID.
+    pub route_culprits: BTreeSet<String>,
+    /// What became of routes of ours by somebody else, at most [`MAX_TOLD`].
+    pub told: BTreeMap<RouteKey, Told>,
 }
 
 impl Wake {
@@ -103,6 +113,29 @@ impl Wake {
     /// Whether there is nothing to look at but the number of leases.
     pub fn is_about_leases(&self) -> bool {
         self.sources.iter().eq([&Source::Leases])
+    }
+
+    /// Whether there is nothing to look at but routes of which all is told.
+    pub fn is_told(&self) -> bool {
+        self.sources.iter().eq([&Source::OurRoute])
+    }
+
+    /// Whether nothing but this node's own state led to it, which somebody may keep changing.
+    pub fn may_be_fought_over(&self) -> bool {
+        let fought = [
+            Source::OurRoute,
+            Source::Route,
+            Source::Sysctl,
+            Source::Nftables,
+            Source::PodRules,
+            Source::File,
+        ];
+        self.sources.iter().all(|source| fought.contains(source))
+    }
+
+    /// Whether routes of others may have changed.
+    pub fn is_about_routes(&self) -> bool {
+        [Source::Route, Source::Overrun].iter().any(|source| self.sources.contains(source))
     }
 
     /// Whether a link or an address may have come or gone.
@@ -124,6 +157,18 @@ impl Wake {
         self.sources.extend(other.sources);
         self.nft_culprits.extend(other.nft_culprits);
         self.route_culprits.extend(other.route_culprits);
+        for (key, told) in other.told {
+            self.tell(key, told);
+        }
+    }
+
+    fn tell(&mut self, key: RouteKey, told: Told) {
+        if self.told.len() < MAX_TOLD || self.told.contains_key(&key) {
+            self.told.insert(key, told);
+            self.sources.insert(Source::OurRoute);
+        } else {
+            self.sources.insert(Source::Route);
+        }
     }
 }
 
@@ -149,6 +194,8 @@ struct Shared {
     files: OwnedFd,
     stop: OwnedFd,
     folders: Vec<WatchedFolder>,
+    /// The port of this agent's own changes to routes.
+    own_port: u32,
     state: Mutex<State>,
     news: Notify,
 }
@@ -164,8 +211,9 @@ struct State {
 }
 
 impl Events {
-    /// Opens all sources in the current network namespace and starts to read.
-    pub fn open(folders: Vec<WatchedFolder>) -> io::Result<Events> {
+    /// Opens all sources in the current network namespace and starts to read. Changes of routes by `own_port` are
+    /// passed over.
+    pub fn open(folders: Vec<WatchedFolder>, own_port: u32) -> io::Result<Events> {
         let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
         let shared = Arc::new(Shared {
             route: multicast(None, &ROUTE_GROUPS)?,
@@ -173,6 +221,7 @@ impl Events {
             files: inotify::init(flags)?,
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             folders,
+            own_port,
             state: Mutex::default(),
             news: Notify::new(),
         });
@@ -270,7 +319,12 @@ impl Shared {
     fn drain(&self, state: &mut State) -> io::Result<()> {
         state.buffer.resize(BUFFER, 0);
         let State { pending, buffer, .. } = state;
-        drain_netlink(&self.route, buffer, pending, read_route_message)?;
+        let read_routes = |head: Head, payload: &[u8], wake: &mut Wake| {
+            if !(head.port == self.own_port && matches!(head.kind, NEW_ROUTE | DELETE_ROUTE)) {
+                read_route_message(head, payload, wake);
+            }
+        };
+        drain_netlink(&self.route, buffer, pending, read_routes)?;
         drain_netlink(&self.nftables, buffer, pending, read_nft_message)?;
         self.drain_files(state)
     }
@@ -407,16 +461,35 @@ fn read_route(head: Head, payload: &[u8], wake: &mut Wake) -> Option<Source> {
     let destination = route::Facts::of(&message).destination;
     let link_local = matches!(destination, Some(IpAddr::V6(network)) if network.is_unicast_link_local());
     // A pod's own route comes with the pod.
-    let comes = u8::from(header.protocol) == POD_ROUTE_PROTOCOL && head.kind == NEW_ROUTE;
+    let protocol = u8::from(header.protocol);
+    let comes = protocol == POD_ROUTE_PROTOCOL && head.kind == NEW_ROUTE;
     if header.table == TABLE_LOCAL || link_local || comes {
         return None;
     }
-    let deleted_ours =
-        u8::from(header.protocol) == ROUTE_PROTOCOL && head.kind == DELETE_ROUTE && head.port != 0;
-    if deleted_ours && wake.route_culprits.len() < MAX_CULPRITS {
-        wake.route_culprits.insert(head.port);
+    if protocol != ROUTE_PROTOCOL {
+        return Some(Source::Route);
     }
-    Some(Source::Route)
+    if head.port != 0 && wake.route_culprits.len() < MAX_CULPRITS {
+        wake.route_culprits.insert(culprit(head.port));
+    }
+    let Some(route) = route::read(&message, Devices::default()) else { return Some(Source::Route) };
+    let told = if head.kind == DELETE_ROUTE { Told::Gone } else { Told::Set(route.clone()) };
+    wake.tell(route.key, told);
+    None
+}
+
+/// Who has that netlink port, in words. The kernel gives a process its own ID as its first port, but the number is of
+/// that process's namespace: its name can be known only to who sees all processes by the same numbers. Asked at once:
+/// an `ip route del` lives for a millisecond.
+fn culprit(port: u32) -> String {
+    /// Inode of the first PID namespace (`PROC_PID_INIT_INO`).
+    const FIRST: u64 = 0xefff_fffc;
+    let sees_all = std::fs::metadata("/proc/self/ns/pid").is_ok_and(|first| first.ino() == FIRST);
+    let name = sees_all.then(|| std::fs::read_to_string(format!("/proc/{port}/comm")).ok()).flatten();
+    match name {
+        Some(name) => format!("{} (netlink port {port})", name.trim()),
+        None => format!("netlink port {port} (usually the process ID)"),
+    }
 }
 
 fn read_nft_message(head: Head, payload: &[u8], wake: &mut Wake) {
@@ -518,12 +591,31 @@ mod tests {
     }
 
     #[test]
-    fn who_deleted_a_route_of_ours_is_noted() {
+    fn who_took_or_changed_a_route_of_ours_is_noted_and_what_became_of_it() {
+        let nobody = 0x7fff_fff0;
         let ours = route(2, 254, ROUTE_PROTOCOL, &[10, 244, 2, 0]);
-        assert_eq!(wake(DELETE_ROUTE, 4711, &ours).route_culprits, [4711].into());
+        let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 0);
+        let gone = wake(DELETE_ROUTE, nobody, &ours);
+        let said: Vec<&str> = gone.route_culprits.iter().map(String::as_str).collect();
+        assert_eq!(said, [format!("netlink port {nobody} (usually the process ID)")]);
+        assert_eq!(gone.told, [(key, Told::Gone)].into());
+        assert!(gone.is_told() && gone.may_be_fought_over());
         assert_eq!(wake(DELETE_ROUTE, 0, &ours).route_culprits, [].into(), "the kernel itself");
-        assert_eq!(wake(NEW_ROUTE, 4711, &ours).route_culprits, [].into());
-        assert_eq!(wake(DELETE_ROUTE, 4711, &route(2, 254, 3, &[10, 0, 0, 0])).route_culprits, [].into());
+        let set = wake(NEW_ROUTE, nobody, &ours);
+        assert!(set.route_culprits.len() == 1 && matches!(set.told[&key], Told::Set(_)));
+        let other = wake(DELETE_ROUTE, nobody, &route(2, 254, 3, &[10, 0, 0, 0]));
+        assert_eq!((other.route_culprits.len(), other.told.len(), other.is_told()), (0, 0, false));
+    }
+
+    #[test]
+    fn of_more_routes_than_can_be_told_of_all_are_looked_at() {
+        let mut wake = Wake::default();
+        for n in 0..=u8::try_from(MAX_TOLD).unwrap() {
+            assert!(n == 0 || wake.is_told());
+            let head = Head { kind: DELETE_ROUTE, port: 0 };
+            read_route_message(head, &route(2, 254, ROUTE_PROTOCOL, &[10, 244, n, 0]), &mut wake);
+        }
+        assert_eq!((wake.told.len(), wake.is_told()), (MAX_TOLD, false));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Routes of our protocol: read by a filtered dump, added, replaced and deleted one by one.
+//! Routes of our protocol: read by a filtered dump; added and deleted many at once, replaced one by one.
 //!
 //! Route and message are translated by pure functions (`write` and `read`). The messages are
 //! `rtnetlink`'s, so every layout and number of `linux/rtnetlink.h` is its business; they travel over
@@ -178,7 +178,7 @@ fn everything(family: Family) -> IpAddr {
 }
 
 /// The route of a message. `None` for what has no key of ours (a type of service).
-fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
+pub(super) fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
     let fixed = &message.header;
     if fixed.tos != 0 {
         return None;
@@ -332,19 +332,40 @@ pub enum SetError {
     Refused(Error),
 }
 
-/// Adds a route whose key no route of ours has.
-pub fn add(socket: &mut Socket, route: &Route, devices: Devices) -> Result<(), SetError> {
-    match set(socket, route, devices, EXCL) {
-        Err(SetError::Foreign(key)) => {
-            // The CNI binary adds the routes of this node's blocks too, if it meets the bridge first.
-            let ours = dump(socket, devices).map_err(SetError::Refused)?;
-            match ours.get(&key) {
-                Some(there) if there == route => Ok(()),
-                Some(_) => replace(socket, route, devices),
-                None => Err(SetError::Foreign(key)),
-            }
+/// So many messages travel in one go: their answers fit into a socket's default buffer, should all be refused.
+const AT_ONCE: usize = 128;
+
+/// Adds routes whose keys no routes of ours have; returns each one's outcome, in order.
+pub fn add(socket: &mut Socket, routes: &[Route], devices: Devices) -> Vec<Result<(), SetError>> {
+    let mut outcomes = Vec::with_capacity(routes.len());
+    for routes in routes.chunks(AT_ONCE) {
+        outcomes.extend(add_at_once(socket, routes, devices));
+    }
+    if !outcomes.iter().any(|outcome| matches!(outcome, Err(SetError::Foreign(_)))) {
+        return outcomes;
+    }
+    // The CNI binary adds the routes of this node's blocks too, if it meets the bridge first.
+    let Ok(ours) = dump(socket, devices) else { return outcomes };
+    for (route, outcome) in routes.iter().zip(&mut outcomes) {
+        match (&*outcome, ours.get(&route.key)) {
+            (Err(SetError::Foreign(_)), Some(there)) if there == route => *outcome = Ok(()),
+            (Err(SetError::Foreign(_)), Some(_)) => *outcome = replace(socket, route, devices),
+            _ => {}
         }
-        outcome => outcome,
+    }
+    outcomes
+}
+
+fn add_at_once(socket: &mut Socket, routes: &[Route], devices: Devices) -> Vec<Result<(), SetError>> {
+    let messages: Option<Vec<Message>> =
+        routes.iter().map(|route| set_message(route, devices, EXCL).ok()).collect();
+    let answers = messages.and_then(|messages| socket.request_each(messages).ok());
+    match answers {
+        Some(answers) => {
+            answers.into_iter().zip(routes).map(|(a, route)| a.map_err(|e| refusal(route, e))).collect()
+        }
+        // One has no message, or the socket failed: one by one, so that each has its own words.
+        None => routes.iter().map(|route| set(socket, route, devices, EXCL)).collect(),
     }
 }
 
@@ -367,22 +388,46 @@ pub fn replace(socket: &mut Socket, route: &Route, devices: Devices) -> Result<(
 }
 
 fn set(socket: &mut Socket, route: &Route, devices: Devices, flags: u16) -> Result<(), SetError> {
-    use rustix::io::Errno;
+    let message = set_message(route, devices, flags)?;
+    socket.request(message).map_err(|error| refusal(route, error))
+}
+
+fn set_message(route: &Route, devices: Devices, flags: u16) -> Result<Message, SetError> {
     let content = write(route, devices).ok_or(SetError::NoDevice(route.key))?;
     let verb = if flags & EXCL != 0 { "add" } else { "replace" };
     let what = format!("{verb} route {route}");
-    let answer = socket.request(message(&RouteNetlinkMessage::NewRoute(content), flags | CREATE, what));
-    answer.map_err(|error| match error.errno() {
+    Ok(message(&RouteNetlinkMessage::NewRoute(content), flags | CREATE, what))
+}
+
+fn refusal(route: &Route, error: Error) -> SetError {
+    use rustix::io::Errno;
+    match error.errno() {
         Some(Errno::EXIST) => SetError::Foreign(route.key),
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH) => SetError::NotOnLink(error),
         _ => SetError::Refused(error),
-    })
+    }
 }
 
 /// Deletes our route of that key; returns whether it was there.
 pub fn delete(socket: &mut Socket, key: &RouteKey) -> Result<bool, Error> {
-    let content = RouteNetlinkMessage::DelRoute(write_key(key));
-    deleted(socket.request(message(&content, 0, format!("delete route {key}"))))
+    deleted(socket.request(delete_message(key)))
+}
+
+/// Deletes our routes of those keys; returns what was refused.
+pub fn delete_all(socket: &mut Socket, keys: &[RouteKey]) -> Vec<(RouteKey, Error)> {
+    let mut refused = Vec::new();
+    for keys in keys.chunks(AT_ONCE) {
+        let answers = match socket.request_each(keys.iter().map(delete_message).collect()) {
+            Ok(answers) => answers.into_iter().map(|answer| deleted(answer).map(drop)).collect(),
+            Err(_) => keys.iter().map(|key| delete(socket, key).map(drop)).collect::<Vec<_>>(),
+        };
+        refused.extend(keys.iter().zip(answers).filter_map(|(key, answer)| Some((*key, answer.err()?))));
+    }
+    refused
+}
+
+fn delete_message(key: &RouteKey) -> Message {
+    message(&RouteNetlinkMessage::DelRoute(write_key(key)), 0, format!("delete route {key}"))
 }
 
 /// How the kernel would send a packet to an address.

@@ -227,6 +227,15 @@ pub struct TestNode {
     pub objects: Objects,
 }
 
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name(plat_agent::kernel::events::THREAD_NAME)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 struct Agent {
     objects: watch::Sender<Objects>,
     reports: watch::Receiver<(Report, Duration)>,
@@ -276,13 +285,7 @@ impl TestNode {
             readiness_deadline: Duration::from_secs(60),
             needed: BTreeSet::new(),
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name(plat_agent::kernel::events::THREAD_NAME)
-            .enable_all()
-            .build()
-            .unwrap();
-        TestNode { runtime, root, settings, agent: None, objects: Objects::default() }
+        TestNode { runtime: runtime(), root, settings, agent: None, objects: Objects::default() }
     }
 
     /// The node with its agent, fed with complete lists of these objects and a contact.
@@ -292,6 +295,17 @@ impl TestNode {
         node.contact();
         node.list(blocks, ranges);
         node
+    }
+
+    /// The same node once more, for a second agent beside the first, as one of an upgrade that overlaps.
+    pub fn another(&self) -> TestNode {
+        TestNode {
+            runtime: runtime(),
+            root: tempfile::tempdir_in("/run").unwrap(),
+            settings: self.settings.clone(),
+            agent: None,
+            objects: Objects::default(),
+        }
     }
 
     /// Starts the agent; it knows what its cache holds.

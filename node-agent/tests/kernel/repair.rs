@@ -61,6 +61,43 @@ fn flushed_routes_are_all_back_as_one_incident() {
 }
 
 #[test]
+fn routes_that_a_network_manager_removed_as_foreign_are_back() {
+    isolated("repair::routes_that_a_network_manager_removed_as_foreign_are_back", || {
+        let node = node();
+        let before = our_routes();
+        // As systemd-networkd does at its start (ManageForeignRoutes=yes): one by one what is not its own or the kernel's.
+        shell(
+            "for family in -4 -6; do \
+               ip $family route show proto 112 | sed 's/^/route del /; s/ linkdown//' | ip $family -force -batch - || true; \
+             done",
+        );
+        expect_all_as(&before);
+        node.expect_incident("RouteRestored", i64::try_from(before.len()).unwrap());
+        assert_eq!(node.report().status.incidents.len(), 1);
+    });
+}
+
+#[test]
+fn a_foreign_route_that_goes_before_ours_is_told_and_left_alone() {
+    isolated("repair::a_foreign_route_that_goes_before_ours_is_told_and_left_alone", || {
+        let node = node();
+        let before = our_routes();
+        run("ip route add 10.244.2.0/24 via 172.30.0.66 metric 7");
+        let message = node.expect_condition("RoutesReady", "True", "Overridden");
+        assert!(message.contains("10.244.2.0/24 via 172.30.0.66"), "{message}");
+        expect_all_as(&before);
+        run("ip route del 10.244.2.0/24 via 172.30.0.66 metric 7");
+        node.expect_condition("RoutesReady", "True", "AllInstalled");
+        // One that takes the very place of ours.
+        run("ip route replace 10.244.2.0/24 via 172.30.0.66 metric 1120");
+        let message = node.expect_condition("RoutesReady", "False", "ForeignRoute");
+        assert!(message.contains("10.244.2.0/24"), "{message}");
+        run("ip route del 10.244.2.0/24 via 172.30.0.66 metric 1120");
+        expect_all_as(&before);
+    });
+}
+
+#[test]
 fn a_link_that_went_down_and_up_has_its_routes_again() {
     isolated("repair::a_link_that_went_down_and_up_has_its_routes_again", || {
         let _node = node();
@@ -111,6 +148,27 @@ fn a_flushed_ruleset_is_back_and_who_flushed_it_is_told() {
             eventually(damage, || {
                 let now = try_run("nft list table inet plat");
                 if String::from_utf8_lossy(&now.stdout) == before { Ok(()) } else { Err("differs".into()) }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_firewall_that_loads_all_its_rules_anew_leaves_no_gap_for_long() {
+    isolated("repair::a_firewall_that_loads_all_its_rules_anew_leaves_no_gap_for_long", || {
+        let node = node();
+        let before = run("nft list table inet plat");
+        for count in 1..=3 {
+            // As the nftables service does, and firewalld after it: all goes, and theirs is there, in one transaction.
+            shell(
+                "nft -f - <<'END'\nflush ruleset\ntable inet firewalld {\n chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept; ct state established,related accept; }\n}\nEND",
+            );
+            node.expect_incident("NftRestored", count);
+            eventually("both tables", || {
+                let ours = try_run("nft list table inet plat");
+                let is_back = String::from_utf8_lossy(&ours.stdout) == before;
+                let theirs = try_run("nft list table inet firewalld").status.success();
+                if is_back && theirs { Ok(()) } else { Err(format!("ours {is_back}, theirs {theirs}")) }
             });
         }
     });
