@@ -2,6 +2,7 @@
 //! plan's business. "Already so" is success.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use futures::StreamExt;
 use kube::core::DeserializeGuard;
@@ -16,7 +17,8 @@ use crate::step::{Kind, NewBlock, Step, Version, Why, block_patch, merge_patch};
 
 /// Calls in flight.
 const CONCURRENCY: usize = 64;
-/// After so many unknown outcomes in a row the API server is away: the rest of the pass waits.
+/// After so many unknown outcomes, or requests to come back later, in a row the API server is away or overloaded: the
+/// rest of the pass waits.
 const GIVE_UP_AFTER: u32 = 8;
 
 /// What became of a step.
@@ -28,6 +30,8 @@ pub struct Done {
     pub outcome: Outcome,
     /// What the answer teaches, before the watches show it.
     pub learnt: Option<Learnt>,
+    /// For how long the API server asked not to try again.
+    pub retry_after: Option<Duration>,
 }
 
 /// How a step went.
@@ -93,21 +97,26 @@ pub enum Learnt {
 
 /// Executes steps, many at a time. `on_progress` is called after each.
 pub async fn apply<S: Server>(steps: Vec<Step>, server: &S, on_progress: impl Fn(&Done)) -> Vec<Done> {
-    let unknown_in_a_row = AtomicU32::new(0);
+    let turned_away_in_a_row = AtomicU32::new(0);
     let run = |step: Step| {
-        let (unknown, on_progress) = (&unknown_in_a_row, &on_progress);
+        let (turned_away, on_progress) = (&turned_away_in_a_row, &on_progress);
         async move {
-            let (outcome, learnt) = if unknown.load(Ordering::Relaxed) >= GIVE_UP_AFTER {
-                (Outcome::Skipped, None)
+            let (answer, retry_after) = if turned_away.load(Ordering::Relaxed) >= GIVE_UP_AFTER {
+                (Ok((Outcome::Skipped, None)), None)
             } else {
-                execute(&step, server).await.unwrap_or_else(|error| (failure(error), None))
+                match execute(&step, server).await {
+                    Err(CallError::Later { wait, because }) => (Err(*because), Some(wait)),
+                    answer => (answer, None),
+                }
             };
+            let (outcome, learnt) = answer.unwrap_or_else(|error| (failure(error), None));
             match outcome {
-                Outcome::Unknown(_) => unknown.fetch_add(1, Ordering::Relaxed),
+                Outcome::Unknown(_) => turned_away.fetch_add(1, Ordering::Relaxed),
+                _ if retry_after.is_some() => turned_away.fetch_add(1, Ordering::Relaxed),
                 Outcome::Skipped | Outcome::NotLeader => 0,
-                _ => unknown.swap(0, Ordering::Relaxed),
+                _ => turned_away.swap(0, Ordering::Relaxed),
             };
-            let done = Done { step, outcome, learnt };
+            let done = Done { step, outcome, learnt, retry_after };
             on_progress(&done);
             done
         }
@@ -123,6 +132,7 @@ fn failure(error: CallError) -> Outcome {
         CallError::NotFound => Outcome::Missing,
         CallError::Refused(text) => Outcome::Refused(text),
         CallError::Unknown(text) => Outcome::Unknown(text),
+        CallError::Later { because, .. } => failure(*because),
         CallError::NotLeader => Outcome::NotLeader,
     }
 }
@@ -432,5 +442,19 @@ mod tests {
         let done = apply(steps, &away, |_| {}).await;
         let skipped = done.iter().filter(|done| done.outcome == Outcome::Skipped).count();
         assert!(skipped > 900, "{skipped} of {}", done.len());
+    }
+
+    #[tokio::test]
+    async fn an_api_server_that_asks_to_wait_is_not_asked_for_every_step_either_and_its_wait_is_handed_on() {
+        let wait = Duration::from_secs(7);
+        let because = Box::new(CallError::Refused("too many requests".into()));
+        let busy = Script { fail: Some(CallError::Later { wait, because }), ..Script::default() };
+        let steps = (0..1000).map(|i| Step::CreateReport { node: format!("n{i}").as_str().into() }).collect();
+        let done = apply(steps, &busy, |_| {}).await;
+        let (skipped, refused): (Vec<_>, Vec<_>) =
+            done.iter().partition(|done| done.outcome == Outcome::Skipped);
+        assert!(skipped.len() > 900, "{} of {}", skipped.len(), done.len());
+        let expected = (Outcome::Refused("too many requests".into()), Some(wait));
+        assert!(refused.iter().all(|done| (&done.outcome, done.retry_after) == (&expected.0, expected.1)));
     }
 }

@@ -4,11 +4,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderMap;
+use axum::http::header::RETRY_AFTER;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::{DeleteParams, GetParams, ListParams, PatchParams, PostParams};
-use kube::core::{DeserializeGuard, Request};
+use kube::client::Body;
+use kube::core::{DeserializeGuard, ObjectList, Request, Status};
 use kube::{Api, Client, Resource};
 use plat_crds::{Block, ClusterCIDR, NodeNetwork, PodCIDR, names};
 use serde::de::DeserializeOwned;
@@ -25,6 +28,8 @@ use crate::step::Kind;
 /// No call takes longer. Shorter than the time between a lost Lease and its next holder (lease duration less
 /// renew deadline: 5 s by default).
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
+/// However long the API server, or something before it, asks to wait: nodes wait for their blocks meanwhile.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Objects per page of a LIST.
 const PAGE: u32 = 250;
 
@@ -46,10 +51,27 @@ impl KubeServer {
         request: Result<axum::http::Request<Vec<u8>>, kube::core::request::Error>,
     ) -> Result<String, CallError> {
         let request = request.map_err(|error| CallError::Refused(error.to_string()))?;
-        match tokio::time::timeout(CALL_TIMEOUT, self.client.request_text(request)).await {
-            Ok(answer) => answer.map_err(classify),
-            Err(_) => Err(CallError::Unknown(format!("no answer within {CALL_TIMEOUT:?}"))),
+        tokio::time::timeout(CALL_TIMEOUT, self.exchange(request.map(Body::from)))
+            .await
+            .unwrap_or_else(|_| Err(CallError::Unknown(format!("no answer within {CALL_TIMEOUT:?}"))))
+    }
+
+    /// The client's own way of reading an answer drops its headers.
+    async fn exchange(&self, request: axum::http::Request<Body>) -> Result<String, CallError> {
+        let (head, body) = self.client.send(request).await.map_err(classify)?.into_parts();
+        let body = body.collect_bytes().await.map_err(classify)?;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        if head.status.is_success() {
+            return Ok(text);
         }
+        let status = serde_json::from_str(&text)
+            .unwrap_or_else(|_| Status::failure(text.trim(), "").with_code(head.status.as_u16()));
+        let wait = retry_after(&head.headers);
+        let error = classify(kube::Error::Api(Box::new(status)));
+        Err(match wait {
+            Some(wait) => CallError::Later { wait, because: Box::new(error) },
+            None => error,
+        })
     }
 
     fn may_write(&self) -> Result<(), CallError> {
@@ -64,14 +86,11 @@ impl KubeServer {
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
         F: Fact,
     {
-        let api: Api<DeserializeGuard<K>> = Api::all(self.client.clone());
         let mut facts = Vec::new();
         let mut params = ListParams::default().limit(PAGE);
         loop {
-            let page = match tokio::time::timeout(CALL_TIMEOUT, api.list(&params)).await {
-                Ok(page) => page.map_err(classify)?,
-                Err(_) => return Err(CallError::Unknown(format!("no list within {CALL_TIMEOUT:?}"))),
-            };
+            let text = self.send(Request::new(K::url_path(&(), None)).list(&params)).await?;
+            let page: ObjectList<DeserializeGuard<K>> = parse(&text)?;
             facts.extend(page.items.iter().filter_map(&read));
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params = params.continue_token(&token),
@@ -143,8 +162,15 @@ fn request(kind: Kind) -> Request {
     })
 }
 
+/// How long an answer asks to wait, in seconds (RFC 9110, 10.2.3; API servers do not name dates), but no longer than we
+/// are willing to.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(LONGEST_WAIT))
+}
+
 /// An answer that came but cannot be read says nothing about what was done.
-fn parse(text: &str) -> Result<Value, CallError> {
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T, CallError> {
     serde_json::from_str(text).map_err(|error| CallError::Unknown(format!("the answer is not JSON: {error}")))
 }
 

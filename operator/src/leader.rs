@@ -67,6 +67,8 @@ pub struct Pass {
     pub wake_after: Option<Duration>,
     /// Why the live LISTs failed, if they did.
     pub list_error: Option<String>,
+    /// For how long the API server then asked not to list again.
+    pub list_retry_after: Option<Duration>,
     /// etcd was put back to an earlier time: nothing was done, and every watch must begin anew.
     pub went_back: bool,
 }
@@ -119,7 +121,10 @@ impl Leader {
                     self.memory.distrust = false;
                     (plan, chosen) = self.decide(world, Source::Live, tenure(), clock());
                 }
-                Err(error) => pass.list_error = Some(error.to_string()),
+                Err(error) => {
+                    pass.list_retry_after = error.wait();
+                    pass.list_error = Some(error.to_string());
+                }
             }
         }
         let now = clock();
@@ -255,6 +260,9 @@ impl Leader {
             }
             (Outcome::NotLeader | Outcome::Skipped, _) => {}
         }
+        if let Some(wait) = done.retry_after {
+            self.memory.asked_to_wait(&done.step.retry_key(), wait, clock);
+        }
     }
 
     /// The faults that are new. Words alone do not make one new: they may hold a changing name.
@@ -274,7 +282,8 @@ impl Leader {
         clock: Clock,
     ) -> Option<Duration> {
         if pass.list_error.is_some() || pass.done.iter().any(|done| done.outcome == Outcome::Skipped) {
-            return Some(PAUSE_WHEN_AWAY);
+            let asked = pass.done.iter().filter_map(|done| done.retry_after).chain(pass.list_retry_after);
+            return Some(asked.fold(PAUSE_WHEN_AWAY, Duration::max));
         }
         // What was learnt may allow more steps. A block's status allows none that cannot wait for its watch.
         let telling = |done: &Done| done.learnt.is_some() && !matches!(done.step, Step::BlockStatus { .. });

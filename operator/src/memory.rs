@@ -312,6 +312,13 @@ impl Memory {
         self.labels_budget.take(clock.steady, 1) == 1 && self.budget.take(clock.steady, 1) == 1
     }
 
+    /// The API server asked not to try a write that failed again for so long.
+    pub fn asked_to_wait(&mut self, target: &(Kind, Name), wait: Duration, clock: Clock) {
+        if let Some(retry) = self.retries.get_mut(target) {
+            retry.not_before = retry.not_before.max(clock.steady + wait);
+        }
+    }
+
     /// A write failed: the next try waits, longer each time. An object that is missing, or that does not
     /// become as the watch shows it, makes the watch doubtful.
     pub fn failed(&mut self, target: (Kind, Name), missing: bool, clock: Clock) {
@@ -657,6 +664,10 @@ mod tests {
         assert!(!memory.is_ripe(&target, clock(9)) && memory.is_ripe(&target, clock(10)));
         assert_eq!(memory.wakes_at(clock(9)), Some(Duration::from_secs(10)));
         assert_eq!(memory.wakes_at(clock(10)), None, "what is past wakes nobody");
+        memory.asked_to_wait(&target, Duration::from_secs(3), clock(0));
+        assert!(!memory.is_ripe(&target, clock(9)), "its own wait is longer than what is asked for");
+        memory.asked_to_wait(&target, Duration::from_secs(30), clock(0));
+        assert!(!memory.is_ripe(&target, clock(29)) && memory.is_ripe(&target, clock(30)));
         memory.succeeded(&target);
         assert!(memory.is_ripe(&target, clock(0)));
     }

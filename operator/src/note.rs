@@ -236,7 +236,7 @@ mod tests {
     }
 
     fn texts(step: Step, outcome: Outcome, learnt: Option<Learnt>) -> Vec<String> {
-        let notes = of_step(&Done { step, outcome, learnt });
+        let notes = of_step(&Done { step, outcome, learnt, retry_after: None });
         notes
             .iter()
             .map(|n| format!("{} {} {}: {}", n.object.kind.as_str(), n.object.name, n.reason, n.text))

@@ -20,7 +20,7 @@ use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
 
 use crate::facts::{BlockFact, Fact, Held, Name, NodeFact, RangeFact, ReportFact, new_incidents};
-use crate::kube_server::chain;
+use crate::kube_server::{LONGEST_WAIT, chain};
 use crate::leader::World;
 use crate::node_view::NodeView;
 use crate::snapshot::{Facts, Foreign};
@@ -314,7 +314,21 @@ fn complain(kind: &str, error: &watcher::Error, failures: u32) -> Duration {
         warn!(kind, error = chain(error), "cannot watch; going on with what is known and trying again");
     }
     let longest = if missing { MAX_WAIT_FOR_CRD } else { MAX_WAIT };
-    (MIN_WAIT * 2u32.saturating_pow(failures)).min(longest)
+    let ours = (MIN_WAIT * 2u32.saturating_pow(failures)).min(longest);
+    ours.max(asked_to_wait(error).unwrap_or_default())
+}
+
+/// How long the API server asks to wait. The client hides the answer's headers here, but what API servers say
+/// themselves has it in its text as well.
+fn asked_to_wait(error: &watcher::Error) -> Option<Duration> {
+    let status = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status,
+        _ => return None,
+    };
+    let seconds = status.details.as_ref()?.retry_after_seconds;
+    Some(Duration::from_secs(seconds.into()).min(LONGEST_WAIT))
 }
 
 fn is_missing(error: &watcher::Error) -> bool {

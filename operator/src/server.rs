@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -28,9 +29,27 @@ pub enum CallError {
     /// Nobody knows whether it was done: no answer, or one that does not say.
     #[error("the outcome is unknown: {0}")]
     Unknown(String),
+    /// One of those, and the API server says when to ask again (`Retry-After`).
+    #[error("{because}; it asks to wait {wait:?}")]
+    Later {
+        /// How long to wait.
+        wait: Duration,
+        /// What happened to the request.
+        because: Box<CallError>,
+    },
     /// Nothing was sent, as this process does not lead any more.
     #[error("not sent: this process does not lead any more")]
     NotLeader,
+}
+
+impl CallError {
+    /// How long the API server asks to wait.
+    pub fn wait(&self) -> Option<Duration> {
+        match self {
+            CallError::Later { wait, .. } => Some(*wait),
+            _ => None,
+        }
+    }
 }
 
 /// What a patch changes.

@@ -402,6 +402,7 @@ mod tests {
             step: Step::CreateReport { node: "n".into() },
             outcome: Outcome::Done,
             learnt: None,
+            retry_after: None,
         });
         let text = metrics.text().unwrap();
         for line in [

@@ -44,7 +44,12 @@ impl Unanswered {
         self.0.retain(|_, (step, until)| {
             let learnt = has_happened(step, ranges, blocks);
             let is_over = learnt.is_some() || *until <= clock.steady;
-            done.extend(learnt.map(|learnt| Done { step: step.clone(), outcome: Outcome::Done, learnt }));
+            done.extend(learnt.map(|learnt| Done {
+                step: step.clone(),
+                outcome: Outcome::Done,
+                learnt,
+                retry_after: None,
+            }));
             !is_over
         });
         done
@@ -99,7 +104,7 @@ mod tests {
         let change = BlockChange { state: Some(BlockState::Quarantined), ..BlockChange::default() };
         let (node, node_uid) = ("n1".into(), "u1".into());
         let step = Step::ChangeBlock { object, node, node_uid, change, why: Why::NodeGone };
-        Done { step, outcome, learnt: None }
+        Done { step, outcome, learnt: None, retry_after: None }
     }
 
     fn held() -> BlockFact {
@@ -137,7 +142,7 @@ mod tests {
         let delete = |outcome| {
             let object = Version { name: held().name, uid: held().uid, resource_version: "2".into() };
             let step = Step::DeleteBlock { object, node: "n1".into(), living: None, unproven: None };
-            Done { step, outcome, learnt: None }
+            Done { step, outcome, learnt: None, retry_after: None }
         };
         let mut unanswered = Unanswered::default();
         unanswered.note(&delete(Outcome::Unknown("no answer".into())), clock(0));

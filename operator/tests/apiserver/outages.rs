@@ -300,3 +300,33 @@ fn after_any_fault_of_any_watch_the_map_is_right_again() {
         stage.finish(faults.len() + 2).await;
     });
 }
+
+#[test]
+fn what_the_api_server_asks_to_send_later_is_not_sent_sooner() {
+    const SECONDS: u8 = 3;
+    arena(|cluster| async move {
+        let proxy = Proxy::start(cluster.plane, cluster.client.clone()).await;
+        let _operator = proxy.operator(cluster.plane, "asked-to-wait", &FLAGS);
+        cluster.node("n1", json!({}), &["172.30.0.1"]).await;
+        cluster.wait_blocks(&["n1"], 1).await;
+        let waited = |asked: &Rule, again: &Rule| {
+            let waited = again.first_strike().duration_since(asked.first_strike());
+            assert!(waited >= Duration::from_secs(SECONDS.into()), "{asked:?}: {waited:?}");
+        };
+        for (node, address, code) in [("n2", "172.30.0.2", 429), ("n3", "172.30.0.3", 503)] {
+            let asked = proxy.inject(1, on("create", "podcidrs"), Fault::AskToWait(code, SECONDS));
+            let again = proxy.inject(usize::MAX, on("create", "podcidrs"), Fault::Slow(Duration::ZERO));
+            cluster.node(node, json!({}), &[address]).await;
+            cluster.wait_blocks(&[node], 1).await;
+            waited(&asked, &again);
+            proxy.heal();
+        }
+        let asked = proxy.inject(1, on("watch", "nodes"), Fault::AskToWait(429, SECONDS));
+        let again = proxy.inject(usize::MAX, on("list", "nodes"), Fault::Slow(Duration::ZERO));
+        proxy.break_watches();
+        asked.wait_struck().await;
+        again.wait_struck().await;
+        waited(&asked, &again);
+        cluster.assert_no_double().await;
+    });
+}

@@ -9,8 +9,8 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::http::{Request, Response, StatusCode, header};
@@ -39,6 +39,8 @@ pub enum Fault {
     Silence,
     /// Answered with that code; the API server is not asked.
     Answer(u16),
+    /// Answered with that code and the wish to be asked again after so many seconds; the API server is not asked.
+    AskToWait(u16, u8),
     /// Carried out, and the connection closed instead of the answer.
     LoseAnswer,
     /// Carried out, and the connection closed in the middle of the answer.
@@ -90,6 +92,8 @@ struct Inner {
     fault: Fault,
     most: usize,
     strikes: AtomicUsize,
+    /// When it first struck.
+    first: OnceLock<Instant>,
     /// Set to `true` when the rule is taken back.
     over: watch::Sender<bool>,
 }
@@ -106,9 +110,18 @@ impl Rule {
             .await;
     }
 
+    /// When it struck first.
+    pub fn first_strike(&self) -> Instant {
+        *self.0.first.get().unwrap()
+    }
+
     fn strike(&self) -> bool {
         let count = |strikes| (strikes < self.0.most).then_some(strikes + 1);
-        self.0.strikes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count).is_ok()
+        let strikes = self.0.strikes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count).is_ok();
+        if strikes {
+            self.0.first.get_or_init(Instant::now);
+        }
+        strikes
     }
 
     async fn over(&self) {
@@ -186,7 +199,8 @@ impl Proxy {
     /// counts.
     pub fn inject(&self, most: usize, which: Match, fault: Fault) -> Rule {
         let over = watch::Sender::new(false);
-        let rule = Rule(Arc::new(Inner { which, fault, most, strikes: AtomicUsize::new(0), over }));
+        let (strikes, first) = (AtomicUsize::new(0), OnceLock::new());
+        let rule = Rule(Arc::new(Inner { which, fault, most, strikes, first, over }));
         self.state.rules.lock().unwrap().push(rule.clone());
         rule
     }
@@ -277,7 +291,8 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
             tokio::time::sleep(by).await;
             answer
         }
-        Fault::Answer(code) => Ok(refusal(code)),
+        Fault::Answer(code) => Ok(refusal(code, 1)),
+        Fault::AskToWait(code, seconds) => Ok(refusal(code, seconds)),
         // The write is finished even if the caller hangs up meanwhile.
         Fault::LoseAnswer => {
             let _lost = tokio::spawn(pass_on).await;
@@ -348,7 +363,7 @@ fn disturbed(body: axum::body::BodyDataStream, rule: Rule) -> Body {
     }
 }
 
-fn refusal(code: u16) -> Response<Body> {
+fn refusal(code: u16, wait_seconds: u8) -> Response<Body> {
     let reason = match code {
         403 => "Forbidden",
         409 => "Conflict",
@@ -359,12 +374,13 @@ fn refusal(code: u16) -> Response<Body> {
         _ => "InternalError",
     };
     let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-        "message": format!("the proxy says {reason}"), "reason": reason, "code": code});
+        "message": format!("the proxy says {reason}"), "reason": reason, "code": code,
+        "details": {"retryAfterSeconds": if matches!(code, 429 | 503) { wait_seconds } else { 0 }}});
     let mut answer = Response::new(Body::from(body.to_string()));
     *answer.status_mut() = StatusCode::from_u16(code).unwrap();
     answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
     if matches!(code, 429 | 503) {
-        answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+        answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from(u16::from(wait_seconds)));
     }
     answer
 }
