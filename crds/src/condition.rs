@@ -3,12 +3,14 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::Schema;
 
-/// The summary condition of ClusterCIDR and PodCIDR.
+/// The summary condition of ClusterCIDR, PodCIDR and RoutingPolicy.
 pub const READY: &str = "Ready";
 /// ClusterCIDR: no block is free.
 pub const EXHAUSTED: &str = "Exhausted";
 /// ClusterCIDR and NodeNetwork: shares addresses with another range or block.
 pub const OVERLAPPING: &str = "Overlapping";
+/// RoutingPolicy: every live node that it selects follows it.
+pub const APPLIED: &str = "Applied";
 /// PodCIDR: every live node carries it.
 pub const CONVERGED: &str = "Converged";
 /// PodCIDR: `node.spec.podCIDRs` of its node says something else (the field is write-once).

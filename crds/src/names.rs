@@ -41,6 +41,10 @@ pub const UNREACHABLE_METRIC: u32 = 65_535;
 /// The kernel's main routing table (`RT_TABLE_MAIN`).
 pub const MAIN_TABLE: u32 = 254;
 
+/// Priority of our `ip rule`s, one per table and family that policies name: behind the kernel's own for local
+/// addresses, and before those that send all traffic elsewhere (a VPN's, a default route by source address).
+pub const RULE_PRIORITY: u32 = 1120;
+
 /// VXLAN device for tunnels over IPv4. The kernel binds a device to one family of the underlay.
 pub const VXLAN_DEVICE_V4: &str = "plat-vxlan";
 /// VXLAN device for tunnels over IPv6.

@@ -12,6 +12,10 @@ pub const MAX_REPORTED: usize = 16;
 
 /// At most this many entries in [`NodeNetworkStatus::held_blocks`] and [`LostBlocks::blocks`].
 pub const MAX_BLOCKS: usize = 64;
+/// At most this many entries in [`NodeNetworkStatus::policies`].
+pub const MAX_POLICIES: usize = 64;
+/// At most this many entries in [`NodeNetworkStatus::plan`].
+pub const MAX_PLAN_LINES: usize = 32;
 /// Configurations of other networks that are named.
 pub const MAX_OTHER_CONFS: usize = 8;
 
@@ -129,6 +133,16 @@ pub struct NodeNetworkStatus {
     /// MTU of new pods, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<i32>,
+    /// RoutingPolicies that select this node, by name; at most 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub policies: Vec<PolicyReport>,
+    /// What the RoutingPolicies of `mode: Plan` would change in this node's routes, a line for each route as
+    /// `ip route` writes it, with `+` (added), `-` (removed) or `~` (changed) before it; at most 32 lines, of which
+    /// the last says how many more there are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), inner(length(max = 512)))]
+    pub plan: Vec<String>,
     /// What happened lately, oldest first; at most 16. The operator turns new ones into Events.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -196,6 +210,48 @@ pub struct HeldBlockReport {
     pub used: Option<i64>,
     /// Addresses that pods can have.
     pub capacity: i64,
+}
+
+/// What a node does with a RoutingPolicy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum PolicyState {
+    /// It follows that generation, and watches whether its probes get worse.
+    Trying,
+    /// It follows that generation.
+    Applied,
+    /// It cannot follow that generation for at least one block.
+    Failed,
+    /// It has only planned that generation.
+    Planned,
+    /// It followed that generation, went back to the one before, and stays there until there is another.
+    RolledBack,
+    /// A state of a newer version.
+    #[default]
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
+}
+
+/// A RoutingPolicy as a node follows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyReport {
+    /// Name of the RoutingPolicy.
+    #[schemars(length(max = 253))]
+    pub name: String,
+    /// UID of the RoutingPolicy: another one of that name begins anew.
+    #[schemars(length(max = 64))]
+    pub uid: String,
+    /// Generation that the node speaks of.
+    pub generation: i64,
+    /// What the node does with it.
+    pub state: PolicyState,
+    /// Blocks that the policy is about.
+    pub blocks: i64,
+    /// Why, if it failed or was rolled back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub message: Option<String>,
 }
 
 /// PodCIDRs that a node knew and that went without having been released.

@@ -145,7 +145,8 @@ pub struct RoutingPolicySpec {
     pub rollout: Option<Rollout>,
 }
 
-/// How far the newest change of a policy has come.
+/// How far the newest change of a policy has come. Absent before the operator has seen that its labels are on the
+/// PodCIDRs: nodes do not follow it yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Phase {
     /// The canary nodes follow it, and are watched.
@@ -187,7 +188,7 @@ pub struct PolicyNodes {
     /// Nodes that `sources` selects.
     #[serde(default)]
     pub selected: i64,
-    /// Of those, nodes that follow its newest generation.
+    /// Of those, nodes that follow its newest generation, and whose probes are not worse for it.
     #[serde(default)]
     pub applied: i64,
     /// Of those, nodes that cannot follow it for at least one block.
@@ -221,7 +222,8 @@ pub struct RoutingPolicyStatus {
     /// Number of blocks that it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks: Option<i64>,
-    /// `Ready`: it can be followed, or what is wrong with it.
+    /// `Ready`: it can be followed, or what is wrong with it. `Applied`: every live node that it selects follows it,
+    /// or what that waits for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -253,31 +255,26 @@ impl<'p> Progress<'p> {
 
 /// The version of a policy that a node with these labels follows; `None` if it follows none.
 ///
-/// Without a rollout the spec holds at once, unless it was taken back. With one it holds once the operator has
-/// let this node: a canary from phase `Canary`, every node from `Rolling`. Until then, and while the spec is
-/// only planned, `lastGood` goes on.
+/// A generation holds once the operator has let it: on canary nodes from phase `Canary`, on all from `Rolling`. It
+/// does so when the PodCIDRs carry every label that the policy names; a selector that excludes a label would
+/// else choose nodes and blocks that merely do not have it yet. Until then, and while the spec is only planned or was
+/// taken back, `lastGood` goes on.
 pub fn in_force<'p, L: LabelSet + ?Sized>(
     spec: &'p RoutingPolicySpec,
     generation: i64,
     progress: Progress<'p>,
     own: &L,
 ) -> Option<&'p RoutingPolicySpec> {
-    let last_good = progress.last_good;
     let phase = progress.phase.filter(|_| progress.observed == Some(generation));
-    if spec.mode != PolicyMode::Apply {
-        return last_good;
-    }
-    let Some(rollout) = &spec.rollout else {
-        return if phase == Some(Phase::RolledBack) { last_good } else { Some(spec) };
+    let is_let = match phase.filter(|_| spec.mode == PolicyMode::Apply) {
+        Some(Phase::Rolling | Phase::Complete) => true,
+        Some(Phase::Canary) => {
+            let canary = spec.rollout.as_ref().map(|rollout| Selector::read(Some(&rollout.canary)));
+            canary.is_some_and(|canary| canary.is_ok_and(|canary| canary.matches(own)))
+        }
+        Some(Phase::RolledBack | Phase::Planned | Phase::Unknown) | None => false,
     };
-    match phase {
-        Some(Phase::Rolling | Phase::Complete) => Some(spec),
-        Some(Phase::Canary) => match Selector::read(Some(&rollout.canary)) {
-            Ok(canary) if canary.matches(own) => Some(spec),
-            _ => last_good,
-        },
-        Some(Phase::RolledBack | Phase::Planned | Phase::Unknown) | None => last_good,
-    }
+    if is_let { Some(spec) } else { progress.last_good }
 }
 
 #[cfg(test)]
@@ -303,11 +300,14 @@ mod tests {
         }));
         let good = Some(LastGood { generation: 1, spec: old.clone() });
         for (new, phase, seen, canary, other) in [
-            (&at_once, None, 1, 2, 2),
-            (&at_once, Some(Phase::Complete), 1, 2, 2),
+            (&at_once, None, 1, 1, 1),
+            (&at_once, Some(Phase::Complete), 1, 1, 1),
+            (&at_once, Some(Phase::Rolling), 2, 2, 2),
+            (&at_once, Some(Phase::Canary), 2, 1, 1),
             (&at_once, Some(Phase::RolledBack), 2, 1, 1),
-            (&at_once, Some(Phase::RolledBack), 1, 2, 2),
+            (&at_once, Some(Phase::RolledBack), 1, 1, 1),
             (&planned, Some(Phase::Planned), 2, 1, 1),
+            (&planned, Some(Phase::Rolling), 2, 1, 1),
             (&careful, Some(Phase::Complete), 1, 1, 1),
             (&careful, Some(Phase::Canary), 2, 2, 1),
             (&careful, Some(Phase::Rolling), 2, 2, 2),
@@ -335,6 +335,9 @@ mod tests {
         assert_eq!(in_force(&careful, 1, Progress::default(), &own), None);
         assert_eq!(in_force(&spec(serde_json::json!({"mode": "Later"})), 1, Progress::of(None), &own), None);
         let at_once = spec(serde_json::json!({}));
-        assert_eq!(in_force(&at_once, 1, Progress::default(), &own), Some(&at_once));
+        assert_eq!(in_force(&at_once, 1, Progress::default(), &own), None);
+        let let_ = Progress { observed: Some(1), phase: Some(Phase::Rolling), last_good: None };
+        assert_eq!(in_force(&at_once, 1, let_, &own), Some(&at_once));
+        assert_eq!(in_force(&at_once, 2, let_, &own), None);
     }
 }

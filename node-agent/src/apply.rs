@@ -9,12 +9,13 @@ use plat_crds::block::{Block, Family};
 use plat_crds::lease::Lease;
 
 use crate::diff::Step;
-use crate::fabric::{Admit, Bridge, Desired, Devices, Masquerade, Observed, Route, RouteKey};
+use crate::fabric::{Admit, Bridge, Desired, Devices, Masquerade, Observed, Route, RouteKey, Rule};
 use crate::facts::{Fault, Kind, Reason};
 use crate::incidents::Repair;
 use crate::kernel::forward;
 use crate::kernel::nft::Nft;
 use crate::kernel::route::{self, SetError};
+use crate::kernel::rule;
 use crate::kernel::sysctl::Sysctls;
 use crate::tunnels;
 use crate::vxlan::Tunnel;
@@ -43,6 +44,8 @@ pub struct Done {
     pub table: Option<Masquerade>,
     /// Routes.
     pub routes: BTreeMap<RouteKey, Route>,
+    /// Rules.
+    pub rules: BTreeSet<Rule>,
     /// Sysctls.
     pub sysctls: BTreeMap<String, String>,
     /// The bridge.
@@ -79,6 +82,8 @@ pub struct Outcome {
     pub faults: Vec<Fault>,
     /// Keys of routes that could not be set.
     pub failed_routes: BTreeSet<RouteKey>,
+    /// Rules that could not be added.
+    pub failed_rules: BTreeSet<Rule>,
     /// Other failures.
     pub troubles: BTreeMap<Part, String>,
     /// What was put back.
@@ -102,6 +107,7 @@ impl Outcome {
         self.faults.extend(other.faults);
         self.failed_routes.extend(other.failed_routes);
         self.replaced |= other.replaced;
+        self.failed_rules.extend(other.failed_rules);
         self.troubles.extend(other.troubles);
         for (repair, what) in other.repaired {
             self.repaired.entry(repair).or_default().extend(what);
@@ -119,6 +125,7 @@ impl Outcome {
         Done {
             table: fine(Part::Table).then(|| desired.masquerade.clone()),
             routes: routes.map(|(key, route)| (*key, route.clone())).collect(),
+            rules: desired.rules.difference(&self.failed_rules).copied().collect(),
             sysctls: sysctls.map(|s| (s.path.clone(), s.value.clone())).collect(),
             bridge: desired.bridge.clone().filter(|_| fine(Part::Bridge)),
             tunnels: if fine(Part::Tunnel) { desired.tunnels.clone() } else { BTreeMap::new() },
@@ -174,6 +181,16 @@ pub fn apply(
                 keys.retain(|key| !outcome.failed(key));
                 for (key, error) in route::delete_all(&mut kernel.route, &keys) {
                     outcome.faults.push(not_withdrawn(&key, &error.to_string()));
+                }
+            }
+            Step::AddRule(rule) => match rule::add(&mut kernel.route, &rule) {
+                Ok(()) if before.rules.contains(&rule) => outcome.repaired(Repair::Route, rule.to_string()),
+                Ok(()) => tracing::info!(%rule, "added a rule that leads to routes to blocks"),
+                Err(error) => without_rule(&rule, &error.to_string(), desired, &mut outcome),
+            },
+            Step::DeleteRule(rule) => {
+                if let Err(error) = rule::delete(&mut kernel.route, &rule) {
+                    tracing::warn!(%rule, %error, "a rule that should go is still there");
                 }
             }
             Step::WriteSysctl(sysctl) => match kernel.sysctls.write(&sysctl) {
@@ -248,19 +265,32 @@ fn set_route(
         Ok(()) => return,
         Err(error) => error,
     };
-    outcome.failed_routes.insert(route.key);
     let reason = match &error {
         SetError::Foreign(_) => Reason::ForeignRoute,
         SetError::NotOnLink(_) => Reason::NotOnLink,
         SetError::NoDevice(_) | SetError::Refused(_) => Reason::KernelRefused,
     };
-    if let Some((kind, name)) = desired.owners.get(&route.key) {
+    route_failed(route.key, reason, &error.to_string(), desired, outcome);
+}
+
+fn route_failed(key: RouteKey, reason: Reason, error: &str, desired: &Desired, outcome: &mut Outcome) {
+    outcome.failed_routes.insert(key);
+    if let Some((kind, name)) = desired.owners.get(&key) {
         let message = match kind {
             Kind::PodCIDR => format!("PodCIDR '{name}': {error}"),
             Kind::ClusterCIDR => format!("ClusterCIDR '{name}': {error}"),
             Kind::RoutingPolicy => format!("RoutingPolicy '{name}': {error}"),
         };
         outcome.faults.push(Fault { kind: *kind, name: name.clone(), reason, message });
+    }
+}
+
+/// No packet finds the routes in the table, so what else leads to their blocks stays.
+fn without_rule(rule: &Rule, error: &str, desired: &Desired, outcome: &mut Outcome) {
+    outcome.failed_rules.insert(*rule);
+    let behind = |key: &&RouteKey| (key.table, key.family()) == (rule.table, rule.family);
+    for key in desired.routes.keys().filter(behind) {
+        route_failed(*key, Reason::KernelRefused, error, desired, outcome);
     }
 }
 

@@ -19,7 +19,7 @@ use crate::args::Place;
 use crate::fabric::Devices;
 use crate::folder::Folder;
 use crate::kernel::sysctl::Sysctls;
-use crate::kernel::{self, forward, route};
+use crate::kernel::{self, forward, route, rule};
 use crate::vxlan;
 
 /// The probes' socket, at its default place.
@@ -63,6 +63,7 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     outcome.each(close_loopback(&mut kernel, &place.bridge));
     outcome.each(remove_tables(&mut kernel));
     outcome.each(remove_admissions(&mut kernel, &place.bridge));
+    outcome.each(remove_rules(&mut kernel));
     outcome.each(remove_routes(&mut kernel));
     for underlay in Family::ALL {
         outcome.note(vxlan::name(underlay), kernel::vxlan::delete(&mut kernel.route, underlay));
@@ -130,6 +131,17 @@ fn remove_admissions(kernel: &mut Kernel, bridge: &str) -> Result<Vec<String>, n
     for (family, handle) in forward::ours(&mut kernel.nft, bridge)? {
         if forward::remove(&mut kernel.nft, family, handle)? {
             done.push(format!("{family} accept rule in FORWARD"));
+        }
+    }
+    Ok(done)
+}
+
+/// Before the routes, which leaves no moment in which a rule leads to half a table.
+fn remove_rules(kernel: &mut Kernel) -> Result<Vec<String>, netlink::Error> {
+    let mut done = Vec::new();
+    for rule in rule::dump(&mut kernel.route)?.into_iter().filter_map(|found| found.ours()) {
+        if rule::delete(&mut kernel.route, &rule)? {
+            done.push(rule.to_string());
         }
     }
     Ok(done)

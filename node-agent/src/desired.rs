@@ -185,7 +185,7 @@ fn insert(desired: &mut Desired, kind: Kind, name: &str, route: Route) {
 }
 
 fn unreachable(prefix: Block) -> Route {
-    Route { key: RouteKey::main(prefix, UNREACHABLE_METRIC), target: Target::Unreachable, mtu: None }
+    Route::new(RouteKey::main(prefix, UNREACHABLE_METRIC), Target::Unreachable)
 }
 
 /// To the pods by the bridge; and nowhere while the bridge is away, so that nothing leaks to the default
@@ -193,7 +193,7 @@ fn unreachable(prefix: Block) -> Route {
 fn own_routes(block: Block, desired: &mut Desired) {
     let name = block.object_name();
     if desired.bridge.is_some() {
-        let bridged = Route { key: RouteKey::main(block, ROUTE_METRIC), target: Target::Bridge, mtu: None };
+        let bridged = Route::new(RouteKey::main(block, ROUTE_METRIC), Target::Bridge);
         insert(desired, Kind::PodCIDR, &name, bridged);
     }
     insert(desired, Kind::PodCIDR, &name, unreachable(block));

@@ -11,8 +11,8 @@ use plat_cni::mac::Mac;
 use plat_crds::block::{Block, Family};
 
 use crate::fabric::{
-    Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Route, RouteKey, Sysctl, TableState,
-    Target, Told, host_prefix,
+    Admit, Bridge, Desired, ForwardChain, Observed, ObservedBridge, Packets, Route, RouteKey, Rule, Sysctl,
+    TableState, Target, Told, host_prefix,
 };
 use crate::vxlan::{self, Entries};
 
@@ -25,6 +25,8 @@ pub enum Step {
     AddRoute(Route),
     /// Replace our route of that key.
     ReplaceRoute(Route),
+    /// Add a rule that leads to a table.
+    AddRule(Rule),
     /// Write a sysctl.
     WriteSysctl(Sysctl),
     /// Make the bridge, or bring it and its gateways in order.
@@ -62,6 +64,8 @@ pub enum Step {
     },
     /// Remove our route of that key.
     DeleteRoute(RouteKey),
+    /// Remove a rule of ours.
+    DeleteRule(Rule),
 }
 
 /// The steps from `observed` to `desired`; empty when nothing differs.
@@ -75,12 +79,18 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
     let (own, foreign): (Vec<_>, Vec<_>) =
         wanted_routes(desired, observed).partition(|step| target(step) == Some(&Target::Bridge));
     steps.extend(foreign);
+    // The kernel takes a narrower rule for the same one and adds none beside it.
+    let (narrower, unneeded): (Vec<_>, Vec<_>) =
+        unwanted_rules(desired, observed).partition(|rule| rule.packets == Packets::Other);
+    steps.extend(narrower.into_iter().map(Step::DeleteRule));
+    steps.extend(desired.rules.difference(&observed.rules).copied().map(Step::AddRule));
     steps.extend(sysctls(desired, observed));
     steps.extend(bridge(desired, observed));
     steps.extend(gateways(desired, observed));
     steps.extend(own);
     steps.extend(admissions(desired, observed));
     steps.extend(unwanted_routes(desired, observed));
+    steps.extend(unneeded.into_iter().map(Step::DeleteRule));
     steps.extend(vxlan::clear(desired, observed));
     steps
 }
@@ -123,6 +133,17 @@ fn wanted_routes<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Itera
 fn unwanted_routes<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Step> + 'a {
     let unwanted = |key: &RouteKey| !desired.routes.contains_key(key) && !desired.keep.contains(&key.prefix);
     observed.routes.keys().filter(move |key| unwanted(key)).map(|key| Step::DeleteRoute(*key))
+}
+
+/// Not those that lead to routes that stay.
+fn unwanted_rules<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Rule> + 'a {
+    let stays = |rule: &Rule, key: &RouteKey| {
+        (key.table, key.family()) == (rule.table, rule.family) && desired.keep.contains(&key.prefix)
+    };
+    let in_use = move |rule: &Rule| {
+        *rule == Rule::to(rule.family, rule.table) && observed.routes.keys().any(|key| stays(rule, key))
+    };
+    observed.rules.difference(&desired.rules).copied().filter(move |rule| !in_use(rule))
 }
 
 fn sysctls<'a>(desired: &'a Desired, observed: &'a Observed) -> impl Iterator<Item = Step> + 'a {
@@ -181,16 +202,16 @@ fn surplus<'a>(chain: &'a ForwardChain, wanted: &'a [Admit]) -> impl Iterator<It
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fabric::{Admitted, Direction};
+    use crate::fabric::{Admitted, Direction, Hop};
     use plat_crds::lease::Datapath;
     use proptest::prelude::*;
 
     fn route(prefix: &str, metric: u32, target: Target) -> Route {
-        Route { key: RouteKey::main(prefix.parse().unwrap(), metric), target, mtu: None }
+        Route::new(RouteKey::main(prefix.parse().unwrap(), metric), target)
     }
 
     fn via(prefix: &str, gateway: &str) -> Route {
-        route(prefix, 1120, Target::Via { gateway: gateway.parse().unwrap(), device: 2 })
+        route(prefix, 1120, Target::via([Hop::to(gateway.parse().unwrap(), 2)]))
     }
 
     fn routes(list: &[Route]) -> BTreeMap<RouteKey, Route> {
@@ -256,6 +277,34 @@ mod tests {
             let told = BTreeMap::from([(other.key, Told::Gone)]);
             assert_eq!((undo(&standing, &told), is_undone_by(&standing, &told)), (vec![], false));
         }
+    }
+
+    #[test]
+    fn a_rule_comes_behind_its_routes_and_stays_while_one_of_them_does() {
+        let in_table = |prefix: &str| {
+            let route = via(prefix, "172.30.0.12");
+            Route { key: RouteKey { table: 1000, ..route.key }, ..route }
+        };
+        let (rule, kept) = (Rule::to(Family::IPv4, 1000), in_table("10.244.2.0/24"));
+        let desired = Desired {
+            routes: routes(std::slice::from_ref(&kept)),
+            rules: [rule].into(),
+            ..Desired::default()
+        };
+        assert_eq!(
+            diff(&desired, &intact(BTreeMap::new())),
+            [Step::AddRoute(kept.clone()), Step::AddRule(rule)]
+        );
+        let gone = in_table("10.244.3.0/24");
+        let there = |priority| Observed {
+            rules: [Rule { priority, ..rule }].into(),
+            ..intact(routes(&[kept.clone(), gone.clone()]))
+        };
+        let keep = Desired { keep: [kept.key.prefix].into(), ..Desired::default() };
+        assert_eq!(diff(&keep, &there(rule.priority)), [Step::DeleteRoute(gone.key)]);
+        let old = Rule { priority: 7, ..rule };
+        assert_eq!(diff(&keep, &there(7)), [Step::DeleteRoute(gone.key), Step::DeleteRule(old)]);
+        assert_eq!(diff(&Desired::default(), &there(rule.priority)).last(), Some(&Step::DeleteRule(rule)));
     }
 
     #[test]
@@ -343,7 +392,7 @@ mod tests {
 
     fn any_route() -> impl Strategy<Value = Route> {
         let target = prop_oneof![
-            (1u8..5, 1u32..3).prop_map(|(a, device)| Target::Via { gateway: [172, 30, 0, a].into(), device }),
+            (1u8..5, 1u32..3).prop_map(|(a, device)| Target::via([Hop::to([172, 30, 0, a].into(), device)])),
             Just(Target::Bridge),
             Just(Target::Unreachable),
             Just(Target::Other),
@@ -351,7 +400,7 @@ mod tests {
         (0u8..6, prop_oneof![Just(7u32), Just(1120), Just(65_535)], target, prop::option::of(Just(1400u32)))
             .prop_map(|(n, metric, target, mtu)| {
                 let prefix = format!("10.244.{n}.0/24").parse().unwrap();
-                Route { key: RouteKey::main(prefix, metric), target, mtu }
+                Route { mtu, ..Route::new(RouteKey::main(prefix, metric), target) }
             })
     }
 

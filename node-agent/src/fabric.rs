@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
 use plat_crds::lease::Datapath;
-use plat_crds::names::MAIN_TABLE;
+use plat_crds::names::{MAIN_TABLE, RULE_PRIORITY};
 
 use crate::facts::Kind;
 use crate::vxlan::{ObservedTunnel, Tunnel};
@@ -48,16 +48,57 @@ impl fmt::Display for RouteKey {
     }
 }
 
+/// Whether a router is taken to be on the link though no subnet of this node says so (`RTNH_F_ONLINK`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OnLink {
+    /// Only if this node has a subnet with it on that link.
+    #[default]
+    Proven,
+    /// On the policy's word.
+    Taken,
+}
+
+/// One way over which a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hop {
+    /// Address of the router; `None` leaves the packet to whatever is at the other end of the link.
+    pub gateway: Option<IpAddr>,
+    /// Interface index of the link.
+    pub device: u32,
+    /// Its share of the connections, in proportion to those of the route's other hops; 1 to 256.
+    pub weight: u16,
+    /// Whether the router is taken to be on the link.
+    pub on_link: OnLink,
+}
+
+impl Hop {
+    /// To a router on a link.
+    pub fn to(gateway: IpAddr, device: u32) -> Hop {
+        Hop { gateway: Some(gateway), device, weight: 1, on_link: OnLink::Proven }
+    }
+}
+
+impl fmt::Display for Hop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.gateway {
+            Some(gateway) => write!(f, "via {gateway}")?,
+            None => write!(f, "by link {}", self.device)?,
+        }
+        if self.weight != 1 {
+            write!(f, " weight {}", self.weight)?;
+        }
+        if self.on_link == OnLink::Taken {
+            f.write_str(" onlink")?;
+        }
+        Ok(())
+    }
+}
+
 /// Where a route leads.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
-    /// To a router on a link.
-    Via {
-        /// Address of the router.
-        gateway: IpAddr,
-        /// Interface index of the link.
-        device: u32,
-    },
+    /// Over one of these hops; sorted, at least one. A connection keeps to one of them (RFC 2992).
+    Via(Vec<Hop>),
     /// Through the tunnel over that family of the underlay, to the node whose device carries that address.
     Tunnel {
         /// Family of the packets that carry the tunnelled ones.
@@ -77,6 +118,16 @@ impl Target {
     /// Whether it can be told only by who knows the links of ours.
     pub fn needs_device(&self) -> bool {
         matches!(self, Target::Tunnel { .. } | Target::Bridge | Target::Other)
+    }
+
+    /// Over these hops, which share the connections by their weights. Those of a single one say nothing.
+    pub fn via(hops: impl IntoIterator<Item = Hop>) -> Target {
+        let mut hops: Vec<Hop> = hops.into_iter().collect();
+        hops.sort_unstable();
+        if let [only] = hops.as_mut_slice() {
+            only.weight = 1;
+        }
+        Target::Via(hops)
     }
 }
 
@@ -118,22 +169,79 @@ pub struct Route {
     pub target: Target,
     /// MTU of the path in bytes; `None` is the device's.
     pub mtu: Option<u32>,
+    /// Largest TCP segment to advertise, in bytes; `None` is what the MTU allows.
+    pub advmss: Option<u32>,
+    /// This node's address on packets of its own; `None` leaves the choice to the kernel.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    /// A route with nothing but its key and target.
+    pub fn new(key: RouteKey, target: Target) -> Route {
+        Route { key, target, mtu: None, advmss: None, source: None }
+    }
 }
 
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.target {
-            Target::Via { gateway, .. } => write!(f, "{} via {gateway}", self.key.prefix)?,
+            Target::Via(hops) => {
+                write!(f, "{}", self.key.prefix)?;
+                hops.iter().try_for_each(|hop| write!(f, " {hop}"))?;
+            }
             Target::Tunnel { underlay, .. } => write!(f, "{} by VXLAN over {underlay}", self.key.prefix)?,
             Target::Bridge => write!(f, "{} to the pods", self.key.prefix)?,
             Target::Unreachable => write!(f, "unreachable {}", self.key.prefix)?,
             Target::Other => write!(f, "{}", self.key.prefix)?,
         }
         write!(f, " metric {}", self.key.metric)?;
-        match self.mtu {
-            Some(mtu) => write!(f, " mtu {mtu}"),
-            None => Ok(()),
+        if self.key.table != MAIN_TABLE {
+            write!(f, " table {}", self.key.table)?;
         }
+        if let Some(source) = self.source {
+            write!(f, " src {source}")?;
+        }
+        for (name, value) in [("mtu", self.mtu), ("advmss", self.advmss)] {
+            if let Some(value) = value {
+                write!(f, " {name} {value}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which packets a rule is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Packets {
+    /// All of them.
+    All,
+    /// Something this agent never asks for; observed only, and removed.
+    Other,
+}
+
+/// A policy rule (`ip rule`) that leads to a routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Rule {
+    /// Family of the packets.
+    pub family: Family,
+    /// Place among the rules: the lower goes first.
+    pub priority: u32,
+    /// The table to look in.
+    pub table: u32,
+    /// For which packets.
+    pub packets: Packets,
+}
+
+impl Rule {
+    /// The one that leads to a table of ours.
+    pub fn to(family: Family, table: u32) -> Rule {
+        Rule { family, priority: RULE_PRIORITY, table, packets: Packets::All }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rule {} to table {}", self.family, self.priority, self.table)
     }
 }
 
@@ -213,6 +321,8 @@ pub struct Desired {
     pub routes: BTreeMap<RouteKey, Route>,
     /// The object that each route is for.
     pub owners: BTreeMap<RouteKey, (Kind, String)>,
+    /// Rules that lead to the tables of these routes.
+    pub rules: BTreeSet<Rule>,
     /// Prefixes whose present routes stay as they are, since their objects cannot be followed now.
     pub keep: BTreeSet<Block>,
     /// The nftables table.
@@ -288,6 +398,8 @@ pub struct Observed {
     pub table: TableState,
     /// Routes of our protocol.
     pub routes: BTreeMap<RouteKey, Route>,
+    /// Rules of our protocol.
+    pub rules: BTreeSet<Rule>,
     /// Values of the sysctls that are desired.
     pub sysctls: BTreeMap<String, String>,
     /// The bridge, if there is one of that name.

@@ -3,6 +3,7 @@
 
 use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::pod_cidr::BlockState;
+use plat_crds::routing_policy::Phase;
 use plat_crds::selector::Labels;
 use plat_crds::{Block, RoutingPolicySpec};
 
@@ -58,15 +59,15 @@ pub fn range(name: &str) -> RangeFact {
     }
 }
 
-/// A policy for every node and block that says nothing.
+/// A policy for every node and block that says nothing, in force everywhere.
 pub fn policy(name: &str) -> PolicyFact {
     PolicyFact {
         name: name.into(),
         uid: format!("uid-{name}"),
         generation: 1,
         spec: RoutingPolicySpec::default(),
-        observed: None,
-        phase: None,
+        observed: Some(1),
+        phase: Some(Phase::Complete),
         last_good: None,
     }
 }

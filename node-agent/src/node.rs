@@ -29,7 +29,7 @@ use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
 use crate::kernel::forward::{self, Forwarding};
-use crate::kernel::{host, route, sysctl, vxlan};
+use crate::kernel::{host, route, rule, sysctl, vxlan};
 use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
@@ -636,6 +636,7 @@ impl Machine {
         self.judge_forwarding(desired)?;
         let mut observed = Observed {
             table: self.kernel.nft.observe(&desired.masquerade)?,
+            rules: rule::dump(&mut self.kernel.route)?.into_iter().filter_map(|found| found.ours()).collect(),
             sysctls,
             bridge: host::bridge(&view),
             gateways: host::gateways(&view),

@@ -12,7 +12,7 @@ use plat_crds::names::UNREACHABLE_METRIC;
 use plat_crds::routing::{self, Mode};
 
 use crate::desired::{Host, Location, Map, Me};
-use crate::fabric::{Route, RouteKey, Target};
+use crate::fabric::{Hop, Route, RouteKey, Target};
 use crate::facts::{BlockFact, Fault, RangeFact, Reason};
 use crate::policies;
 
@@ -47,11 +47,10 @@ pub fn route(block: &BlockFact, map: Map<'_>, host: &Host) -> Result<Option<Rout
     let Path::Via { next_hop, metric, mtu } = path(block, map)? else { return Ok(None) };
     let whose = format!("PodCIDR '{}' of node {}", block.name, block.node);
     match host.locations.get(&next_hop).copied().unwrap_or(Location::Remote) {
-        Location::OnLink { device } => Ok(Some(Route {
-            key: RouteKey::main(block.block, metric),
-            target: Target::Via { gateway: next_hop, device },
-            mtu,
-        })),
+        Location::OnLink { device } => {
+            let target = Target::via([Hop::to(next_hop, device)]);
+            Ok(Some(Route { mtu, ..Route::new(RouteKey::main(block.block, metric), target) }))
+        }
         Location::Local => Err(Fault::block(
             &block.name,
             Reason::NotOnLink,

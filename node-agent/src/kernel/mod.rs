@@ -6,5 +6,6 @@ pub mod host;
 pub mod kube_proxy;
 pub mod nft;
 pub mod route;
+pub mod rule;
 pub mod sysctl;
 pub mod vxlan;

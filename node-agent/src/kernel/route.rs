@@ -22,36 +22,82 @@ use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::{DefaultNla, Emitable, NlasIterator, Parseable, ParseableParametrized};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage, RouteMetric,
-    RouteProtocol, RouteScope, RouteType,
+    RouteNextHop, RouteNextHopFlags, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::fabric::{Devices, Route, RouteKey, Target};
+use crate::fabric::{Devices, Hop, OnLink, Route, RouteKey, Target};
 use crate::foreign::ForeignRoute;
 
 /// The message of a route; `None` if it leads to a link of ours that is not there, or to what no message can express.
 fn write(route: &Route, devices: Devices) -> Option<RouteMessage> {
     let mut message = write_key(&route.key);
-    let (kind, scope, device, gateway) = match &route.target {
-        Target::Via { gateway, device } => {
-            (RouteType::Unicast, RouteScope::Universe, Some(*device), Some(*gateway))
+    let mut source = route.source;
+    message.header.kind = RouteType::Unicast;
+    match &route.target {
+        Target::Via(hops) => write_hops(&mut message, hops)?,
+        Target::Bridge => {
+            message.header.scope = RouteScope::Link;
+            message.attributes.push(RouteAttribute::Oif(devices.bridge?));
+            source = Some(route.key.prefix.gateway());
+        }
+        Target::Unreachable => {
+            (message.header.kind, message.header.scope) = (RouteType::Unreachable, RouteScope::Universe);
         }
         Target::Tunnel { underlay, gateway } => {
             // Nothing on the device tells that the peer is there.
-            message.header.flags = RouteFlags::Onlink;
-            (RouteType::Unicast, RouteScope::Universe, Some(devices.tunnel(*underlay)?), Some(*gateway))
+            let hop = Hop { on_link: OnLink::Taken, ..Hop::to(*gateway, devices.tunnel(*underlay)?) };
+            write_hops(&mut message, &[hop])?;
         }
-        Target::Bridge => (RouteType::Unicast, RouteScope::Link, Some(devices.bridge?), None),
-        Target::Unreachable => (RouteType::Unreachable, RouteScope::Universe, None, None),
         Target::Other => return None,
-    };
-    let source = (route.target == Target::Bridge).then(|| route.key.prefix.gateway());
-    (message.header.kind, message.header.scope) = (kind, scope);
-    message.attributes.extend(gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
-    message.attributes.extend(device.map(RouteAttribute::Oif));
+    }
     message.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
-    message.attributes.extend(route.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
+    let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
+    let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
+    message.attributes.extend((!metrics.is_empty()).then_some(RouteAttribute::Metrics(metrics)));
     Some(message)
+}
+
+/// One hop is told by attributes of the route itself, as the kernel shows it; several by a list.
+fn write_hops(message: &mut RouteMessage, hops: &[Hop]) -> Option<()> {
+    let led = hops.iter().any(|hop| hop.gateway.is_some());
+    message.header.scope = if led { RouteScope::Universe } else { RouteScope::Link };
+    let gateway = |hop: &Hop| hop.gateway.map(|gateway| RouteAttribute::Gateway(gateway.into()));
+    if let [hop] = hops {
+        if hop.on_link == OnLink::Taken {
+            message.header.flags |= RouteFlags::Onlink;
+        }
+        message.attributes.extend(gateway(hop));
+        message.attributes.push(RouteAttribute::Oif(hop.device));
+        return Some(());
+    }
+    let several = hops.iter().map(|hop| {
+        let mut there = RouteNextHop::default();
+        if hop.on_link == OnLink::Taken {
+            there.flags |= RouteNextHopFlags::Onlink;
+        }
+        // The kernel counts from 0.
+        there.hops = u8::try_from(hop.weight.checked_sub(1)?).ok()?;
+        there.interface_index = hop.device;
+        there.attributes.extend(gateway(hop));
+        Some(there)
+    });
+    message.attributes.push(RouteAttribute::MultiPath(several.collect::<Option<_>>()?));
+    (!hops.is_empty()).then_some(())
+}
+
+fn read_hop(there: &RouteNextHop) -> Option<Hop> {
+    let mut gateway = None;
+    for attribute in &there.attributes {
+        match attribute {
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            // An encapsulation, or a router of the other family.
+            _ => return None,
+        }
+    }
+    let on_link =
+        if there.flags.contains(RouteNextHopFlags::Onlink) { OnLink::Taken } else { OnLink::Proven };
+    Some(Hop { gateway, device: there.interface_index, weight: u16::from(there.hops) + 1, on_link })
 }
 
 /// A message that names the key, with any type and in any scope: as it stands, what a delete takes.
@@ -118,17 +164,20 @@ fn header(of: Family) -> RouteHeader {
 }
 
 /// What the attributes of a route say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Facts {
     /// `None` if it is everything (`0.0.0.0/0`, `::/0`).
     pub destination: Option<IpAddr>,
     gateway: Option<IpAddr>,
+    /// Where there are several.
+    hops: Vec<Hop>,
     /// The source address that the route prefers.
     source: Option<IpAddr>,
     device: Option<u32>,
     table: Option<u32>,
     metric: Option<u32>,
     mtu: Option<u32>,
+    advmss: Option<u32>,
     /// Whether there is anything else, which no route of ours has.
     foreign: bool,
 }
@@ -144,10 +193,15 @@ impl Facts {
                 RouteAttribute::Oif(device) => facts.device = Some(*device),
                 RouteAttribute::Table(table) => facts.table = Some(*table),
                 RouteAttribute::Priority(metric) => facts.metric = Some(*metric),
+                RouteAttribute::MultiPath(hops) => match hops.iter().map(read_hop).collect() {
+                    Some(hops) => facts.hops = hops,
+                    None => facts.foreign = true,
+                },
                 RouteAttribute::Metrics(metrics) => {
                     for metric in metrics {
                         match metric {
                             RouteMetric::Mtu(mtu) => facts.mtu = Some(*mtu),
+                            RouteMetric::Advmss(advmss) => facts.advmss = Some(*advmss),
                             _ => facts.foreign = true,
                         }
                     }
@@ -188,28 +242,27 @@ pub(super) fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
     let prefix = Block::of(network, fixed.destination_prefix_length)?;
     let table = facts.table.unwrap_or(u32::from(fixed.table));
     let key = RouteKey { table, prefix, metric: facts.metric.unwrap_or(0) };
-    // A next hop that is taken to be on the link without proof: that is set for tunnels alone.
-    let onlink = fixed.flags.contains(RouteFlags::Onlink);
-    let tunnel = Family::ALL
-        .into_iter()
-        .find(|family| facts.device.is_some() && devices.tunnel(*family) == facts.device);
-    let target = match (fixed.kind, facts.gateway, facts.device, facts.source) {
+    let on_link = if fixed.flags.contains(RouteFlags::Onlink) { OnLink::Taken } else { OnLink::Proven };
+    let is_tunnel = |family: &Family| facts.device.is_some() && devices.tunnel(*family) == facts.device;
+    let tunnel = Family::ALL.into_iter().find(is_tunnel).filter(|_| on_link == OnLink::Taken);
+    let mut source = facts.source;
+    let target = match (fixed.kind, facts.device, facts.gateway, facts.hops.as_slice()) {
         _ if facts.foreign => Target::Other,
-        (RouteType::Unicast, Some(gateway), Some(_), None) if onlink => match tunnel {
-            Some(underlay) => Target::Tunnel { underlay, gateway },
-            None => Target::Other,
-        },
-        _ if onlink => Target::Other,
-        (RouteType::Unreachable, None, _, None) => Target::Unreachable,
-        (RouteType::Unicast, Some(gateway), Some(device), None) => Target::Via { gateway, device },
-        (RouteType::Unicast, None, device @ Some(_), Some(source))
-            if device == devices.bridge && source == prefix.gateway() =>
+        (RouteType::Unreachable, _, None, []) => Target::Unreachable,
+        (RouteType::Unicast, Some(device), None, [])
+            if Some(device) == devices.bridge && source == Some(prefix.gateway()) =>
         {
+            source = None;
             Target::Bridge
         }
+        (RouteType::Unicast, Some(device), gateway, []) => match (tunnel, gateway) {
+            (Some(underlay), Some(gateway)) if source.is_none() => Target::Tunnel { underlay, gateway },
+            _ => Target::via([Hop { gateway, device, weight: 1, on_link }]),
+        },
+        (RouteType::Unicast, None, None, [_, _, ..]) => Target::via(facts.hops),
         _ => Target::Other,
     };
-    Some(Route { key, target, mtu: facts.mtu })
+    Some(Route { key, target, mtu: facts.mtu, advmss: facts.advmss, source })
 }
 
 /// All routes of our protocol, in all tables.
@@ -298,7 +351,7 @@ pub fn overriding(
     socket: &mut Socket,
     ours: &BTreeMap<RouteKey, Route>,
 ) -> Result<Vec<(Route, Route)>, Error> {
-    let led = ours.values().filter(|route| matches!(route.target, Target::Via { .. }));
+    let led = ours.values().filter(|route| matches!(route.target, Target::Via(_)));
     let led: BTreeMap<(u32, Block), &Route> = led.map(|r| ((r.key.table, r.key.prefix), r)).collect();
     let families: BTreeSet<Family> = led.keys().map(|(_, prefix)| prefix.family()).collect();
     let mut overriding = Vec::new();
@@ -544,19 +597,30 @@ mod tests {
         let v6 = (any::<u128>(), 0u8..=128, any::<u128>()).prop_map(|(n, length, g)| {
             (Block::of(IpAddr::V6(n.into()), length).unwrap(), IpAddr::V6(g.into()))
         });
-        (prop_oneof![v4, v6], any::<u32>(), 1u32..1000, 0usize..5, prop::option::of(576u32..65_536), 2u32..9)
-            .prop_map(|((prefix, gateway), metric, table, target, mtu, device)| Route {
-                key: RouteKey { table, prefix, metric },
-                target: [
-                    Target::Via { gateway, device },
-                    Target::Bridge,
-                    Target::Unreachable,
-                    Target::Tunnel { underlay: Family::IPv4, gateway },
-                    Target::Tunnel { underlay: Family::IPv6, gateway },
-                ][target]
-                    .clone(),
-                mtu,
-            })
+        let hop = (2u32..9, 1u16..=256, any::<bool>(), any::<bool>());
+        let hops = prop::collection::vec(hop, 1..5);
+        let fields = (any::<[Option<u16>; 2]>(), any::<bool>());
+        (prop_oneof![v4, v6], any::<u32>(), 1u32..1000, 0usize..7, hops, fields).prop_map(
+            |((prefix, gateway), metric, table, kind, hops, ([mtu, advmss], has_source))| {
+                let hops = hops.into_iter().map(|(device, weight, has_gateway, taken)| Hop {
+                    gateway: has_gateway.then_some(gateway),
+                    device,
+                    weight,
+                    on_link: if taken { OnLink::Taken } else { OnLink::Proven },
+                });
+                let target = match kind {
+                    0 => Target::Bridge,
+                    1 => Target::Unreachable,
+                    2 => Target::Tunnel { underlay: Family::IPv4, gateway },
+                    3 => Target::Tunnel { underlay: Family::IPv6, gateway },
+                    4 => Target::via([Hop::to(gateway, 2)]),
+                    _ => Target::via(hops),
+                };
+                let source = Some(gateway).filter(|_| has_source && matches!(target, Target::Via(_)));
+                let [mtu, advmss] = [mtu, advmss].map(|bytes| bytes.map(u32::from));
+                Route { mtu, advmss, source, ..Route::new(RouteKey { table, prefix, metric }, target) }
+            },
+        )
     }
 
     proptest! {
@@ -588,7 +652,7 @@ mod tests {
     fn a_route_has_the_bytes_that_the_kernel_expects() {
         let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
         let gateway = "172.30.0.2".parse().unwrap();
-        let route = Route { key, target: Target::Via { gateway, device: 2 }, mtu: Some(1400) };
+        let route = Route { mtu: Some(1400), ..Route::new(key, Target::via([Hop::to(gateway, 2)])) };
         let number = |n: u32| n.to_ne_bytes().to_vec();
         let attribute = |kind: u16, value: Vec<u8>| {
             let length = u16::try_from(value.len() + 4).unwrap().to_ne_bytes();
@@ -612,33 +676,23 @@ mod tests {
     fn what_we_never_write_reads_as_other() {
         let key = RouteKey::main("10.244.2.0/24".parse().unwrap(), 1120);
         let gateway = "172.30.0.2".parse().unwrap();
-        let plain =
-            write(&Route { key, target: Target::Via { gateway, device: 2 }, mtu: None }, devices()).unwrap();
+        let plain = write(&Route::new(key, Target::via([Hop::to(gateway, 2)])), devices()).unwrap();
         let with = |extra: RouteAttribute| {
             let mut message = plain.clone();
             message.attributes.push(extra);
             payload(&message)
         };
 
-        let preferred_source = with(RouteAttribute::PrefSource(Ipv4Addr::new(10, 0, 0, 1).into()));
         let window = with(RouteAttribute::Metrics(vec![RouteMetric::Window(100)]));
         let unknown = with(RouteAttribute::Other(DefaultNla::new(99, vec![1])));
         let unreadable_metrics = with(RouteAttribute::Other(DefaultNla::new(8, vec![1])));
         let unreadable_encapsulation = with(RouteAttribute::Other(DefaultNla::new(22, vec![255; 3])));
-        let mut onlink = plain.clone();
-        onlink.header.flags = RouteFlags::Onlink;
-        let mut other_device = write_key(&key);
-        other_device.header.kind = RouteType::Unicast;
-        other_device.attributes.push(RouteAttribute::Oif(5));
-        for bytes in [
-            preferred_source,
-            window,
-            unknown,
-            unreadable_metrics,
-            unreadable_encapsulation,
-            payload(&onlink),
-            payload(&other_device),
-        ] {
+        let mut encapsulated = RouteNextHop::default();
+        encapsulated.attributes.push(RouteAttribute::Other(DefaultNla::new(22, vec![1])));
+        let mut several = write_key(&key);
+        several.header.kind = RouteType::Unicast;
+        several.attributes.push(RouteAttribute::MultiPath(vec![RouteNextHop::default(), encapsulated]));
+        for bytes in [window, unknown, unreadable_metrics, unreadable_encapsulation, payload(&several)] {
             let route = read_bytes(&bytes, devices()).unwrap();
             assert_eq!((route.key, route.target), (key, Target::Other));
         }

@@ -96,7 +96,8 @@ fn said(node: &TestNode) -> Vec<String> {
             let (prefix, metric) = (route.key.prefix, route.key.metric);
             let mtu = route.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
             match &route.target {
-                Target::Via { gateway, .. } => {
+                Target::Via(hops) => {
+                    let gateway = hops[0].gateway.unwrap();
                     format!("{prefix} gateway {gateway} dev eth0 metric {metric}{mtu}")
                 }
                 Target::Bridge => format!("{prefix} dev cni0 metric {metric}"),

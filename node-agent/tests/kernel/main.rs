@@ -11,6 +11,7 @@ mod checks;
 mod cleanup;
 mod converge;
 mod doubled;
+mod edge;
 mod fights;
 mod forwarding;
 mod harness;
