@@ -12,16 +12,16 @@ use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::HeldBlock;
 use plat_crds::cluster_cidr::{DEFAULT_QUARANTINE_SECONDS, MasqueradeMode};
 use plat_crds::lease::Datapath;
-use plat_crds::names::{ROUTE_METRIC, UNREACHABLE_METRIC};
+use plat_crds::names::{MAIN_TABLE, ROUTE_METRIC, UNREACHABLE_METRIC};
 use plat_crds::pod_cidr::BlockState;
 
 use crate::fabric::{
-    Admit, Bridge, Desired, Direction, Masquerade, Route, RouteKey, Sysctl, Target, host_prefix,
+    Admit, Bridge, Desired, Direction, Masquerade, Route, RouteKey, Rule, Sysctl, Target, host_prefix,
 };
 use crate::facts::{BlockFact, Fault, Kind, RangeFact, Reason};
 use crate::overlap;
 use crate::path;
-use crate::policies::InForce;
+use crate::policies::{InForce, Resolver};
 
 /// Destinations that always see pods' own addresses: multicast and link-local never leave a link through
 /// a router (RFC 5771, RFC 3927, RFC 4291).
@@ -54,11 +54,42 @@ pub enum Location {
     Remote,
 }
 
+/// Where packets that leave by a link arrive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Leads {
+    /// At one of several neighbours, told apart by their addresses.
+    #[default]
+    ToNeighbours,
+    /// At the only other end (`IFF_POINTOPOINT`: WireGuard, tun).
+    ToOnePeer,
+    /// Back at this node or its pods.
+    Nowhere,
+}
+
+/// A link that routes may leave by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Interface index.
+    pub index: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Where its packets arrive.
+    pub leads: Leads,
+}
+
 /// What this node's own state adds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Where each of [`next_hops`] is.
+    /// Where the addresses of [`path::Needs`] are.
     pub locations: BTreeMap<IpAddr, Location>,
+    /// Links with addresses, and those that policies name, by name.
+    pub devices: BTreeMap<String, Device>,
+    /// Routers that are on a link that a policy names, without another router between.
+    pub reachable: BTreeSet<(u32, IpAddr)>,
+    /// Tables of [`path::Needs`] that other programs use, and how.
+    pub tables: BTreeMap<u32, String>,
     /// Links whose IPv6 routes come from router advertisements and would be purged by forwarding.
     pub ra_links: BTreeSet<String>,
     /// MTU of the link that carries the node's address.
@@ -156,6 +187,7 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
     for block in own.keys() {
         own_routes(*block, &mut desired);
     }
+    let mut resolver = Resolver::of(map);
     for block in accepted.iter().filter(|b| !b.released()) {
         if let Some(address) = host.exposed.get(&block.block) {
             faults.push(holds_needed(block, *address, own.contains_key(&block.block)));
@@ -164,7 +196,7 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
         if block.node == me.node {
             continue;
         }
-        match path::route(block, map, host) {
+        match path::route(block, &resolver.resolve(block), host) {
             Ok(Some(route)) => insert(&mut desired, Kind::PodCIDR, &block.name, route),
             Ok(None) => {}
             Err(fault) => {
@@ -180,6 +212,9 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
 }
 
 fn insert(desired: &mut Desired, kind: Kind, name: &str, route: Route) {
+    if route.key.table != MAIN_TABLE {
+        desired.rules.insert(Rule::to(route.key.family(), route.key.table));
+    }
     desired.owners.insert(route.key, (kind, name.to_owned()));
     desired.routes.insert(route.key, route);
 }

@@ -56,6 +56,12 @@ pub enum Reason {
     NoNodeAddress,
     /// The next hop is not on a link of this node.
     NotOnLink,
+    /// The link that its policy names is missing, down, or leads to no other node.
+    NoInterface,
+    /// The routing table that its policy names is another program's.
+    TableInUse,
+    /// The address that its policy names is not this node's.
+    NotLocal,
     /// Another program has a route with the same prefix and metric.
     ForeignRoute,
     /// Another program's route to the same prefix has a better metric and leads elsewhere.
@@ -74,12 +80,15 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 15] = [
         Reason::Unreadable,
         Reason::Overlapping,
         Reason::UnusablePolicy,
         Reason::NoNodeAddress,
         Reason::NotOnLink,
+        Reason::NoInterface,
+        Reason::TableInUse,
+        Reason::NotLocal,
         Reason::ForeignRoute,
         Reason::Overridden,
         Reason::KernelRefused,
@@ -97,6 +106,9 @@ impl Reason {
             Reason::UnusablePolicy => "UnusablePolicy",
             Reason::NoNodeAddress => "NoNodeAddress",
             Reason::NotOnLink => "NotOnLink",
+            Reason::NoInterface => "NoInterface",
+            Reason::TableInUse => "TableInUse",
+            Reason::NotLocal => "NotLocal",
             Reason::ForeignRoute => "ForeignRoute",
             Reason::Overridden => "Overridden",
             Reason::KernelRefused => "KernelRefused",

@@ -106,9 +106,8 @@ fn overlap(me: &Me, map: Map<'_>, route: &ForeignRoute, range: &RangeFact) -> Op
 
 /// Whether the route is meant for that block: users leave it to others, or it leads where ours does.
 fn is_left_to(map: Map<'_>, block: &BlockFact, route: &ForeignRoute) -> bool {
-    match path::next_hop(block, map) {
-        Ok(None) => true,
-        Ok(next_hop) => next_hop == route.gateway,
+    match path::next_hops(block, map) {
+        Ok(hops) => hops.is_empty() || route.gateway.is_some_and(|gateway| hops.contains(&gateway)),
         Err(_) => false,
     }
 }

@@ -468,7 +468,12 @@ impl Machine {
     /// What the node's own state adds to the objects.
     fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, OwnBlocks, Closing), Error> {
         let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
-        let locations = host::locate(&mut self.kernel.route, &view, path::next_hops(&self.me, map))?;
+        let needs = path::needs(&self.me, map);
+        let socket = &mut self.kernel.route;
+        let locations = host::locate(socket, &view, needs.addresses)?;
+        let links = host::devices(socket, &view, &needs.interfaces)?;
+        let reachable = host::reachable(socket, &view, &links, &needs.routers)?;
+        let tables = rule::users(socket, &needs.tables)?;
         let devices = locations.values().filter_map(|location| match location {
             Location::OnLink { device } => Some(*device),
             Location::Local | Location::Remote => None,
@@ -481,6 +486,9 @@ impl Machine {
         let mut host = Host {
             exposed: self.exposed(map, &leased.guessed, &needed)?,
             locations,
+            devices: links,
+            reachable,
+            tables,
             mtu,
             leased: leased.all,
             guessed: leased.guessed,

@@ -1,12 +1,14 @@
 //! The RoutingPolicies that this node follows, and the layers that decide how it reaches a block.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::sync::Arc;
 
-use plat_crds::routing::{Layer, Routing};
+use plat_crds::routing::{self, Invalid, Layer, Resolved, Routing};
 use plat_crds::selector::{Labels, Selector};
 
+use crate::desired::Map;
 use crate::facts::{BlockFact, PolicyFact, RangeFact};
 
 /// A policy that this node follows.
@@ -62,6 +64,39 @@ pub fn layers<'a>(
     let about = about.map(|policy| (Layer::RoutingPolicy(policy.name.clone()), &policy.routing));
     let range = range.and_then(|range| range.routing.as_ref()).map(|routing| (Layer::ClusterCIDR, routing));
     own.into_iter().chain(about).chain(range).collect()
+}
+
+/// Resolves what holds for many blocks, once for all that are alike: those of one range without a policy of their own,
+/// and with the same values of the labels that policies name. Other labels differ from block to block.
+pub struct Resolver<'a> {
+    map: Map<'a>,
+    keys: BTreeSet<&'a str>,
+    alike: BTreeMap<Alike<'a>, Rc<Result<Resolved, Invalid>>>,
+}
+
+/// Name of the range, and the values of the labels that policies name.
+type Alike<'a> = (&'a str, Vec<Option<&'a str>>);
+
+impl<'a> Resolver<'a> {
+    /// For the blocks of the map.
+    pub fn of(map: Map<'a>) -> Resolver<'a> {
+        let keys = map.policies.iter().flat_map(|policy| policy.destinations.keys()).collect();
+        Resolver { map, keys, alike: BTreeMap::new() }
+    }
+
+    /// What holds for a block.
+    pub fn resolve(&mut self, block: &'a BlockFact) -> Rc<Result<Resolved, Invalid>> {
+        let map = self.map;
+        let resolve = || {
+            let layers = layers(block, map.ranges.get(&block.range), map.policies);
+            Rc::new(routing::resolve(&layers))
+        };
+        if block.routing.is_some() {
+            return resolve();
+        }
+        let values = self.keys.iter().map(|key| block.labels.get(key)).collect();
+        self.alike.entry((&block.range, values)).or_insert_with(resolve).clone()
+    }
 }
 
 #[cfg(test)]

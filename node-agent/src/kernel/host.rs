@@ -15,7 +15,7 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
 use super::route::{self, Way};
-use crate::desired::Location;
+use crate::desired::{Device, Leads, Location};
 use crate::fabric::{ObservedBridge, host_prefix};
 
 const GET_LINK: u16 = 18;
@@ -23,6 +23,7 @@ const GET_LINK: u16 = 18;
 const LINK_HEADER: usize = 16;
 const IFF_UP: u32 = 1;
 const IFF_LOOPBACK: u32 = 8;
+const IFF_POINTOPOINT: u32 = 16;
 
 /// One address of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub struct Link {
     pub up: bool,
     /// The loopback, or one like it: it carries addresses, but leads nowhere.
     pub loopback: bool,
+    /// There is one other end only.
+    pub one_peer: bool,
     /// MTU in bytes.
     pub mtu: u32,
 }
@@ -122,6 +125,7 @@ fn read_link(payload: &[u8]) -> Option<Link> {
         name: attributes.find(3)?.text().into_owned(),
         up: word(8)? & IFF_UP != 0,
         loopback: word(8)? & IFF_LOOPBACK != 0,
+        one_peer: word(8)? & IFF_POINTOPOINT != 0,
         mtu: attributes.find(4)?.u32()?,
     })
 }
@@ -196,6 +200,50 @@ fn locate_by_subnet(view: &View, address: IpAddr) -> Option<Location> {
     }
 }
 
+/// The links with addresses, and those of these names.
+pub fn devices(
+    socket: &mut Socket,
+    view: &View,
+    named: &BTreeSet<String>,
+) -> Result<BTreeMap<String, Device>, Error> {
+    let leads = |link: &Link| match (link.loopback || Some(link.index) == view.bridge, link.one_peer) {
+        (true, _) => Leads::Nowhere,
+        (false, true) => Leads::ToOnePeer,
+        (false, false) => Leads::ToNeighbours,
+    };
+    let device = |link: &Link| {
+        let device = Device { index: link.index, up: link.up, mtu: link.mtu, leads: leads(link) };
+        (link.name.clone(), device)
+    };
+    let mut devices: BTreeMap<String, Device> = view.links.values().map(device).collect();
+    for name in named {
+        if !devices.contains_key(name)
+            && let Some(link) = link(socket, Wanted::Name(name))?
+        {
+            devices.insert(name.clone(), device(&link).1);
+        }
+    }
+    Ok(devices)
+}
+
+/// Which of these routers are on the link that they are to be on.
+pub fn reachable(
+    socket: &mut Socket,
+    view: &View,
+    devices: &BTreeMap<String, Device>,
+    routers: &BTreeSet<(String, IpAddr)>,
+) -> Result<BTreeSet<(u32, IpAddr)>, Error> {
+    let mut reachable = BTreeSet::new();
+    for (name, router) in routers {
+        let Some(Device { index, up: true, .. }) = devices.get(name) else { continue };
+        let in_subnet = |own: &InterfaceAddress| own.device == *index && own.subnet.contains(router);
+        if view.addresses.iter().any(in_subnet) || route::is_on(socket, *router, *index)? {
+            reachable.insert((*index, *router));
+        }
+    }
+    Ok(reachable)
+}
+
 /// MTU of the link that carries one of the node's addresses, else the smallest among `devices`.
 pub fn path_mtu(view: &View, node: &[IpAddr], devices: impl IntoIterator<Item = u32>) -> Option<u32> {
     let mtu = |device: &u32| view.links.get(device).filter(|link| !link.loopback).map(|link| link.mtu);
@@ -237,8 +285,14 @@ mod tests {
             device,
             ours: false,
         };
-        let link =
-            |index, name: &str, up, mtu| Link { index, name: name.into(), up, loopback: name == "lo", mtu };
+        let link = |index, name: &str, up, mtu| Link {
+            index,
+            name: name.into(),
+            up,
+            loopback: name == "lo",
+            one_peer: false,
+            mtu,
+        };
         View {
             addresses: vec![
                 own("127.0.0.1", 8, 1),

@@ -25,6 +25,7 @@ use rtnetlink::packet_route::route::{
     RouteNextHop, RouteNextHopFlags, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rustix::io::Errno;
 
 use crate::fabric::{Devices, Hop, OnLink, Route, RouteKey, Target};
 use crate::foreign::ForeignRoute;
@@ -453,7 +454,6 @@ fn set_message(route: &Route, devices: Devices, flags: u16) -> Result<Message, S
 }
 
 fn refusal(route: &Route, error: Error) -> SetError {
-    use rustix::io::Errno;
     match error.errno() {
         Some(Errno::EXIST) => SetError::Foreign(route.key),
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH) => SetError::NotOnLink(error),
@@ -497,7 +497,7 @@ pub enum Way {
 /// Asks the kernel for the way to an address.
 pub fn way(socket: &mut Socket, to: IpAddr) -> Result<Way, Error> {
     let mut way = Way::Indirect;
-    let found = get(socket, to, RouteFlags::empty(), |message| {
+    let found = get(socket, to, &[], RouteFlags::empty(), |message| {
         let facts = Facts::of(message);
         way = match (message.header.kind, facts.gateway, facts.device) {
             (RouteType::Local, ..) => Way::Local,
@@ -508,11 +508,54 @@ pub fn way(socket: &mut Socket, to: IpAddr) -> Result<Way, Error> {
     Ok(if found { way } else { Way::Indirect })
 }
 
+/// Whether an address is reached over that link without a router. The route that matches is asked for: for a link
+/// without one the kernel would make a way up.
+pub fn is_on(socket: &mut Socket, address: IpAddr, device: u32) -> Result<bool, Error> {
+    let mut direct = false;
+    let by = [RouteAttribute::Oif(device)];
+    let found = get(socket, address, &by, RouteFlags::FibMatch, |message| {
+        let facts = Facts::of(message);
+        direct = message.header.kind == RouteType::Unicast
+            && facts.gateway.is_none()
+            && facts.device == Some(device);
+    })?;
+    Ok(found && direct)
+}
+
+/// Who else uses a table: a route that is not ours, as text.
+pub fn foreign_in(socket: &mut Socket, table: u32) -> Result<Option<String>, Error> {
+    for family in Family::ALL {
+        let mut filter = RouteMessage::default();
+        filter.header = header(family);
+        filter.attributes.push(RouteAttribute::Table(table));
+        let what = format!("list {family} routes of table {table}");
+        let request = message(&RouteNetlinkMessage::GetRoute(filter), 0, what);
+        let found = socket.dump(&request, |received| {
+            let message = parse(received.payload)?;
+            let protocol = u8::from(message.header.protocol);
+            let is_of_table = Facts::of(&message).table == Some(table);
+            let route =
+                read(&message, Devices::default()).filter(|_| is_of_table && protocol != ROUTE_PROTOCOL)?;
+            Some(format!("route {} of protocol {protocol}", route.key.prefix))
+        });
+        match found {
+            Ok(found) => match found.into_iter().next() {
+                Some(found) => return Ok(Some(found)),
+                None => continue,
+            },
+            // There is no such table yet, or no such family.
+            Err(error) if matches!(error.errno(), Some(Errno::NOENT | Errno::AFNOSUPPORT)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
 /// The prefix and protocol of the route that the kernel takes to an address; `None` if there is none.
 pub fn matching(socket: &mut Socket, to: IpAddr) -> Result<Option<(IpNet, u8)>, Error> {
     let mut matched = None;
     // The route that matched, not a host route made of it.
-    get(socket, to, RouteFlags::FibMatch, |message| {
+    get(socket, to, &[], RouteFlags::FibMatch, |message| {
         let network = Facts::of(message).destination.unwrap_or(everything(Family::of(&to)));
         let prefix = IpNet::new(network, message.header.destination_prefix_length).ok();
         matched = prefix.map(|prefix| (prefix, u8::from(message.header.protocol)));
@@ -535,7 +578,7 @@ pub fn is_covered(socket: &mut Socket, to: IpAddr, range: &Block) -> Result<bool
 pub fn default_gateways(socket: &mut Socket) -> Result<Vec<IpAddr>, Error> {
     let mut gateways = Vec::new();
     for nobody in [IpAddr::from([192, 0, 2, 1]), IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1])] {
-        get(socket, nobody, RouteFlags::empty(), |message| gateways.extend(Facts::of(message).gateway))?;
+        get(socket, nobody, &[], RouteFlags::empty(), |message| gateways.extend(Facts::of(message).gateway))?;
     }
     Ok(gateways)
 }
@@ -544,14 +587,15 @@ pub fn default_gateways(socket: &mut Socket) -> Result<Vec<IpAddr>, Error> {
 fn get(
     socket: &mut Socket,
     to: IpAddr,
+    by: &[RouteAttribute],
     flags: RouteFlags,
     mut each: impl FnMut(&RouteMessage),
 ) -> Result<bool, Error> {
-    use rustix::io::Errno;
     let family = Family::of(&to);
     let mut question = RouteMessage::default();
     question.header = RouteHeader { destination_prefix_length: family.bits(), flags, ..header(family) };
     question.attributes.push(RouteAttribute::Destination(to.into()));
+    question.attributes.extend_from_slice(by);
     let request = message(&RouteNetlinkMessage::GetRoute(question), 0, format!("look up the way to {to}"));
     let answer = socket.ask(request, |received| {
         if let Some(message) = parse(received.payload) {

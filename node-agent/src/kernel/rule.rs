@@ -4,6 +4,8 @@
 //! routes to blocks and nothing else, so everything else looks on. Rules of others are read only to tell
 //! whose a table is.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use plat_cni::netlink::{CREATE, EXCL, Error, Message, Socket, created, deleted};
 use plat_crds::block::Family;
 use plat_crds::names::ROUTE_PROTOCOL;
@@ -48,6 +50,25 @@ pub fn dump(socket: &mut Socket) -> Result<Vec<Found>, Error> {
         }
     }
     Ok(found)
+}
+
+/// Which of these tables other programs use, and how.
+pub fn users(socket: &mut Socket, tables: &BTreeSet<u32>) -> Result<BTreeMap<u32, String>, Error> {
+    let mut users = BTreeMap::new();
+    if tables.is_empty() {
+        return Ok(users);
+    }
+    for found in dump(socket)?.into_iter().filter(|found| found.ours().is_none()) {
+        let who = format!("rule {} of protocol {}", found.rule.priority, found.protocol);
+        users.insert(found.rule.table, who);
+    }
+    users.retain(|table, _| tables.contains(table));
+    for table in tables {
+        if let Some(who) = route::foreign_in(socket, *table)? {
+            users.insert(*table, who);
+        }
+    }
+    Ok(users)
 }
 
 /// Adds a rule; one that is there already is success.

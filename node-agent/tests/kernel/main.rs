@@ -22,6 +22,7 @@ mod masquerade;
 mod offline;
 mod overlaps;
 mod pods;
+mod policy;
 mod readiness;
 mod repair;
 mod rights;
