@@ -217,6 +217,13 @@ async fn execute<S: Server>(step: &Step, server: &S) -> Answer {
             };
             Ok((Outcome::Done, range_of(server.patch(Kind::ClusterCIDR, &object.name, patch).await?)))
         }
+        Step::PolicyStatus { object, old, new } => {
+            let Some(patch) = status_patch(object.exact(), old, new) else {
+                return Ok((Outcome::AlreadySo, None));
+            };
+            server.patch(Kind::RoutingPolicy, &object.name, patch).await?;
+            Ok((Outcome::Done, None))
+        }
         Step::BlockStatus { object, old, new, .. } => {
             let Some(patch) = status_patch(object.uid_only(), old, new) else {
                 return Ok((Outcome::AlreadySo, None));

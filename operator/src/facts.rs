@@ -12,9 +12,10 @@ use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use plat_crds::cluster_cidr::{Allocation, BlockSizing, BlocksPerNode};
 use plat_crds::digest::Digest;
-use plat_crds::node_network::{FailedObject, Incident, LostBlocks};
+use plat_crds::node_network::{FailedObject, Incident, LostBlocks, PolicyReport, PolicyState};
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::routing::Routing;
+use plat_crds::routing::{self, Layer, Routing};
+use plat_crds::routing_policy::{LastGood, Phase, RoutingPolicy, RoutingPolicySpec, RoutingPolicyStatus};
 use plat_crds::{
     Block, ClusterCIDR, ClusterCIDRSpec, ClusterCIDRStatus, NodeNetwork, PodCIDR, PodCIDRStatus, condition,
     names,
@@ -191,6 +192,35 @@ pub struct BlockFact {
     pub problem: Option<Box<str>>,
 }
 
+/// A RoutingPolicy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyFact {
+    /// Object name.
+    pub name: Name,
+    /// Object uid.
+    pub uid: Name,
+    /// Object version.
+    pub resource_version: Box<str>,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// The newest spec.
+    pub spec: Box<RoutingPolicySpec>,
+    /// Blocks that it is about.
+    pub destinations: Selector,
+    /// Nodes that follow it.
+    pub sources: Selector,
+    /// Nodes that follow a change first, if there is a rollout.
+    pub canary: Option<Selector>,
+    /// Label keys that the last good version names: it chooses nodes and blocks while a new one is tried.
+    pub good_keys: Box<[Box<str>]>,
+    /// Why the spec cannot be followed, with the field's name.
+    pub invalid: Option<Box<str>>,
+    /// What the operator last wrote.
+    pub status: RoutingPolicyStatus,
+    /// Why the object could not be read.
+    pub problem: Option<Box<str>>,
+}
+
 /// A NodeNetwork: a node's own report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReportFact {
@@ -212,11 +242,24 @@ pub struct ReportFact {
     pub held: Box<[Held]>,
     /// PodCIDRs that the node knew and that went without having been released.
     pub lost: Lost,
+    /// What the node does with RoutingPolicies.
+    pub policies: Box<[Said]>,
     /// The first condition that keeps the node from being programmed, as `type: message`; `None` if
     /// `RoutesReady`, `MasqueradeReady` and `CNIReady` are all `True`.
     pub unready: Option<Box<str>>,
     /// Why the object could not be read.
     pub problem: Option<Box<str>>,
+}
+
+/// What a node says of a generation of a RoutingPolicy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// Uid and generation of the policy. A digest, as there is one for each policy and node.
+    pub generation: Digest,
+    /// What the node does with it.
+    pub state: PolicyState,
+    /// Why, if it failed or was rolled back.
+    pub message: Option<Box<str>>,
 }
 
 /// A block that a node says it holds.
@@ -276,6 +319,7 @@ macro_rules! impl_fact {
 impl_fact!(NodeFact, |_| "");
 impl_fact!(RangeFact, |f| &f.resource_version);
 impl_fact!(BlockFact, |f| &f.resource_version);
+impl_fact!(PolicyFact, |f| &f.resource_version);
 impl_fact!(ReportFact, |_| "");
 
 impl NodeFact {
@@ -471,6 +515,65 @@ impl BlockFact {
     }
 }
 
+impl PolicyFact {
+    /// Reads a RoutingPolicy.
+    pub fn read(guarded: &DeserializeGuard<RoutingPolicy>) -> PolicyFact {
+        let empty = RoutingPolicy::new("", RoutingPolicySpec::default());
+        let (meta, object, problem) = match &guarded.0 {
+            Ok(object) => (&object.metadata, object, None),
+            Err(invalid) => (&invalid.metadata, &empty, Some(invalid.error.as_str().into())),
+        };
+        let spec = &object.spec;
+        let mut invalid = None;
+        let mut select = |field: &str, selector| {
+            Selector::read(selector).unwrap_or_else(|error| {
+                invalid.get_or_insert(format!("spec.{field}: {error}"));
+                Selector::default()
+            })
+        };
+        let destinations = select("destinations", spec.destinations.as_ref());
+        let sources = select("sources", spec.sources.as_ref());
+        let canary = spec.rollout.as_ref().map(|rollout| select("rollout.canary", Some(&rollout.canary)));
+        let name = name_of(meta);
+        let layers = [(Layer::RoutingPolicy(name.clone()), &spec.routing)];
+        let unusable = routing::resolve(&layers).err().or_else(|| routing::resolve_egress(&layers).err());
+        PolicyFact {
+            uid: uid_of(meta),
+            resource_version: meta.resource_version.clone().unwrap_or_default().into(),
+            generation: meta.generation.unwrap_or_default(),
+            spec: Box::new(spec.clone()),
+            destinations,
+            sources,
+            canary,
+            good_keys: object
+                .status
+                .as_ref()
+                .and_then(|s| s.last_good.as_ref())
+                .map(good_keys)
+                .unwrap_or_default(),
+            invalid: invalid.or_else(|| unusable.map(|error| error.to_string())).map(Into::into),
+            status: object.status.clone().unwrap_or_default(),
+            problem,
+            name,
+        }
+    }
+
+    /// How far its newest generation has come.
+    pub fn phase(&self) -> Option<Phase> {
+        self.status.phase.filter(|_| self.status.observed_generation == Some(self.generation))
+    }
+
+    /// The label keys that it names, in its newest and its last good version.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        let selectors = [Some(&self.destinations), Some(&self.sources), self.canary.as_ref()];
+        selectors
+            .into_iter()
+            .flatten()
+            .flat_map(Selector::keys)
+            .chain(self.good_keys.iter().map(|key| &**key))
+    }
+}
+
 impl ReportFact {
     /// Reads a NodeNetwork.
     pub fn read(guarded: &DeserializeGuard<NodeNetwork>) -> ReportFact {
@@ -493,8 +596,30 @@ impl ReportFact {
                 .filter_map(|h| Some(Held { block: h.cidr.parse().ok()?, used: h.used }))
                 .collect(),
             lost: status.and_then(|s| s.lost.as_ref()).map(Lost::read).unwrap_or_default(),
+            policies: status
+                .map(|s| s.policies.as_slice())
+                .unwrap_or_default()
+                .iter()
+                .map(Said::read)
+                .collect(),
             unready: status.and_then(first_unready),
             problem,
+        }
+    }
+}
+
+fn good_keys(good: &LastGood) -> Box<[Box<str>]> {
+    let selectors = [good.spec.destinations.as_ref(), good.spec.sources.as_ref()];
+    let selectors = selectors.into_iter().filter_map(|selector| Selector::read(selector).ok());
+    selectors.flat_map(|selector| selector.keys().map(Into::into).collect::<Vec<_>>()).collect()
+}
+
+impl Said {
+    fn read(report: &PolicyReport) -> Said {
+        Said {
+            generation: Digest::of([(report.uid.as_str(), report.generation)]),
+            state: report.state,
+            message: report.message.as_deref().map(Into::into),
         }
     }
 }

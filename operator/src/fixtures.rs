@@ -13,7 +13,9 @@ use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::{Block, names};
 
-use crate::facts::{BlockFact, Fact, Health, Held, Lost, NodeFact, PodCidrText, RangeFact, ReportFact};
+use crate::facts::{
+    BlockFact, Fact, Health, Held, Lost, NodeFact, PodCidrText, PolicyFact, RangeFact, ReportFact,
+};
 use crate::leader::World;
 use crate::memory::Memory;
 use crate::plan::source::follow;
@@ -138,9 +140,19 @@ pub fn report(node: &str, held: &[(&str, i64)]) -> ReportFact {
         names_not_all: false,
         held: held.iter().map(|(cidr, used)| Held { block: block(cidr), used: Some(*used) }).collect(),
         lost: Lost::default(),
+        policies: [].into(),
         unready: None,
         problem: None,
     }
+}
+
+/// A RoutingPolicy with that spec, as it was just created.
+pub fn policy(name: &str, spec: &str) -> PolicyFact {
+    let object = format!(
+        r#"{{"apiVersion": "plat.network/v1alpha1", "kind": "RoutingPolicy", "spec": {spec},
+            "metadata": {{"name": "{name}", "uid": "uid-{name}", "generation": 1, "resourceVersion": "1"}}}}"#
+    );
+    PolicyFact::read(&serde_json::from_str(&object).unwrap())
 }
 
 /// Everybody's agent has applied everything.
@@ -233,6 +245,15 @@ impl Scene {
         self
     }
 
+    pub fn put_policy(&mut self, policy: &PolicyFact) {
+        put(&mut self.world.policies, policy.clone());
+    }
+
+    pub fn lose_node(&mut self, name: &str) {
+        let node = Arc::make_mut(&mut self.world.nodes).get_mut(name).unwrap();
+        Arc::make_mut(node).health = Health::Lost;
+    }
+
     pub fn with(mut self, change: impl FnOnce(&mut Scene)) -> Scene {
         change(&mut self);
         self
@@ -247,6 +268,7 @@ impl Scene {
             nodes: self.world.nodes.clone(),
             ranges: self.world.ranges.clone(),
             blocks: follow(self.world.blocks.clone(), &self.world.nodes, self.settings.ipam_source),
+            policies: self.world.policies.clone(),
             reports: self.world.reports.clone(),
             foreign: self.world.foreign.clone(),
             memory: &self.memory,

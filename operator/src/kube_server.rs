@@ -13,7 +13,7 @@ use kube::api::{DeleteParams, GetParams, ListParams, PatchParams, PostParams};
 use kube::client::Body;
 use kube::core::{DeserializeGuard, ObjectList, Request, Status};
 use kube::{Api, Client, Resource};
-use plat_crds::{Block, ClusterCIDR, NodeNetwork, PodCIDR, names};
+use plat_crds::{Block, ClusterCIDR, NodeNetwork, PodCIDR, RoutingPolicy, names};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tracing::{debug, warn};
@@ -158,6 +158,7 @@ fn request(kind: Kind) -> Request {
         Kind::Node => Node::url_path(&(), None),
         Kind::ClusterCIDR => ClusterCIDR::url_path(&(), None),
         Kind::PodCIDR => PodCIDR::url_path(&(), None),
+        Kind::RoutingPolicy => RoutingPolicy::url_path(&(), None),
         Kind::NodeNetwork => NodeNetwork::url_path(&(), None),
     })
 }

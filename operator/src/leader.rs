@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::apply::{Done, Learnt, Outcome, apply};
-use crate::facts::{BlockFact, NodeFact, RangeFact, ReportFact};
+use crate::facts::{BlockFact, NodeFact, PolicyFact, RangeFact, ReportFact};
 use crate::memory::Memory;
 use crate::note::{self, Note};
 use crate::plan::{Plan, plan, source};
@@ -33,6 +33,8 @@ pub struct World {
     pub ranges: Facts<RangeFact>,
     /// PodCIDRs.
     pub blocks: Facts<BlockFact>,
+    /// RoutingPolicies; none where the kind is not installed.
+    pub policies: Facts<PolicyFact>,
     /// NodeNetworks.
     pub reports: Facts<ReportFact>,
     /// Service ranges and API server addresses.
@@ -172,6 +174,7 @@ impl Leader {
             nodes: world.nodes.clone(),
             ranges,
             blocks: source::follow(blocks, &world.nodes, self.settings.ipam_source),
+            policies: world.policies.clone(),
             reports: world.reports.clone(),
             foreign: world.foreign.clone(),
             memory: &self.memory,

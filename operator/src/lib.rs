@@ -1,7 +1,8 @@
 //! Nodes in, PodCIDRs out.
 //!
-//! Watches Nodes, ClusterCIDRs, PodCIDRs and NodeNetworks. Decides which block each node holds. Writes
-//! PodCIDRs (all but `spec.routing`, which is the users'), the status of PodCIDRs and ClusterCIDRs, the
+//! Watches Nodes, ClusterCIDRs, PodCIDRs, RoutingPolicies and NodeNetworks. Decides which block each node holds, and
+//! how far a change of a policy goes. Writes PodCIDRs (all but `spec.routing`, which is the users'), the status of
+//! PodCIDRs, ClusterCIDRs and RoutingPolicies, the
 //! finalizer and block size of ClusterCIDRs, NodeNetwork objects (not their status), an empty
 //! `node.spec.podCIDRs`, `NetworkUnavailable=False`, Events and one Lease.
 //!
@@ -38,6 +39,7 @@ pub mod pool;
 pub mod publish;
 pub mod ranges;
 pub mod reason;
+pub mod rollout;
 pub mod run;
 pub mod server;
 #[cfg(test)]

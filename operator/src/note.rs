@@ -1,13 +1,16 @@
 //! What users are told, as values: which step or fault becomes which Event. Pure.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use plat_crds::condition::{self, EXHAUSTED, NODE_SPEC_CONFLICT, OVERLAPPING, READY};
+use plat_crds::RoutingPolicyStatus;
+use plat_crds::condition::{self, APPLIED, EXHAUSTED, NODE_SPEC_CONFLICT, OVERLAPPING, READY};
 use plat_crds::node_network::Incident;
+use plat_crds::routing_policy::Phase;
 
 use crate::apply::{Done, Learnt, Outcome};
 use crate::carriers::Silent;
 use crate::facts::Name;
 use crate::reason;
+use crate::rollout;
 use crate::sizing::Basis;
 use crate::step::{Fault, Kind, NewBlock, ObjectKey, Origin, Step, Why, blocks_in_words};
 
@@ -110,6 +113,10 @@ pub fn of_step(done: &Done) -> Vec<Note> {
             let range = ObjectKey::new(Kind::ClusterCIDR, &object.name, &object.uid);
             range_flips(&range, &old.conditions, &new.conditions)
         }
+        (Step::PolicyStatus { object, old, new }, Outcome::Done) => {
+            let policy = ObjectKey::new(Kind::RoutingPolicy, &object.name, &object.uid);
+            policy_flips(&policy, old, new)
+        }
         (Step::BlockStatus { object, old, new, .. }, Outcome::Done) => {
             let block = ObjectKey::new(Kind::PodCIDR, &object.name, &object.uid);
             let flipped = became_true(&old.conditions, &new.conditions, NODE_SPEC_CONFLICT);
@@ -188,6 +195,45 @@ fn range_flips(range: &ObjectKey, old: &[Condition], new: &[Condition]) -> Vec<N
         if !is_old {
             notes.push(warning(range.clone(), &c.reason, "Judge", c.message.clone()));
         }
+    }
+    notes
+}
+
+/// A phase is told when it begins, and that a spec cannot be followed.
+fn policy_flips(policy: &ObjectKey, old: &RoutingPolicyStatus, new: &RoutingPolicyStatus) -> Vec<Note> {
+    let mut notes = Vec::new();
+    let is_new = |type_, c: &Condition| {
+        let was = condition::find(&old.conditions, type_);
+        old.observed_generation != new.observed_generation || was.is_none_or(|was| was.reason != c.reason)
+    };
+    if let Some(c) = condition::find(&new.conditions, READY)
+        && c.reason == rollout::INVALID_SPEC
+        && is_new(READY, c)
+    {
+        notes.push(warning(policy.clone(), rollout::INVALID_SPEC, "Judge", c.message.clone()));
+    }
+    let begins = (old.observed_generation, old.phase) != (new.observed_generation, new.phase);
+    if let Some(phase) = new.phase.filter(|_| begins) {
+        let said = condition::find(&new.conditions, APPLIED).map(|c| c.message.clone()).unwrap_or_default();
+        let generation = new.observed_generation.unwrap_or_default();
+        let (reason, text) = match phase {
+            Phase::Planned => (rollout::PLANNED, format!("nodes plan generation {generation}: {said}")),
+            Phase::Canary => (rollout::CANARY, format!("generation {generation}: {said}")),
+            Phase::Rolling => {
+                (rollout::ROLLING, format!("all nodes may follow generation {generation}: {said}"))
+            }
+            Phase::Complete => (
+                rollout::COMPLETE,
+                format!("every live node that it selects follows generation {generation}"),
+            ),
+            Phase::RolledBack => {
+                let text = format!("generation {generation} is taken back: {said}");
+                notes.push(warning(policy.clone(), rollout::ROLLED_BACK, "Roll", text));
+                return notes;
+            }
+            Phase::Unknown => return notes,
+        };
+        notes.push(normal(policy.clone(), reason, "Roll", text));
     }
     notes
 }

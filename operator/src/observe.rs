@@ -13,13 +13,13 @@ use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use plat_crds::node_network::Incident;
-use plat_crds::{ClusterCIDR, Family, NodeNetwork, PodCIDR, growth};
+use plat_crds::{ClusterCIDR, Family, NodeNetwork, PodCIDR, RoutingPolicy, growth};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
 
-use crate::facts::{BlockFact, Fact, Held, Name, NodeFact, RangeFact, ReportFact, new_incidents};
+use crate::facts::{BlockFact, Fact, Held, Name, NodeFact, PolicyFact, RangeFact, ReportFact, new_incidents};
 use crate::kube_server::{LONGEST_WAIT, chain};
 use crate::leader::World;
 use crate::node_view::NodeView;
@@ -33,6 +33,8 @@ const MAX_WAIT: Duration = Duration::from_secs(5);
 const MAX_WAIT_FOR_CRD: Duration = Duration::from_secs(1);
 /// Objects per page of a LIST. A Node with its images has some 15 KiB, and a page is in memory more than once.
 const PAGE: u32 = 100;
+/// A kind of a newer chart than the one before: the operator works without it.
+const OPTIONAL: &str = "RoutingPolicy";
 /// Failures in a row after which a watch is named in the log again.
 const SAY_AGAIN: u32 = 12;
 
@@ -49,6 +51,7 @@ struct State {
     nodes: Mirror<NodeFact>,
     ranges: Mirror<RangeFact>,
     blocks: Mirror<BlockFact>,
+    policies: Mirror<PolicyFact>,
     reports: Mirror<ReportFact>,
     foreign: Arc<Foreign>,
     /// The most urgent change since the last look.
@@ -129,13 +132,17 @@ impl Observed {
     /// to now is in it.
     pub fn world(&self) -> Option<World> {
         let mut state = self.lock();
-        let complete =
-            state.nodes.complete && state.ranges.complete && state.blocks.complete && state.reports.complete;
+        let complete = state.nodes.complete
+            && state.ranges.complete
+            && state.blocks.complete
+            && state.policies.complete
+            && state.reports.complete;
         state.pending = None;
         complete.then(|| World {
             nodes: state.nodes.facts.clone(),
             ranges: state.ranges.facts.clone(),
             blocks: state.blocks.facts.clone(),
+            policies: state.policies.facts.clone(),
             reports: state.reports.facts.clone(),
             foreign: state.foreign.clone(),
         })
@@ -158,6 +165,7 @@ impl Observed {
         state.nodes.complete = false;
         state.ranges.complete = false;
         state.blocks.complete = false;
+        state.policies.complete = false;
         state.reports.complete = false;
         drop(state);
         self.restart.notify_waiters();
@@ -226,6 +234,11 @@ pub async fn watch_all(
     let blocks = watch::<PodCIDR>(&client, seconds, observed, on_error, |event| {
         observed.note(|state| state.blocks.apply(event, BlockFact::read, block_urgency));
     });
+    let policies = watch::<RoutingPolicy>(&client, seconds, observed, on_error, |event| {
+        observed.note(|state| {
+            state.policies.apply(event, |object| Some(PolicyFact::read(object)), policy_urgency)
+        });
+    });
     let mut seen = Seen { since, by_node: BTreeMap::new() };
     let reports = watch::<NodeNetwork>(&client, seconds, observed, on_error, move |event| {
         seen.pass_on(&event, &incidents);
@@ -233,7 +246,7 @@ pub async fn watch_all(
             state.reports.apply(event, |object| Some(ReportFact::read(object)), report_urgency)
         });
     });
-    tokio::join!(nodes, ranges, blocks, reports);
+    tokio::join!(nodes, ranges, blocks, policies, reports);
 }
 
 /// Which incidents have been passed on.
@@ -277,7 +290,7 @@ async fn watch<K>(
     let kind = kind_of::<K>();
     let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
     let config = watcher::Config::default().timeout(seconds).page_size(PAGE);
-    let mut failures = 0;
+    let (mut failures, mut listed) = (0u32, false);
     loop {
         let mut events = std::pin::pin!(watcher(api.clone(), config.clone()));
         let error = loop {
@@ -287,6 +300,7 @@ async fn watch<K>(
             };
             match event {
                 Some(Ok(event)) => {
+                    listed |= matches!(event, Event::InitDone);
                     if failures > 0 && matches!(event, Event::InitDone) {
                         info!(kind, "watching again");
                         failures = 0;
@@ -297,7 +311,20 @@ async fn watch<K>(
                 None => break None,
             }
         };
-        if let Some(error) = error {
+        let absent = |error: &&watcher::Error| has_status(error, 404) || (has_status(error, 403) && !listed);
+        if let Some(error) = error.as_ref().filter(|error| kind == OPTIONAL && absent(error)) {
+            if failures == 0 {
+                warn!(
+                    kind,
+                    error = chain(error),
+                    "the kind is not installed or may not be read; going on without it"
+                );
+            }
+            take(Event::Init);
+            take(Event::InitDone);
+            failures = failures.saturating_add(1);
+            tokio::time::sleep(MAX_WAIT).await;
+        } else if let Some(error) = error {
             on_error(kind);
             tokio::time::sleep(complain(kind, &error, failures)).await;
             failures = failures.saturating_add(1);
@@ -307,7 +334,7 @@ async fn watch<K>(
 
 /// Says what is wrong, but not each time; answers how long to wait.
 fn complain(kind: &str, error: &watcher::Error, failures: u32) -> Duration {
-    let missing = is_missing(error);
+    let missing = has_status(error, 404);
     if failures.is_multiple_of(SAY_AGAIN) && missing {
         warn!(kind, "the API server does not know this kind (yet): waiting for its CRD");
     } else if failures.is_multiple_of(SAY_AGAIN) {
@@ -331,10 +358,10 @@ fn asked_to_wait(error: &watcher::Error) -> Option<Duration> {
     Some(Duration::from_secs(seconds.into()).min(LONGEST_WAIT))
 }
 
-fn is_missing(error: &watcher::Error) -> bool {
+fn has_status(error: &watcher::Error, code: u16) -> bool {
     match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 404,
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == code,
         _ => false,
     }
 }
@@ -344,6 +371,7 @@ fn kind_of<K: Resource<DynamicType = ()>>() -> &'static str {
         "Node" => "Node",
         "ClusterCIDR" => "ClusterCIDR",
         "PodCIDR" => "PodCIDR",
+        "RoutingPolicy" => OPTIONAL,
         _ => "NodeNetwork",
     }
 }
@@ -360,6 +388,15 @@ fn range_urgency(old: Option<&RangeFact>, new: Option<&RangeFact>) -> Urgency {
 
 fn block_urgency(old: Option<&BlockFact>, new: Option<&BlockFact>) -> Urgency {
     let bare = |fact: &BlockFact| BlockFact { status: None, resource_version: "".into(), ..fact.clone() };
+    if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
+}
+
+fn policy_urgency(old: Option<&PolicyFact>, new: Option<&PolicyFact>) -> Urgency {
+    let bare = |fact: &PolicyFact| PolicyFact {
+        status: Default::default(),
+        resource_version: "".into(),
+        ..fact.clone()
+    };
     if old.map(bare) == new.map(bare) { Urgency::Soon } else { Urgency::Now }
 }
 

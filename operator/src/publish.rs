@@ -55,7 +55,7 @@ fn event(note: &Note) -> Event {
 fn reference(note: &Note) -> ObjectReference {
     let api_version = match note.object.kind {
         Kind::Node => "v1".to_owned(),
-        Kind::ClusterCIDR | Kind::PodCIDR | Kind::NodeNetwork => {
+        Kind::ClusterCIDR | Kind::PodCIDR | Kind::RoutingPolicy | Kind::NodeNetwork => {
             format!("{}/{}", names::GROUP, names::VERSION)
         }
     };

@@ -454,6 +454,7 @@ impl Process {
             ranges: Arc::new(Live::by_name(of(Kind::ClusterCIDR).map(|v| RangeFact::read(&guard(v))))),
             blocks: Arc::new(Live::by_name(of(Kind::PodCIDR).filter_map(|v| BlockFact::read(&guard(v))))),
             reports: Arc::new(Live::by_name(of(Kind::NodeNetwork).map(|v| ReportFact::read(&guard(v))))),
+            policies: Arc::default(),
             foreign: Arc::default(),
         }
     }

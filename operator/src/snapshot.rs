@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::Block;
 
-use crate::facts::{BlockFact, Name, NodeFact, RangeFact, ReportFact};
+use crate::facts::{BlockFact, Name, NodeFact, PolicyFact, RangeFact, ReportFact};
 use crate::memory::Memory;
 
 /// Facts of one kind by object name.
@@ -31,6 +31,8 @@ pub struct Snapshot<'a> {
     pub ranges: Facts<RangeFact>,
     /// PodCIDRs.
     pub blocks: Facts<BlockFact>,
+    /// RoutingPolicies.
+    pub policies: Facts<PolicyFact>,
     /// NodeNetworks.
     pub reports: Facts<ReportFact>,
     /// Addresses that are not pods'.

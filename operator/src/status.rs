@@ -17,13 +17,14 @@ use plat_crds::{ClusterCIDRStatus, Family, PodCIDRStatus};
 
 use crate::budget::Budget;
 use crate::carriers::{Carriers, was_converged};
-use crate::facts::{BlockFact, Health, Name, NodeFact, RangeFact, ReportFact};
+use crate::facts::{BlockFact, Health, Name, NodeFact, PolicyFact, RangeFact, ReportFact};
 use crate::forecast::{exhausted, forecast};
 use crate::memory::{Memory, STATUS_WRITES_PER_SECOND};
 use crate::plan::holding::{self, BlocksOf, Holding};
 use crate::plan::{Plan, RangeOutlook, release};
 use crate::ranges::{drain_command, quarantine_that_holds};
 use crate::reason;
+use crate::rollout;
 use crate::snapshot::{Clock, IpamSource, Snapshot, Source};
 use crate::step::{Step, version};
 use crate::topology::GroupBlocks;
@@ -89,8 +90,11 @@ pub struct Chosen {
 pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item = Write> + 'a {
     let (carriers, blocks_of) = (Carriers::of(snapshot), holding::by_node(snapshot));
     let ranges = snapshot.ranges.values().filter_map(move |range| range_write(range, plan, snapshot));
+    let of_policy = |policy| policy_write(policy, &blocks_of, plan, snapshot);
+    let policies: Vec<_> = snapshot.policies.values().filter_map(|policy| of_policy(policy)).collect();
     let readable = snapshot.blocks.values().filter(|block| block.problem.is_none());
-    ranges.chain(readable.filter_map(move |block| block_write(block, &carriers, &blocks_of, plan, snapshot)))
+    let blocks = readable.filter_map(move |block| block_write(block, &carriers, &blocks_of, plan, snapshot));
+    ranges.chain(policies).chain(blocks)
 }
 
 /// The writes that could be made now.
@@ -98,7 +102,7 @@ pub fn writes<'a>(snapshot: &'a Snapshot, plan: &'a Plan) -> impl Iterator<Item 
 pub struct Due {
     /// Nodes of the cluster: as many agents receive each write.
     nodes: usize,
-    /// Of ranges.
+    /// Of ranges and policies.
     ranges: Vec<(Class, Step)>,
     /// Of blocks, in their order: no more than the budget ever allows at once.
     blocks: BTreeMap<Rank, Step>,
@@ -217,9 +221,31 @@ fn interval(write: &Write, ranges_every: Duration) -> Duration {
 fn uid(step: &Step) -> &Name {
     static NONE: std::sync::LazyLock<Name> = std::sync::LazyLock::new(|| "".into());
     match step {
-        Step::RangeStatus { object, .. } | Step::BlockStatus { object, .. } => &object.uid,
+        Step::RangeStatus { object, .. }
+        | Step::PolicyStatus { object, .. }
+        | Step::BlockStatus { object, .. } => &object.uid,
         _ => &NONE,
     }
+}
+
+fn policy_write(
+    policy: &PolicyFact,
+    blocks_of: &BlocksOf,
+    plan: &Plan,
+    snapshot: &Snapshot,
+) -> Option<Write> {
+    if policy.problem.is_some() {
+        return None;
+    }
+    let (old, new) = (&policy.status, rollout::status(policy, blocks_of, plan, snapshot));
+    if new == *old {
+        return None;
+    }
+    let flips = flips(&old.conditions, &new.conditions)
+        || (new.observed_generation, new.phase, &new.last_good)
+            != (old.observed_generation, old.phase, &old.last_good);
+    let step = Step::PolicyStatus { object: version(policy), old: Box::new(old.clone()), new: Box::new(new) };
+    Some(Write { class: if flips { Class::Flip } else { Class::Counters }, wait: Duration::ZERO, step })
 }
 
 fn range_write(range: &RangeFact, plan: &Plan, snapshot: &Snapshot) -> Option<Write> {

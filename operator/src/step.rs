@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::{Block, ClusterCIDRStatus, Family, PodCIDRStatus};
+use plat_crds::{Block, ClusterCIDRStatus, Family, PodCIDRStatus, RoutingPolicyStatus};
 use serde_json::{Map, Value, json};
 
 use crate::carriers::Silent;
@@ -22,6 +22,8 @@ pub enum Kind {
     ClusterCIDR,
     /// A block.
     PodCIDR,
+    /// How some nodes reach some blocks.
+    RoutingPolicy,
     /// A node's report.
     NodeNetwork,
 }
@@ -33,6 +35,7 @@ impl Kind {
             Kind::Node => "Node",
             Kind::ClusterCIDR => "ClusterCIDR",
             Kind::PodCIDR => "PodCIDR",
+            Kind::RoutingPolicy => "RoutingPolicy",
             Kind::NodeNetwork => "NodeNetwork",
         }
     }
@@ -280,6 +283,15 @@ pub enum Step {
         /// The status it gets.
         new: Box<ClusterCIDRStatus>,
     },
+    /// Write a RoutingPolicy's status.
+    PolicyStatus {
+        /// The object.
+        object: Version,
+        /// The status it had.
+        old: Box<RoutingPolicyStatus>,
+        /// The status it gets.
+        new: Box<RoutingPolicyStatus>,
+    },
     /// Write a PodCIDR's status.
     BlockStatus {
         /// The object; its resourceVersion is not a condition of the write.
@@ -308,6 +320,7 @@ impl Step {
             Step::CreateReport { .. } => "create_report",
             Step::DeleteReport { .. } => "delete_report",
             Step::RangeStatus { .. } => "range_status",
+            Step::PolicyStatus { .. } => "policy_status",
             Step::BlockStatus { .. } => "block_status",
         }
     }
@@ -328,6 +341,7 @@ impl Step {
             Step::PrepareRange { object, .. }
             | Step::ReleaseRange { object, .. }
             | Step::RangeStatus { object, .. } => (Kind::ClusterCIDR, object.name.clone()),
+            Step::PolicyStatus { object, .. } => (Kind::RoutingPolicy, object.name.clone()),
             Step::CreateBlock(new) => (Kind::PodCIDR, new.block.object_name().into()),
             Step::ChangeBlock { object, .. }
             | Step::DeleteBlock { object, .. }

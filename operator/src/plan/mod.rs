@@ -140,7 +140,7 @@ struct Planner<'a> {
     vanished_of: BTreeMap<&'a str, Vec<Block>>,
     /// Node name → its blocks that agents tell were lost.
     told_of: BTreeMap<&'a str, Vec<Block>>,
-    /// Label keys that selectors and `topologyKey`s name, but for our own.
+    /// Label keys that selectors of ClusterCIDRs and RoutingPolicies and `topologyKey`s name, but for our own.
     selected_keys: BTreeSet<&'a str>,
     /// Why a node gets no block of a family, or no further one.
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
@@ -231,6 +231,7 @@ impl<'a> Planner<'a> {
         let ours = [names::LABEL_CLUSTER_CIDR, names::LABEL_NODE];
         let keys_of = |range: &'a RangeFact| range.selector.keys().chain(range.topology_key.as_deref());
         let keys = snapshot.ranges.values().flat_map(|range| keys_of(range));
+        let keys = keys.chain(snapshot.policies.values().flat_map(|policy| policy.keys()));
         let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
         Planner {
             snapshot,
@@ -265,6 +266,7 @@ impl<'a> Planner<'a> {
         snapshot.nodes.values().for_each(|f| name(Kind::Node, &f.name, &f.uid, &f.problem));
         snapshot.ranges.values().for_each(|f| name(Kind::ClusterCIDR, &f.name, &f.uid, &f.problem));
         snapshot.blocks.values().for_each(|f| name(Kind::PodCIDR, &f.name, &f.uid, &f.problem));
+        snapshot.policies.values().for_each(|f| name(Kind::RoutingPolicy, &f.name, &f.uid, &f.problem));
         snapshot.reports.values().for_each(|f| name(Kind::NodeNetwork, &f.name, &f.uid, &f.problem));
     }
 

@@ -88,6 +88,7 @@ fn read(text: &str) -> anyhow::Result<World> {
         ranges: facts(take("ClusterCIDR"), |object| Some(RangeFact::read(object)))?,
         blocks: facts(take("PodCIDR"), BlockFact::read)?,
         reports: facts(take("NodeNetwork"), |object| Some(ReportFact::read(object)))?,
+        policies: Arc::default(),
         foreign: Arc::default(),
     };
     if world.nodes.is_empty() {
@@ -129,6 +130,7 @@ fn judge(world: &World, now: Timestamp) -> anyhow::Result<Plan> {
         ranges: world.ranges.clone(),
         blocks: world.blocks.clone(),
         reports: world.reports.clone(),
+        policies: Arc::default(),
         foreign: world.foreign.clone(),
         memory: &Memory::new(false),
     };

@@ -17,7 +17,7 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use plat_crds::digest::Digest;
 use plat_crds::pod_cidr::BlockState;
-use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR, condition};
+use plat_crds::{ClusterCIDR, NodeNetwork, PodCIDR, RoutingPolicy, condition};
 use plat_e2e::light::ControlPlane;
 use plat_e2e::wait::{holds, wait_until_async};
 use rustix::process::Signal;
@@ -66,6 +66,7 @@ impl Cluster {
         self.delete_all::<PodCIDR>().await;
         self.delete_all::<NodeNetwork>().await;
         self.delete_all::<ClusterCIDR>().await;
+        self.delete_all::<RoutingPolicy>().await;
         let events: Api<Event> = Api::namespaced(self.client.clone(), "default");
         events.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
         self.namespaces().await;

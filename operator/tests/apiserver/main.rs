@@ -16,6 +16,7 @@ mod hand;
 mod leaders;
 mod outages;
 mod pains;
+mod policies;
 mod ranges;
 mod release;
 mod rivals;

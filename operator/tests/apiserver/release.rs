@@ -220,6 +220,7 @@ async fn world(cluster: &Cluster) -> World {
         ranges: facts::<ClusterCIDR, _>(cluster, |object| Some(RangeFact::read(object))).await,
         blocks: facts::<PodCIDR, _>(cluster, BlockFact::read).await,
         reports: facts::<NodeNetwork, _>(cluster, |object| Some(ReportFact::read(object))).await,
+        policies: Arc::default(),
         foreign: Arc::default(),
     }
 }
