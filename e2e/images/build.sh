@@ -32,11 +32,13 @@ build() {
     has "$package" "$program" || { echo "images: $package has no program $program yet: left out" >&2; return 1; }
   done
   # The CNI binary is read anew for each call: the smaller, the faster it starts. The lease format's checksums are
-  # worth their size.
+  # worth their size. The operator's program would be a third of its memory, and it takes no more processor time so.
   local small=()
-  if [[ $package == plat-cni && $profile == release ]]; then
-    small=(--config 'profile.release.opt-level="s"' --config 'profile.release.lto="fat"'
-      --config 'profile.release.package.plat-crds.opt-level=3')
+  if [[ $profile == release ]]; then
+    case $package in
+      plat-cni | plat-operator) small=(--config 'profile.release.opt-level="s"' --config 'profile.release.lto="fat"') ;;&
+      plat-cni) small+=(--config 'profile.release.package.plat-crds.opt-level=3') ;;
+    esac
   fi
   RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
     cargo build "${small[@]}" --locked --quiet --profile "$profile" --target "$triple" -p "$package" "${@/#/--bin=}" || exit 1
