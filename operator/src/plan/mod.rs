@@ -146,6 +146,8 @@ struct Planner<'a> {
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
     /// Blocks whose labels alone this plan changes.
     relabelled: usize,
+    /// As many blocks are carved as one pass may: the next carves on.
+    carving_goes_on: bool,
     /// Made when the first block asks.
     carriers: OnceCell<Carriers<'a>>,
     plan: Plan,
@@ -242,6 +244,7 @@ impl<'a> Planner<'a> {
             told_of,
             selected_keys,
             refused: BTreeMap::new(),
+            carving_goes_on: false,
             relabelled: 0,
             carriers: OnceCell::new(),
             plan: Plan::default(),

@@ -18,6 +18,9 @@ use crate::step::Step;
 const REPORTS_PER_PASS: usize = 200;
 /// The same beside ranges and blocks to create: where thousands of nodes join at once, those go first.
 const REPORTS_BESIDE_BLOCKS: usize = 10;
+/// Blocks mirrored into Nodes in one pass; the next follows at once. A node that joins meanwhile waits for the end of
+/// the pass.
+const MIRRORS_PER_PASS: usize = 500;
 
 impl<'a> Planner<'a> {
     pub(super) fn serve_nodes(&mut self) {
@@ -28,14 +31,21 @@ impl<'a> Planner<'a> {
         let most = if urgent { REPORTS_BESIDE_BLOCKS } else { REPORTS_PER_PASS };
         let creates = missing.take(most).map(|node| Step::CreateReport { node: node.clone() });
         self.plan.steps.extend(creates);
+        // Nodes wait for their blocks, and nobody so urgently for the mirror.
+        let mut mirrors = if self.carving_goes_on { 0 } else { MIRRORS_PER_PASS };
         for node in snapshot.nodes.values().filter(|node| node.problem.is_none()) {
             self.name_node_faults(node);
             let (blocks, lacking) = self.primary_blocks(node);
             if blocks.is_empty() {
                 continue;
             }
-            if lacking.is_empty() {
-                self.mirror(node, &blocks);
+            match lacking.is_empty().then(|| self.mirror(node, &blocks)).flatten() {
+                Some(step) if mirrors > 0 => {
+                    mirrors -= 1;
+                    self.plan.steps.push(step);
+                }
+                Some(_) => self.wake_after(Duration::ZERO),
+                None => {}
             }
             // A family that has run out does not hold back the other.
             if lacking.iter().all(|family| self.refused.contains_key(&(node.name.clone(), *family))) {
@@ -62,16 +72,18 @@ impl<'a> Planner<'a> {
     }
 
     /// `node.spec.podCIDRs` can be written once only: all families together, and in the right order.
-    fn mirror(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {
+    fn mirror(&self, node: &NodeFact, blocks: &[&BlockFact]) -> Option<Step> {
         let order_known = blocks.len() == 1 || !node.addresses.is_empty();
         let settings = self.snapshot.settings;
         // Where the field is the source, writing it is its source's.
         let mirrors = settings.node_spec_mirror && settings.ipam_source != IpamSource::Node;
-        if mirrors && node.pod_cidrs.is_empty() && order_known {
-            let pod_cidrs = blocks.iter().map(|block| block.block).collect();
-            let (node, uid) = (node.name.clone(), node.uid.clone());
-            self.plan.steps.push(Step::MirrorToNode { node, uid, pod_cidrs });
+        if !mirrors || !node.pod_cidrs.is_empty() || !order_known {
+            return None;
         }
+        let pod_cidrs = blocks.iter().map(|block| block.block).collect();
+        let step = Step::MirrorToNode { node: node.name.clone(), uid: node.uid.clone(), pod_cidrs };
+        // What would not be sent now must not take the place of another.
+        self.snapshot.memory.is_ripe(&step.retry_key(), self.snapshot.clock).then_some(step)
     }
 
     fn clear_network_unavailable(&mut self, node: &NodeFact, blocks: &[&BlockFact]) {

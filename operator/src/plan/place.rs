@@ -79,6 +79,7 @@ impl<'a> Planner<'a> {
         for (node, family, kept) in needs {
             carved += usize::from(self.carve(node, family, kept));
             if carved == CARVED_PER_PASS {
+                self.carving_goes_on = true;
                 break;
             }
         }

@@ -849,6 +849,40 @@ fn blocks_are_mirrored_once_every_family_has_one_in_the_nodes_own_order() {
 }
 
 #[test]
+fn of_thousands_that_come_at_once_all_get_blocks_before_any_is_mirrored_and_none_is_left() {
+    let names: Vec<String> = (0..2600).map(|n| format!("n{n:04}")).collect();
+    let mut scene = scene()
+        .range(range("v4", "10.224.0.0/11"))
+        .nodes(&names.iter().map(String::as_str).collect::<Vec<_>>())
+        .all_report();
+    let mut passes = Vec::new();
+    loop {
+        let plan = scene.plan();
+        let count = |name: &str| plan.steps.iter().filter(|step| step.name() == name).count();
+        passes.push((count("create_block"), count("mirror_to_node")));
+        if passes.last() == Some(&(0, 0)) {
+            break;
+        }
+        for step in plan.steps {
+            scene = match step {
+                Step::CreateBlock(new) => scene.block(held_block(&new.block.to_string(), "v4", &new.node)),
+                Step::MirrorToNode { node: name, pod_cidrs, .. } => {
+                    let pod_cidrs = pod_cidrs.into_iter().map(PodCidrText::Block).collect();
+                    let node = (*scene.world.nodes[&name]).clone();
+                    scene.node(NodeFact { pod_cidrs, ..node })
+                }
+                _ => scene,
+            };
+        }
+    }
+    let creates: Vec<_> = passes.iter().map(|pass| pass.0).filter(|creates| *creates > 0).collect();
+    assert_eq!(creates, [1000, 1000, 600]);
+    assert_eq!(passes.iter().map(|pass| pass.1).sum::<usize>(), 2600);
+    assert_eq!((passes[0].1, passes[1].1), (0, 0));
+    assert!(passes.iter().all(|pass| pass.1 <= 500), "{passes:?}");
+}
+
+#[test]
 fn network_unavailable_is_cleared_once_the_blocks_are_ready() {
     let status = |ready| {
         let mut status = plat_crds::PodCIDRStatus::default();
