@@ -10,13 +10,15 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::HeldBlock;
-use plat_crds::cluster_cidr::{DEFAULT_QUARANTINE_SECONDS, MasqueradeMode};
+use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{MAIN_TABLE, ROUTE_METRIC, UNREACHABLE_METRIC};
 use plat_crds::pod_cidr::BlockState;
 
+use crate::egress;
 use crate::fabric::{
-    Admit, Bridge, Desired, Direction, Masquerade, Route, RouteKey, Rule, Sysctl, Target, host_prefix,
+    Admit, Bridge, Desired, Direction, Leaving, Masquerade, Route, RouteKey, Rule, Sysctl, Target,
+    host_prefix,
 };
 use crate::facts::{BlockFact, Fault, Kind, RangeFact, Reason};
 use crate::overlap;
@@ -175,8 +177,10 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
     let own = own_blocks(me, map, host);
     let uses = |datapath| me.datapath == datapath || host.in_use.contains(&datapath);
     let forwarded = forwarded(&own, uses);
+    let (leaving, unfollowed) = egress::leaving(map, &own, host);
+    faults.extend(unfollowed);
     let mut desired = Desired {
-        masquerade: masquerade(me, map, &own),
+        masquerade: masquerade(me, map, &own, leaving),
         sysctls: sysctls(&own, host),
         bridge: bridge(me, &own, host).filter(|_| uses(Datapath::Bridge)),
         gateways: own.keys().copied().filter(|_| uses(Datapath::Routed)).collect(),
@@ -246,7 +250,12 @@ fn holds_needed(block: &BlockFact, address: IpAddr, stands: bool) -> Fault {
     )
 }
 
-fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masquerade {
+fn masquerade(
+    me: &Me,
+    map: Map<'_>,
+    own: &BTreeMap<Block, HeldBlock>,
+    sources: BTreeMap<Block, Leaving>,
+) -> Masquerade {
     let mut keep: Vec<IpNet> = NEVER_MASQUERADED.iter().filter_map(|net| net.parse().ok()).collect();
     keep.extend(map.ranges.values().map(|range| range.range.net()));
     keep.extend(own.keys().map(Block::net));
@@ -254,16 +263,7 @@ fn masquerade(me: &Me, map: Map<'_>, own: &BTreeMap<Block, HeldBlock>) -> Masque
         keep.push(block.block.net());
         keep.extend(block.addresses.iter().map(|address| host_prefix(*address)));
     }
-    let sources = own.keys().filter_map(|block| {
-        let range = map.range_of(block);
-        if range.is_some_and(|range| range.masquerade == MasqueradeMode::Disabled) {
-            return None;
-        }
-        let exclude = range.map(|range| range.exclude.clone()).unwrap_or_default();
-        let same_family = exclude.into_iter().filter(|net| Family::of(&net.addr()) == block.family());
-        Some((*block, IpNet::aggregate(&same_family.collect())))
-    });
-    Masquerade { pod_interface: me.bridge.clone(), sources: sources.collect(), keep: IpNet::aggregate(&keep) }
+    Masquerade { pod_interface: me.bridge.clone(), sources, keep: IpNet::aggregate(&keep) }
 }
 
 fn sysctls(own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Vec<Sysctl> {
@@ -302,6 +302,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{block, block_v6, range};
     use crate::path::all_routed;
+    use plat_crds::cluster_cidr::MasqueradeMode;
     use plat_crds::routing::{Mode, Routing};
     use proptest::prelude::*;
 
@@ -573,7 +574,10 @@ mod tests {
             ]
         );
         let merged: IpNet = "192.168.0.0/23".parse().unwrap();
-        assert_eq!(desired.masquerade.sources, [(block(1).block, vec![merged])].into());
+        assert_eq!(
+            desired.masquerade.sources,
+            [(block(1).block, Leaving { exclude: vec![merged], ..Leaving::default() })].into()
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
+use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{MAIN_TABLE, RULE_PRIORITY};
 
@@ -277,9 +278,21 @@ pub struct Masquerade {
     pub pod_interface: String,
     /// Destinations that see pods' own addresses: pods, nodes, multicast, link-local. Merged and sorted.
     pub keep: Vec<IpNet>,
-    /// Blocks of this node whose other traffic gets the node's address, each with further destinations
-    /// that see the pods' own.
-    pub sources: BTreeMap<Block, Vec<IpNet>>,
+    /// Blocks of this node whose other traffic gets another address.
+    pub sources: BTreeMap<Block, Leaving>,
+}
+
+/// What becomes of the traffic of a block that leaves the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leaving {
+    /// Destinations that see another address whatever else is said.
+    pub include: Vec<IpNet>,
+    /// Further destinations that see the pods' own.
+    pub exclude: Vec<IpNet>,
+    /// Whether all other destinations see another address.
+    pub masquerade: MasqueradeMode,
+    /// That address; `None` is the one of the link that the traffic leaves by.
+    pub address: Option<IpAddr>,
 }
 
 /// The pods' bridge.

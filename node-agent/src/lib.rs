@@ -16,7 +16,7 @@
 //!
 //! | pure | edge |
 //! |---|---|
-//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`], [`fights`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
+//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`egress`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`], [`fights`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
 //!
 //! Rights: uid 0 with `CAP_NET_ADMIN` alone, read-only root file system; it never enters a pod's namespace.
 
@@ -32,6 +32,7 @@ pub mod conf;
 pub mod desired;
 pub mod diff;
 pub mod doubled;
+pub mod egress;
 pub mod fabric;
 pub mod facts;
 pub mod failstatic;

@@ -21,6 +21,7 @@ use crate::conf::Provider;
 use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::{diff, is_undone_by, undo};
 use crate::doubled::{self, Cuts, Doubled};
+use crate::egress;
 use crate::fabric::{self, Admit, Desired, Devices, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
 use crate::folder;
@@ -468,7 +469,9 @@ impl Machine {
     /// What the node's own state adds to the objects.
     fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, OwnBlocks, Closing), Error> {
         let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
-        let needs = path::needs(&self.me, map);
+        let mut needs = path::needs(&self.me, map);
+        let held = map.blocks.values().filter(|block| block.node == self.me.node);
+        needs.addresses.extend(egress::addresses(map, held.map(|block| &block.block)));
         let socket = &mut self.kernel.route;
         let locations = host::locate(socket, &view, needs.addresses)?;
         let links = host::devices(socket, &view, &needs.interfaces)?;

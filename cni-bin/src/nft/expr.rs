@@ -28,10 +28,14 @@ pub(super) const CT_STATUS: u32 = 2;
 pub(super) const FIB_RESULT_ADDRTYPE: u32 = 3;
 pub(super) const FIB_SADDR: u32 = 1;
 pub(super) const FIB_DADDR: u32 = 2;
+/// `NFT_NAT_SNAT`.
+pub(super) const NAT_SOURCE: u32 = 0;
 /// `NFT_NAT_DNAT`.
 pub(super) const NAT_DESTINATION: u32 = 1;
 /// `NF_NAT_RANGE_MAP_IPS` and `NF_NAT_RANGE_PROTO_SPECIFIED`, which the kernel adds by itself and shows.
 pub(super) const NAT_ADDRESS_AND_PORT: u32 = 3;
+/// `NF_NAT_RANGE_MAP_IPS`, which the kernel adds by itself and shows.
+pub(super) const NAT_ADDRESS: u32 = 1;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 pub(super) const NAT_FULLY_RANDOM: u32 = 16;
 

@@ -1,6 +1,7 @@
 //! Rules, built match by match; each match adds its expressions and its nft text.
 
 use std::fmt::Write;
+use std::net::IpAddr;
 
 use plat_crds::{Block, Family};
 
@@ -422,6 +423,22 @@ impl Rule {
     /// start at the same moment from being given one port and losing a packet.
     pub fn masquerade_fully_random(self) -> Rule {
         self.push(Expr::Masquerade { flags: expr::NAT_FULLY_RANDOM }).say("masquerade fully-random")
+    }
+
+    /// `snat ip to 192.0.2.1 fully-random` (or `snat ip6`), with source ports as in [`Rule::masquerade_fully_random`].
+    pub fn snat_fully_random(self, address: IpAddr) -> Rule {
+        let family = Family::of(&address);
+        let number = if family == Family::IPv4 { TableFamily::Ip } else { TableFamily::Ip6 }.number();
+        self.of_family(family)
+            .push(Expr::Load { to: expr::REG_1, value: octets(address) })
+            .push(Expr::Nat {
+                kind: expr::NAT_SOURCE,
+                family: number.into(),
+                address: Some(expr::REG_1),
+                port: None,
+                flags: expr::NAT_ADDRESS | expr::NAT_FULLY_RANDOM,
+            })
+            .say(&format!("snat {} to {address} fully-random", keyword(family)))
     }
 
     /// `masquerade`

@@ -20,6 +20,9 @@
 //!     }
 //! }
 //! ```
+//!
+//! With a policy's `masquerade.include` a rule `ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 …` stands before
+//! `@keep4`; with its `egressAddress`, `snat ip to 172.30.0.9 fully-random` in place of `masquerade fully-random`.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -30,9 +33,10 @@ use plat_cni::nft::{
     self, Addr, BaseChain, Batch, Hook, Name, Policy, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
 };
 use plat_crds::block::{Block, Family};
+use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::names::{NFT_TABLE, VETH_PREFIX};
 
-use crate::fabric::{Masquerade, TableState};
+use crate::fabric::{Leaving, Masquerade, TableState};
 
 const CHAIN: &str = "postrouting";
 /// `NFT_MSG_GETGEN`; its answer holds the generation in attribute 1.
@@ -56,25 +60,41 @@ fn render(masquerade: &Masquerade) -> Rendered {
     rendered.rules.push(rule().oifname(Name::Is(&masquerade.pod_interface)).verdict(Verdict::Return));
     // oifname "plat*" return: to pods without bridge
     rendered.rules.push(rule().oifname(Name::Begins(VETH_PREFIX)).verdict(Verdict::Return));
+    for (block, leaving) in masquerade.sources.iter().filter(|(_, leaving)| !leaving.include.is_empty()) {
+        let name = format!("include-{}", block.object_name());
+        // ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 masquerade fully-random
+        let included = rule().saddr(Addr::In(*block)).daddr(Addr::InSet(block.family(), &name));
+        rendered.rules.push(translate(included, leaving));
+        rendered.sets.push((Set::prefixes(&table, &name, block.family()), leaving.include.clone()));
+    }
     for (family, name) in [(Family::IPv4, "keep4"), (Family::IPv6, "keep6")] {
         let of_family = masquerade.keep.iter().filter(|net| Family::of(&net.addr()) == family);
         rendered.sets.push((Set::prefixes(&table, name, family), of_family.copied().collect()));
         // ip daddr @keep4 return
         rendered.rules.push(rule().daddr(Addr::InSet(family, name)).verdict(Verdict::Return));
     }
-    for (block, exclude) in &masquerade.sources {
+    let others = |leaving: &Leaving| leaving.masquerade != MasqueradeMode::Disabled;
+    for (block, leaving) in masquerade.sources.iter().filter(|(_, leaving)| others(leaving)) {
         let family = block.family();
-        if !exclude.is_empty() {
+        if !leaving.exclude.is_empty() {
             let name = format!("exclude-{}", block.object_name());
             // ip saddr 10.244.1.0/24 ip daddr @exclude-10-244-1-0-24 return
             let excluded = rule().saddr(Addr::In(*block)).daddr(Addr::InSet(family, &name));
             rendered.rules.push(excluded.verdict(Verdict::Return));
-            rendered.sets.push((Set::prefixes(&table, &name, family), exclude.clone()));
+            rendered.sets.push((Set::prefixes(&table, &name, family), leaving.exclude.clone()));
         }
         // ip saddr 10.244.1.0/24 masquerade fully-random
-        rendered.rules.push(rule().saddr(Addr::In(*block)).masquerade_fully_random());
+        rendered.rules.push(translate(rule().saddr(Addr::In(*block)), leaving));
     }
     rendered
+}
+
+/// `masquerade fully-random`, or `snat ip to 172.30.0.9 fully-random`
+fn translate(rule: Rule, leaving: &Leaving) -> Rule {
+    match leaving.address {
+        Some(address) => rule.snat_fully_random(address),
+        None => rule.masquerade_fully_random(),
+    }
 }
 
 /// The agent's end of nftables.
@@ -217,8 +237,11 @@ mod tests {
             pod_interface: "cni0".into(),
             keep: vec!["10.244.0.0/16".parse().unwrap(), "fe80::/10".parse().unwrap()],
             sources: [
-                (block("10.244.1.0/24"), vec!["192.168.0.0/16".parse().unwrap()]),
-                (block("fd00:10:244:1::/64"), vec![]),
+                (
+                    block("10.244.1.0/24"),
+                    Leaving { exclude: vec!["192.168.0.0/16".parse().unwrap()], ..Leaving::default() },
+                ),
+                (block("fd00:10:244:1::/64"), Leaving::default()),
             ]
             .into(),
         };
@@ -234,6 +257,26 @@ mod tests {
                 "ip6 saddr fd00:10:244:1::/64 masquerade fully-random",
             ]
         );
+    }
+
+    #[test]
+    fn what_is_included_goes_before_all_that_is_kept_and_leaves_with_the_address_of_the_policy() {
+        let leaving = Leaving {
+            include: vec!["10.9.0.0/16".parse().unwrap()],
+            address: Some([172, 30, 0, 9].into()),
+            ..Leaving::default()
+        };
+        let rules = |leaving: Leaving| {
+            let sources = [("10.244.1.0/24".parse().unwrap(), leaving)].into();
+            texts(&Masquerade { pod_interface: "cni0".into(), keep: vec![], sources }).split_off(2)
+        };
+        let snat = "snat ip to 172.30.0.9 fully-random";
+        let included = format!("ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 {snat}");
+        let [kept4, kept6] = ["ip daddr @keep4 return", "ip6 daddr @keep6 return"];
+        let all = format!("ip saddr 10.244.1.0/24 {snat}");
+        assert_eq!(rules(leaving.clone()), [&included, kept4, kept6, &all]);
+        let only = Leaving { masquerade: MasqueradeMode::Disabled, ..leaving };
+        assert_eq!(rules(only), [&included, kept4, kept6]);
     }
 
     #[test]

@@ -110,9 +110,14 @@ fn pod_and_router() {
     }
     run("ip netns exec router nft add table inet seen");
     run("ip netns exec router nft add chain inet seen in { type filter hook input priority 0 ; }");
-    for source in
-        ["ip saddr 10.244.1.7", "ip saddr 172.30.0.11", "ip6 saddr fd00:10:244:1::7", "ip6 saddr fd00:30::b"]
-    {
+    for source in [
+        "ip saddr 10.244.1.7",
+        "ip saddr 172.30.0.11",
+        "ip saddr 172.30.0.99",
+        "ip6 saddr fd00:10:244:1::7",
+        "ip6 saddr fd00:30::b",
+        "ip6 saddr fd00:30::99",
+    ] {
         run(&format!(
             "ip netns exec router nft add rule inet seen in {source} icmp type echo-request counter"
         ));
@@ -156,4 +161,48 @@ fn pods_are_seen_as_themselves_inside_and_as_the_node_outside() {
         run("ip netns exec pod busybox ping -c1 -W5 10.244.1.1");
         run("busybox ping -c1 -W5 10.244.1.7");
     });
+}
+
+#[test]
+fn a_policy_says_with_whose_address_pods_leave_and_where_they_are_seen_as_themselves() {
+    isolated(
+        "masquerade::a_policy_says_with_whose_address_pods_leave_and_where_they_are_seen_as_themselves",
+        || {
+            let mut node = TestNode::with(
+                vec![block(1), block(2), block_v6(1)],
+                vec![range("default-v4"), range("default-v6")],
+            );
+            node.expect_condition("CNIReady", "True", "Installed");
+            pod_and_router();
+            let policy = |address: &str| {
+                serde_json::json!({
+                    "egressAddress": address,
+                    "masquerade": {"include": ["172.30.0.12/32"], "exclude": ["203.0.113.0/24"]},
+                })
+            };
+            node.apply(with_routing(block(1), &policy("172.30.0.99").to_string()));
+            let message = node.expect_condition("RoutesReady", "False", "NotLocal");
+            assert!(message.contains("egressAddress 172.30.0.99 of the PodCIDR"), "{message}");
+            run("ip addr add 172.30.0.99/24 dev eth0");
+            run("ip addr add fd00:30::99/64 dev eth0 nodad");
+            node.apply(with_routing(block_v6(1), r#"{"egressAddress":"fd00:30::99"}"#));
+            node.expect_condition("RoutesReady", "True", "AllInstalled");
+            eventually("the table", || {
+                let table = table();
+                if table.matches("snat ip").count() == 3 { Ok(()) } else { Err(table) }
+            });
+            assert_eq!(seen_by("203.0.113.9"), ["10.244.1.7"], "excluded");
+            assert_eq!(seen_by("172.30.0.12"), ["172.30.0.99"], "a node, but included");
+            assert_eq!(seen_by("10.244.2.9"), ["10.244.1.7"], "a pod of another node");
+            assert_eq!(seen_by("2001:db8:9::9"), ["fd00:30::99"], "outside, IPv6");
+            node.settled();
+            assert_eq!(node.report().status.incidents, [], "it reads back as it was written");
+            node.apply(block(1));
+            eventually("the table", || {
+                let table = table();
+                if table.matches("snat ip").count() == 1 { Ok(()) } else { Err(table) }
+            });
+            assert_eq!(seen_by("203.0.113.9"), ["172.30.0.11"], "outside");
+        },
+    );
 }
