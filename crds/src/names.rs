@@ -81,6 +81,8 @@ pub const BLOCKS_FILE: &str = "blocks.json";
 pub const LEASES_FILE: &str = "leases";
 /// The agent's cache of the objects in [`RUN_DIR`], for starting without the API server.
 pub const MAP_FILE: &str = "map.json";
+/// What the agent tries of routing policies, and what it went back from, in [`RUN_DIR`].
+pub const ROLLOUT_FILE: &str = "rollout.json";
 /// Former sysctl values in [`RUN_DIR`], restored by `plat-agent cleanup`.
 pub const SYSCTLS_FILE: &str = "sysctls.json";
 /// Default folder of CNI binaries.

@@ -138,8 +138,8 @@ pub struct NodeNetworkStatus {
     #[schemars(length(max = 64))]
     pub policies: Vec<PolicyReport>,
     /// What the RoutingPolicies of `mode: Plan` would change in this node's routes, a line for each route as
-    /// `ip route` writes it, with `+` (added), `-` (removed) or `~` (changed) before it; at most 32 lines, of which
-    /// the last says how many more there are.
+    /// text, with `+` (would come), `-` (go) or `~` (change) before it, and `!` before why a block could not be
+    /// followed; at most 32 lines, of which the last says how many more there are.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 512)))]
     pub plan: Vec<String>,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::names::MAP_FILE;
 use plat_crds::node_network::LostBlock;
+use plat_crds::selector::Labels;
 
 use crate::cache::{Cache, Loaded};
 use crate::desired::Map;
@@ -15,6 +16,7 @@ use crate::failstatic::{Belief, Held};
 use crate::folder::Folder;
 use crate::objects::Objects;
 use crate::policies::{self, InForce};
+use crate::rollout::{Contact, Rollouts, Signs};
 
 /// A block whose PodCIDR was lost. Its node may have been granted leases for a quarantine just before, so for
 /// that long nobody else may have it, also where no trace of that node is left: where etcd was put back to a
@@ -69,7 +71,6 @@ impl Beliefs {
                 beliefs.ranges = Belief::of(cache.ranges);
                 beliefs.policies = Belief::of(cache.policies);
                 beliefs.complete = true;
-                beliefs.follow_policies();
             }
             Loaded::Nothing => tracing::info!("there is no cache; waiting for the API server"),
             Loaded::Unusable(why) => {
@@ -121,7 +122,6 @@ impl Beliefs {
             |_| false,
             |policy| deleted.contains(policy.name()),
         );
-        self.follow_policies();
         held.names.extend(ranges.names.into_iter().chain(gone.names));
         held.wants_list |= ranges.wants_list || gone.wants_list;
         self.note_losses(now);
@@ -131,9 +131,32 @@ impl Beliefs {
         held
     }
 
-    fn follow_policies(&mut self) {
-        let own = policies::labels_of(&self.node, &self.blocks.facts);
-        self.in_force = policies::in_force(&self.policies.facts, &own);
+    /// Lets `rollouts` decide which versions of the policies are followed, and answers why it went back from what.
+    pub fn follow_policies(&mut self, rollouts: &mut Rollouts, signs: &Signs<'_>) -> Vec<(String, String)> {
+        let own = self.own_labels();
+        let back = rollouts.follow(&self.policies.facts, &own, &self.blocks.facts, signs);
+        self.in_force = rollouts.in_force(&own);
+        back
+    }
+
+    /// The labels of this node.
+    pub fn own_labels(&self) -> Labels {
+        policies::labels_of(&self.node, &self.blocks.facts)
+    }
+
+    /// When the API server last confirmed this node's blocks, as a sign for what is tried.
+    pub fn contact(&self) -> Contact {
+        if self.own().all(BlockFact::released) {
+            return Contact::NotKept;
+        }
+        self.known
+            .contact
+            .map_or(Contact::Never, |contact| Contact::At(Duration::from_millis(contact.boot_ms)))
+    }
+
+    /// RoutingPolicies.
+    pub fn policies(&self) -> &BTreeMap<String, PolicyFact> {
+        &self.policies.facts
     }
 
     /// What is still routed to counts from now on at the latest; what was given up, until its time is over.

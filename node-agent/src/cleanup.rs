@@ -11,7 +11,8 @@ use plat_crds::alias;
 use plat_crds::block::Family;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{
-    BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, SYSCTLS_FILE,
+    BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, NFT_PODS_TABLE, NFT_TABLE, ROLLOUT_FILE,
+    SYSCTLS_FILE,
 };
 
 use crate::apply::Kernel;
@@ -77,7 +78,7 @@ pub fn run(place: &Place) -> Result<Outcome, netlink::Error> {
     outcome.note(CNI_TYPE, Folder::new(&place.cni_bin_dir).remove(CNI_TYPE));
     // The record of former sysctls is of use until all of them are back.
     let keep_record = !errors.is_empty();
-    for file in [BLOCKS_FILE, MAP_FILE, SYSCTLS_FILE, LEASES_FILE] {
+    for file in [BLOCKS_FILE, MAP_FILE, ROLLOUT_FILE, SYSCTLS_FILE, LEASES_FILE] {
         let needed = file == SYSCTLS_FILE && keep_record || file == LEASES_FILE && has_pods;
         if !needed {
             outcome.note(file, run.remove(file));

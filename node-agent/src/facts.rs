@@ -284,7 +284,14 @@ impl PolicyFact {
         })
     }
 
-    /// The version that a node with these labels follows.
+    /// The same with its generation.
+    pub fn followed<L: LabelSet + ?Sized>(&self, own: &L) -> Option<(i64, &RoutingPolicySpec)> {
+        let spec = self.in_force(own)?;
+        let good = self.last_good.as_ref().filter(|good| std::ptr::eq(&good.spec, spec));
+        Some((good.map_or(self.generation, |good| good.generation), spec))
+    }
+
+    /// The version that the operator lets a node with these labels follow.
     pub fn in_force<L: LabelSet + ?Sized>(&self, own: &L) -> Option<&RoutingPolicySpec> {
         let progress = Progress {
             observed: self.observed,

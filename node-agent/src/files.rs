@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use plat_crds::names::{BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, SYSCTLS_FILE};
+use plat_crds::names::{
+    BLOCKS_FILE, CNI_TYPE, CONFLIST_FILE, LEASES_FILE, MAP_FILE, ROLLOUT_FILE, SYSCTLS_FILE,
+};
 
 use crate::conf::{self, BANDWIDTH, Feature, HOST_PORTS, Installed};
 use crate::folder::{self, Folder};
@@ -91,7 +93,7 @@ impl Files {
 
     /// What to watch in the folders.
     pub fn watched(&self) -> Vec<WatchedFolder> {
-        let ours_in_run = [BLOCKS_FILE, MAP_FILE, SYSCTLS_FILE, LEASES_FILE];
+        let ours_in_run = [BLOCKS_FILE, MAP_FILE, ROLLOUT_FILE, SYSCTLS_FILE, LEASES_FILE];
         events::folders(
             self.conf.path(),
             self.bin.path(),

@@ -16,7 +16,7 @@
 //!
 //! | pure | edge |
 //! |---|---|
-//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`path`], [`egress`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`], [`fights`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
+//! | [`facts`], [`objects`], [`failstatic`], [`overlap`], [`policies`], [`rollout`], [`preview`], [`path`], [`egress`], [`closing`], [`desired`], [`fabric`], [`diff`], [`conf`], [`report`], [`incidents`], [`fights`] | [`watch`], [`kernel`], [`apply`], [`files`], [`folder`], [`leases`], [`cache`], [`publish`], [`telemetry`] |
 //!
 //! Rights: uid 0 with `CAP_NET_ADMIN` alone, read-only root file system; it never enters a pod's namespace.
 
@@ -52,12 +52,14 @@ pub mod outlet;
 pub mod overlap;
 pub mod path;
 pub mod policies;
+pub mod preview;
 pub mod program;
 pub mod publish;
 pub mod readiness;
 pub mod reconcile;
 pub mod report;
 pub mod reporter;
+pub mod rollout;
 pub mod selftest;
 pub mod telemetry;
 pub mod tunnels;

@@ -35,9 +35,11 @@ use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
 use crate::path;
+use crate::preview;
 use crate::readiness::Readiness;
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
+use crate::rollout::{Rollouts, Signs};
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -142,6 +144,8 @@ pub struct Node {
     machine: Machine,
     outlet: Outlet,
     reporter: Reporter,
+    rollouts: Rollouts,
+    boot: String,
 }
 
 impl Node {
@@ -151,6 +155,8 @@ impl Node {
         let outlet = Outlet::open(&settings, &boot.text);
         let run = outlet.run();
         Ok(Node {
+            rollouts: Rollouts::load(run, &boot.text),
+            boot: boot.text.clone(),
             beliefs: Beliefs::load(&settings.me.node, settings.hold, run),
             reporter: Reporter::new(&settings, &boot.text),
             machine: Machine::open(&settings, boot, run)?,
@@ -172,7 +178,7 @@ impl Node {
     /// `culprits` is asked at the end, when who did what has surely been told.
     pub fn pass(&mut self, hints: Hints, culprits: impl FnOnce() -> Wake) -> Result<Report, Error> {
         let full = hints.full;
-        let Node { beliefs, machine, outlet, reporter } = self;
+        let Node { beliefs, machine, outlet, reporter, rollouts, boot } = self;
         let mut outcome = Outcome::default();
 
         machine.restore_table(&mut outcome)?;
@@ -185,9 +191,18 @@ impl Node {
         if full {
             machine.sweep_leases(now);
         }
+        let signs = Signs { now, contact: beliefs.contact(), probes: None };
+        for (policy, why) in beliefs.follow_policies(rollouts, &signs) {
+            tracing::warn!(policy, why, "went back from the newest generation of a RoutingPolicy");
+        }
+        rollouts.save(outlet.run(), boot);
+        let labels = beliefs.own_labels();
+        let planned = rollouts.planned(beliefs.policies(), &labels);
         let (map, known) = (beliefs.map(), beliefs.known());
-        let (host, own, closing) = machine.look(map, known)?;
+        let planned = planned.as_deref().map(|policies| Map { policies, ..map });
+        let (host, own, closing) = machine.look(map, planned, known)?;
         let (desired, mut faults) = desired::desired(&machine.me, map, &host);
+        let plan = planned.map(|planned| preview::lines(&machine.me, (&desired, &faults), planned, &host));
         if full {
             machine.look_after_bridge(&desired, &mut outcome);
         }
@@ -231,8 +246,20 @@ impl Node {
             confs: outlet.confs(),
             chained: outlet.chained(),
         };
-        let mut report = reporter.report(known, map, pass, culprits);
-        let times = [report.next, outlet.opens_at(), count_at, grow_at, others_at, rules_at, again_at];
+        let said = |faults: &[Fault]| rollouts.reports(beliefs.policies(), &labels, map.blocks, faults);
+        let mut report = reporter.report(known, map, pass, said, culprits);
+        report.status.plan = plan.unwrap_or_default();
+        report.wants_contact |= rollouts.wants_contact(signs.contact);
+        let times = [
+            report.next,
+            outlet.opens_at(),
+            count_at,
+            grow_at,
+            others_at,
+            rules_at,
+            again_at,
+            rollouts.next(),
+        ];
         report.next = times.into_iter().flatten().min();
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
@@ -467,7 +494,12 @@ impl Machine {
     }
 
     /// What the node's own state adds to the objects.
-    fn look(&mut self, map: Map<'_>, known: &Objects) -> Result<(Host, OwnBlocks, Closing), Error> {
+    fn look(
+        &mut self,
+        map: Map<'_>,
+        planned: Option<Map<'_>>,
+        known: &Objects,
+    ) -> Result<(Host, OwnBlocks, Closing), Error> {
         let view = host::observe(&mut self.kernel.route, &self.me.bridge)?;
         let mut needs = path::needs(&self.me, map);
         let held = map.blocks.values().filter(|block| block.node == self.me.node);
@@ -502,6 +534,16 @@ impl Machine {
             host.ra_links = self.router_advertised()?;
         }
         let closing = self.close(map, known, &needed)?;
+        // After the MTU was found: what is only planned has no part in it.
+        if let Some(planned) = planned {
+            let needs = path::needs(&self.me, planned);
+            let socket = &mut self.kernel.route;
+            let links = host::devices(socket, &view, &needs.interfaces)?;
+            host.reachable.extend(host::reachable(socket, &view, &links, &needs.routers)?);
+            host.locations.extend(host::locate(socket, &view, needs.addresses)?);
+            host.tables.extend(rule::users(socket, &needs.tables)?);
+            host.devices.extend(links);
+        }
         host.closed_ranges = closing.closed.clone();
         host.in_use = self.datapaths(&view);
         Ok((host, own, closing))

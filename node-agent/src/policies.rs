@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use plat_crds::RoutingPolicySpec;
 use plat_crds::routing::{self, Invalid, Layer, Resolved, Routing};
 use plat_crds::selector::{Labels, Selector};
 
@@ -16,7 +17,7 @@ use crate::facts::{BlockFact, PolicyFact, RangeFact};
 pub struct InForce {
     /// Its name.
     pub name: Arc<str>,
-    /// Generation of the newest spec, which need not be the one in force.
+    /// Generation that is followed, which need not be the newest.
     pub generation: i64,
     /// Higher goes first.
     pub priority: i32,
@@ -34,19 +35,32 @@ pub fn labels_of(node: &str, blocks: &BTreeMap<String, BlockFact>) -> Labels {
 
 /// The policies that a node with these labels follows, in the order in which they decide.
 pub fn in_force(policies: &BTreeMap<String, PolicyFact>, own: &Labels) -> Vec<InForce> {
-    let mut found: Vec<InForce> = policies.values().filter_map(|policy| of(policy, own)).collect();
+    let versions = policies.values().filter_map(|policy| {
+        let (generation, spec) = policy.followed(own)?;
+        Some((policy.name.as_str(), generation, spec))
+    });
+    in_order(versions, own)
+}
+
+/// Of versions of policies, with name and generation, those that select a node with these labels, in the order in
+/// which they decide.
+pub fn in_order<'a>(
+    versions: impl Iterator<Item = (&'a str, i64, &'a RoutingPolicySpec)>,
+    own: &Labels,
+) -> Vec<InForce> {
+    let mut found: Vec<InForce> =
+        versions.filter_map(|(name, generation, spec)| of(name, generation, spec, own)).collect();
     found.sort_by(|a, b| (Reverse(a.priority), &a.name).cmp(&(Reverse(b.priority), &b.name)));
     found
 }
 
-fn of(policy: &PolicyFact, own: &Labels) -> Option<InForce> {
-    let spec = policy.in_force(own)?;
+fn of(name: &str, generation: i64, spec: &RoutingPolicySpec, own: &Labels) -> Option<InForce> {
     // An unknown operator of a newer version selects nothing: it may exclude this node.
     let sources = Selector::read(spec.sources.as_ref()).ok()?;
     let destinations = Selector::read(spec.destinations.as_ref()).ok()?;
     sources.matches(own).then(|| InForce {
-        name: policy.name.as_str().into(),
-        generation: policy.generation,
+        name: name.into(),
+        generation,
         priority: spec.priority,
         destinations,
         routing: spec.routing.clone(),
@@ -103,7 +117,6 @@ impl<'a> Resolver<'a> {
 mod tests {
     use super::*;
     use crate::fixtures::{block, policy, range};
-    use plat_crds::RoutingPolicySpec;
 
     fn labels(zone: &str) -> Labels {
         Labels::pack(Some(&[("zone".to_owned(), zone.to_owned())].into()))

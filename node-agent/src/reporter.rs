@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use plat_cni::boot;
 use plat_crds::block::{Block, Family};
-use plat_crds::node_network::{HeldBlockReport, NodeNetworkStatus, RouteCounts};
+use plat_crds::node_network::{HeldBlockReport, NodeNetworkStatus, PolicyReport, RouteCounts};
 
 use crate::apply::{Done, Outcome, Part};
 use crate::closing::Closing;
@@ -187,6 +187,7 @@ impl Reporter {
         known: &Objects,
         map: Map<'_>,
         mut pass: Pass<'_>,
+        policies: impl FnOnce(&[Fault]) -> Vec<PolicyReport>,
         culprits: impl FnOnce() -> Wake,
     ) -> Report {
         if !pass.outcome.repaired.is_empty() {
@@ -210,7 +211,8 @@ impl Reporter {
             *by_reason.entry(fault.reason).or_default() += 1;
         }
         let findings = self.findings(map, &pass, faults);
-        let status = self.status(known, Some(&findings));
+        let mut status = self.status(known, Some(&findings));
+        status.policies = policies(&findings.faults);
         let own = known.blocks.facts.values().filter(|block| block.node == self.node && !block.released());
         let lease_seconds = desired::lease_seconds(&self.node, map);
         Report {

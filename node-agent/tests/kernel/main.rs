@@ -26,6 +26,7 @@ mod policy;
 mod readiness;
 mod repair;
 mod rights;
+mod rollout;
 mod routed;
 mod routes;
 mod scale;
