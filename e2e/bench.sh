@@ -4,8 +4,9 @@
 # standard output and to target/bench/table.md.
 #
 #   RECORD=1   write the table into docs/benchmarks.md, with machine, load and date
-#   ONLY=cni|pods|ipam   that part alone (nothing is recorded)
+#   ONLY=cni|pods|ipam|routes   that part alone (nothing is recorded)
 #   BENCH_IPAM_NODES=500,2000,5000   numbers of nodes; bench-ipam --help names more of the kind
+#   BENCH_ROUTES_NODES=500,2000,5000   the same for routes; bench-routes --help names more of the kind
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $EUID == 0 ]] || { echo "bench: needs root: it makes network namespaces" >&2; exit 1; }
@@ -20,7 +21,7 @@ echo "bench: building ..." >&2
 RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
   cargo build --release --quiet --target "$triple" -p plat-rig --bin floor --bin bench
 RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
-  cargo build --release --quiet --target "$triple" -p plat-e2e --bin bench-ipam
+  cargo build --release --quiet --target "$triple" -p plat-e2e --bin bench-ipam --bin bench-routes
 mkdir -p "$target/bench"
 load=$(cut -d' ' -f1 /proc/loadavg)
 : >"$target/bench/table.md"
@@ -39,6 +40,12 @@ if part ipam; then
   echo "bench: blocks for nodes, beside kube-controller-manager's node IPAM controller (6 min) ..." >&2
   { echo; "$target/$triple/release/bench-ipam" --operator "$images/bin/plat-operator" --out "$target/bench"; } |
     tee -a "$target/bench/table.md"
+fi
+if part routes; then
+  PLAT_PEERS=1 e2e/tools/build >/dev/null
+  echo "bench: routes, beside flannel's host-gw backend (8 min) ..." >&2
+  { echo; "$target/$triple/release/bench-routes" --agent "$images/bin/plat-agent" --plugin "$images/bin/plat" \
+    --flannel "$tools/flannel-hostgw" --out "$target/bench"; } | tee -a "$target/bench/table.md"
 fi
 
 if [[ ${RECORD:-} && -z ${ONLY:-} ]]; then

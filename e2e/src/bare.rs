@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use plat_crds::names::CONFLIST_FILE;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::light::{ControlPlane, create_node};
 use crate::testbed::{images, output, tools};
+use crate::usage::Usage;
 use crate::wait::wait_until;
 
 /// The API server's address.
@@ -49,6 +51,27 @@ impl Process {
     /// Its process ID: the programs before it replace themselves by it.
     pub fn id(&self) -> u32 {
         self.0.id()
+    }
+
+    /// What it has used up to now.
+    pub fn usage(&self) -> Result<Usage> {
+        Usage::of(self.id())
+    }
+
+    /// Ends it as Kubernetes would: SIGTERM, and waits until it is gone.
+    pub async fn end(self) -> Result<()> {
+        let id = i32::try_from(self.id())?;
+        if let Some(pid) = Pid::from_raw(id) {
+            kill_process(pid, Signal::TERM)?;
+        }
+        for _ in 0..600 {
+            let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            if stat.is_empty() || stat.contains(") Z ") {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
     }
 
     /// SIGKILL.
@@ -117,7 +140,8 @@ impl<'a> BareNode<'a> {
         self.plane.block_on(async |client| create_node(&client, &self.name(), &[address]).await).map(drop)
     }
 
-    pub(crate) fn namespace(&self) -> String {
+    /// Name of its namespace.
+    pub fn namespace(&self) -> String {
         format!("{}-{}", self.plane.name(), self.name())
     }
 
@@ -283,6 +307,11 @@ impl Pod<'_> {
         wait_until(what, deadline, || {
             self.cni("ADD").map_err(|error| format!("{error:#}"))?.map_err(|error| error.to_string())
         })
+    }
+
+    /// The process that holds its namespace.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
     }
 
     /// A program in the pod.

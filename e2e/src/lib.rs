@@ -10,6 +10,7 @@
 //! | [`matrix`] | who must reach whom, and as whom |
 //! | [`plat`] | what Plat says of itself, and what must always hold |
 //! | [`traffic`] | datagrams that are counted while something is broken |
+//! | [`usage`] | what a process has used |
 //! | [`wait`] | waiting for a condition with a deadline; never a bare sleep |
 //!
 //! The clusters themselves are made by the scripts in `e2e/testbed`, which also work by hand. They need
@@ -24,6 +25,7 @@ pub mod matrix;
 pub mod plat;
 pub mod testbed;
 pub mod traffic;
+pub mod usage;
 pub mod wait;
 
 pub use wait::wait_until;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use plat_agent::facts::BlockFact;
 use plat_agent::objects::Ask;
+use plat_crds::pod_cidr::BlockState;
 
 use crate::harness::*;
 
@@ -52,6 +54,41 @@ fn a_confirmed_absence_goes_after_the_hold_time() {
             "unreachable 10.244.1.0/24 metric 65535",
         ]);
         node.expect_condition("WithdrawalsHeld", "False", "NothingHeld");
+    });
+}
+
+#[test]
+fn of_nodes_that_left_while_the_agent_was_away_nothing_is_left_after_its_start() {
+    isolated("held::of_nodes_that_left_while_the_agent_was_away_nothing_is_left_after_its_start", || {
+        let mut node = TestNode::new();
+        node.settings.hold = Duration::from_secs(1);
+        node.start();
+        node.contact();
+        let ranges = || vec![range("default-v4"), range("default-v6")];
+        let in_table = with_routing(block(2), r#"{"table":1000}"#);
+        node.list(vec![block(1), in_table.clone(), block(3), block_v6(1), block_v6(3)], ranges());
+        node.expect_condition("CNIReady", "True", "Installed");
+        let rules = || run("ip rule show").contains("lookup 1000");
+        eventually("the rule", || if rules() { Ok(()) } else { Err("missing".into()) });
+        let kept =
+            |route: &String| !["10.244.2.", "10.244.3.", "fd00:10:244:3:"].iter().any(|b| route.contains(b));
+        let before = our_routes();
+        assert_eq!(before.iter().filter(|route| !kept(route)).count(), 3, "{before:#?}");
+        node.stop();
+
+        node.start();
+        node.contact();
+        // Of one that left the block is still there, released; of the others nothing is.
+        let left = BlockFact { state: BlockState::Quarantined, ..in_table };
+        for _ in 0..2 {
+            node.list(vec![block(1), left.clone(), block_v6(1)], ranges());
+            node.settled();
+        }
+        let after: Vec<&str> = before.iter().filter(|route| kept(route)).map(String::as_str).collect();
+        expect_routes(&after);
+        eventually("no rule", || if rules() { Err("still there".into()) } else { Ok(()) });
+        let incidents = node.report().status.incidents;
+        assert!(incidents.iter().all(|incident| incident.reason != "RouteRestored"), "{incidents:?}");
     });
 }
 

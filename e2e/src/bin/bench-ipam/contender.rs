@@ -7,13 +7,10 @@ use anyhow::{Context, Result};
 use plat_e2e::bare::Process;
 use plat_e2e::light::ControlPlane;
 use plat_e2e::testbed::tools;
-use rustix::process::{Pid, Signal, kill_process};
+use plat_e2e::usage::Usage;
 
 /// Pod addresses of either contender: 8,192 blocks of /24.
 const RANGE: &str = "10.224.0.0/11";
-
-/// What /proc counts processor time in: `USER_HZ`, which is 100 on all that Rust's standard library runs on.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Who gives the blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,49 +87,14 @@ pub struct Running {
     process: Process,
 }
 
-/// What a process has used.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Usage {
-    /// Resident memory, in MiB.
-    pub resident: f64,
-    /// The most that it was, in MiB.
-    pub peak: f64,
-    /// Processor time since its start, in seconds.
-    pub cpu: f64,
-}
-
 impl Running {
     /// What it has used up to now.
     pub fn usage(&self) -> Result<Usage> {
-        let folder = format!("/proc/{}", self.process.id());
-        let status =
-            fs::read_to_string(format!("{folder}/status")).context("the contender has ended: see its log")?;
-        let mib = |key: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(key));
-            let kib = line
-                .and_then(|rest| rest.trim_matches([':', ' ', '\t']).split(' ').next()?.parse::<f64>().ok());
-            kib.map(|kib| kib / 1024.0).with_context(|| format!("no {key} in {folder}/status"))
-        };
-        let stat = fs::read_to_string(format!("{folder}/stat"))?;
-        // utime and stime; the program's name, which may hold spaces, ends with the last bracket.
-        let rest = stat.rsplit_once(") ").context("stat has no name")?.1;
-        let ticks: f64 = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
-        Ok(Usage { resident: mib("VmRSS")?, peak: mib("VmHWM")?, cpu: ticks / TICKS_PER_SECOND })
+        self.process.usage()
     }
 
-    /// Ends it as Kubernetes would: SIGTERM, and waits until it is gone.
+    /// Ends it as Kubernetes would.
     pub async fn end(self) -> Result<()> {
-        let id = i32::try_from(self.process.id())?;
-        if let Some(pid) = Pid::from_raw(id) {
-            kill_process(pid, Signal::TERM)?;
-        }
-        for _ in 0..600 {
-            let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-            if stat.is_empty() || stat.contains(") Z ") {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        Ok(())
+        self.process.end().await
     }
 }

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use plat_e2e::audit::{self, Log};
 use plat_e2e::light::ControlPlane;
+use plat_e2e::usage::Usage;
 use plat_rig::figures::{Figure, Unit, median};
 use tokio::task::LocalSet;
 use tokio::time::sleep;
 
-use crate::contender::{Limits, Usage, Who};
+use crate::contender::{Limits, Who};
 use crate::stage::{ACCOUNT, Stage};
 use crate::{Args, goals, say};
 
