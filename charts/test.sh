@@ -126,7 +126,7 @@ if command -v cargo >/dev/null; then
   flags "the agent has every flag that the chart gives it" DaemonSet "$(help plat-agent run; help plat-agent cleanup)"
   # What is told by the environment holds for every command that somebody runs in the container, such as `check`.
   agent_env=$(awk 'BEGIN { RS = "---\n" } /kind: DaemonSet\n/' "$work"/*.yaml | grep -oE 'name: PLAT_[A-Z_]+' | cut -d' ' -f2 | sort -u)
-  wanted=$(help plat-agent check | grep -oE 'env: PLAT_[A-Z_]+' | cut -d' ' -f2 | grep -v PLAT_CHECK_JSON | sort -u)
+  wanted=$(help plat-agent check | grep -oE 'env: PLAT_[A-Z_]+' | cut -d' ' -f2 | grep -v PLAT_CHECK_ | sort -u)
   known=$(help plat-agent run; help plat-agent cleanup)
   unknown=""; for name in $agent_env; do [[ $known == *"[env: $name="* ]] || unknown+=" $name"; done
   [[ -n $agent_env && -z $unknown ]] && pass "the agent has every variable that the chart gives it" || fail "the agent has every variable that the chart gives it" "unknown:$unknown"

@@ -178,6 +178,9 @@ pub struct Check {
     /// Print a list of objects with 'subject' and 'message' instead of lines.
     #[arg(long, env = "PLAT_CHECK_JSON")]
     pub json: bool,
+    /// Print before the findings what becomes of each kind of packet of pods in this node's firewall rules.
+    #[arg(long, env = "PLAT_CHECK_VERDICTS", conflicts_with = "json")]
+    pub verdicts: bool,
 }
 
 /// Flags of `probe`.

@@ -22,7 +22,7 @@ use crate::desired::{self, Map, Me};
 use crate::facts::{BlockFact, PolicyFact, RangeFact};
 use crate::files::Files;
 use crate::foreign::{self, ForeignRoute};
-use crate::kernel::forward;
+use crate::kernel::forward::{self, Scene};
 use crate::kernel::kube_proxy::{self, Local};
 use crate::kernel::nft::Nft;
 use crate::kernel::route;
@@ -89,8 +89,10 @@ pub struct Seen {
     pub confs: Vec<String>,
     /// Routes of others.
     pub routes: Vec<ForeignRoute>,
-    /// What drops pods' packets, in words.
+    /// What drops pods' packets, may drop them or hides their source, in words.
     pub blockers: Vec<String>,
+    /// What becomes of each kind of packet of theirs.
+    pub verdicts: Vec<String>,
     /// Legacy tables, which cannot be read.
     pub legacy: BTreeSet<Family>,
     /// Whom kube-proxy takes for pods.
@@ -249,16 +251,33 @@ fn look(check: &Check) -> anyhow::Result<Seen> {
     let mut nft = Nft::open()?;
     let wanted = desired::forwarded(&own, |datapath| datapath == seen.datapath);
     // Whoever adds accept rules has done so by now, or will not.
-    let forwarding = forward::observe(&mut nft, &check.place.bridge, &wanted, false)?;
-    seen.blockers = forwarding.blockers.iter().map(ToString::to_string).collect();
+    let ranges = seen.ranges.values().map(|range| range.range).collect();
+    let peers: Vec<Block> = seen.blocks.values().map(|block| block.block).collect();
+    let peers = sample(&peers, &own);
+    let scene = Scene::observe(&mut socket, &check.place.bridge, &wanted, &peers, ranges)?;
+    let found = forward::observe(&mut nft, &scene, false)?;
+    seen.verdicts = found.verdicts.iter().map(ToString::to_string).collect();
+    let all = [found.blockers, found.doubts, found.hiders];
+    seen.blockers = all.iter().flatten().map(ToString::to_string).collect();
     seen.legacy = forward::legacy_tables(Path::new("/proc/net")).into_iter().collect();
     seen.locals = kube_proxy::observe(&mut nft)?;
     Ok(seen)
 }
 
+/// Some of the blocks that are other nodes', evenly spread: each may be reached by another link.
+fn sample(blocks: &[Block], own: &BTreeMap<Block, HeldBlock>) -> Vec<Block> {
+    const MOST: usize = 16;
+    let others: Vec<Block> = blocks.iter().filter(|block| !own.contains_key(block)).copied().collect();
+    others.iter().step_by(others.len() / MOST + 1).copied().collect()
+}
+
 /// Looks, and prints a line for each finding. Returns how many there are.
 pub fn run(check: &Check) -> anyhow::Result<usize> {
-    let findings = judge(&check.place.bridge, &look(check)?);
+    let seen = look(check)?;
+    let findings = judge(&check.place.bridge, &seen);
+    if check.verdicts {
+        seen.verdicts.iter().for_each(|verdict| println!("{verdict}"));
+    }
     if check.json {
         println!("{}", serde_json::to_string_pretty(&findings)?);
     } else {

@@ -354,6 +354,30 @@ pub struct Desired {
     pub admit: BTreeSet<Admit>,
 }
 
+impl Desired {
+    /// Blocks of other nodes, one for each way that leads to some.
+    pub fn sample_of_peers(&self) -> Vec<Block> {
+        let mut ways = BTreeMap::new();
+        for (key, route) in &self.routes {
+            let way = match &route.target {
+                Target::Bridge | Target::Unreachable | Target::Other => continue,
+                Target::Via(hops) => (None, hops.iter().map(|hop| hop.device).collect()),
+                Target::Tunnel { underlay, .. } => (Some(*underlay), Vec::new()),
+            };
+            ways.entry((key.family(), way)).or_insert(key.prefix);
+        }
+        ways.into_values().collect()
+    }
+
+    /// The ranges that pods' addresses come from, as far as they have routes.
+    pub fn ranges(&self) -> Vec<Block> {
+        let of_range = |(key, (kind, _)): (&RouteKey, &(Kind, String))| {
+            (*kind == Kind::ClusterCIDR).then_some(key.prefix)
+        };
+        self.owners.iter().filter_map(of_range).collect()
+    }
+}
+
 /// The state of the table `inet plat`, compared with [`Desired::masquerade`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TableState {

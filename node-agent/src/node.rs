@@ -22,14 +22,14 @@ use crate::desired::{self, Host, Location, Map, Me};
 use crate::diff::{diff, is_undone_by, undo};
 use crate::doubled::{self, Cuts, Doubled};
 use crate::egress;
-use crate::fabric::{self, Admit, Desired, Devices, Observed, RouteKey, Sysctl, TableState};
+use crate::fabric::{self, Desired, Devices, Observed, RouteKey, Sysctl, TableState};
 use crate::facts::{Fault, Reason};
 use crate::folder;
 use crate::foreign;
 use crate::growth::{self, Growth};
 use crate::incidents::Repair;
 use crate::kernel::events::{Wake, WatchedFolder};
-use crate::kernel::forward::{self, Forwarding};
+use crate::kernel::forward::{self, Forwarding, Scene};
 use crate::kernel::{host, route, rule, sysctl, vxlan};
 use crate::leases::{Count, LeasedBlocks, Leases, PodRules, Swept, Usage};
 use crate::objects::Objects;
@@ -323,8 +323,8 @@ struct Machine {
     trials: Trials,
     desired: Option<Desired>,
     done: Done,
-    /// The forward hook, with the generation of the ruleset and the forwarding that it was judged for.
-    forward: Option<(u32, BTreeSet<Admit>, Forwarding)>,
+    /// Foreign firewalls, with the generation of the ruleset and the scene that it was judged for.
+    forward: Option<(u32, Scene, Forwarding)>,
     /// Links of pods whose addresses are another node's.
     cuts: Cuts,
     /// Whether the pods' tables were as the leases say when they were last looked at.
@@ -701,14 +701,15 @@ impl Machine {
         Ok(observed)
     }
 
-    /// Judges the forward hook anew if some transaction moved the generation of the ruleset.
+    /// Judges the ruleset anew if some transaction moved its generation, or pods' packets go other ways.
     fn judge_forwarding(&mut self, desired: &Desired) -> Result<(), Error> {
         let generation = self.kernel.nft.generation()?;
-        let needed = desired.forwarded.clone();
-        if !matches!(&self.forward, Some((at, of, _)) if *at == generation && *of == needed) {
-            let admitting = self.me.admit_forward;
-            let found = forward::observe(&mut self.kernel.nft, &self.me.bridge, &needed, admitting)?;
-            self.forward = Some((generation, needed, found));
+        let (peers, ranges) = (desired.sample_of_peers(), desired.ranges());
+        let wanted = &desired.forwarded;
+        let scene = Scene::observe(&mut self.kernel.route, &self.me.bridge, wanted, &peers, ranges)?;
+        if !matches!(&self.forward, Some((at, of, _)) if *at == generation && *of == scene) {
+            let found = forward::observe(&mut self.kernel.nft, &scene, self.me.admit_forward)?;
+            self.forward = Some((generation, scene, found));
         }
         Ok(())
     }

@@ -66,6 +66,10 @@ pub struct Findings {
     pub troubles: BTreeMap<Part, String>,
     /// What drops pod packets in foreign chains.
     pub blockers: Vec<String>,
+    /// What may drop them.
+    pub doubts: Vec<String>,
+    /// What hides pods' addresses.
+    pub hiders: Vec<String>,
     /// Legacy tables that cannot be judged.
     pub legacy: Vec<String>,
     /// Objects whose withdrawal waits.
@@ -269,6 +273,9 @@ fn forwarding_blocked(findings: &Findings) -> Verdict {
     if !findings.blockers.is_empty() {
         return verdict(Some(true), "ForeignFirewall", findings.blockers.join("; "));
     }
+    if !findings.doubts.is_empty() {
+        return verdict(None, "NotUnderstood", findings.doubts.join("; "));
+    }
     if !findings.legacy.is_empty() {
         let chains = findings.legacy.join(" and ");
         return verdict(
@@ -278,6 +285,9 @@ fn forwarding_blocked(findings: &Findings) -> Verdict {
                 "the legacy (not nft) table of {chains} is loaded, and its policy cannot be seen from here; check that its chain FORWARD lets pods through, or move to iptables-nft"
             ),
         );
+    }
+    if !findings.hiders.is_empty() {
+        return verdict(Some(false), "SourceHidden", findings.hiders.join("; "));
     }
     verdict(Some(false), "NothingFound", "no foreign chain drops forwarded pod packets".to_owned())
 }
@@ -498,7 +508,13 @@ mod tests {
         }
         let legacy = Findings { legacy: vec!["ip filter".into()], ..Findings::default() };
         assert_eq!(condition(&legacy, FORWARDING_BLOCKED).status, "Unknown");
-        let blocked = Findings { blockers: vec!["chain x".into()], ..legacy };
+        let hidden = Findings { hiders: vec!["chain z".into()], ..Findings::default() };
+        let found = condition(&hidden, FORWARDING_BLOCKED);
+        assert_eq!((found.status.as_str(), found.reason.as_str()), ("False", "SourceHidden"));
+        let doubtful = Findings { doubts: vec!["chain y".into()], ..legacy };
+        let found = condition(&doubtful, FORWARDING_BLOCKED);
+        assert_eq!((found.status.as_str(), found.reason.as_str()), ("Unknown", "NotUnderstood"));
+        let blocked = Findings { blockers: vec!["chain x".into()], ..doubtful };
         assert_eq!(condition(&blocked, FORWARDING_BLOCKED).status, "True");
         let held = Findings { held: (0..9).map(|n| format!("b{n}")).collect(), ..Findings::default() };
         assert!(condition(&held, WITHDRAWALS_HELD).message.starts_with("9 objects are missing"));

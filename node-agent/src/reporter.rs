@@ -297,7 +297,9 @@ impl Reporter {
     }
 
     fn findings(&mut self, map: Map<'_>, pass: &Pass<'_>, faults: Vec<Fault>) -> Findings {
-        let blockers = pass.forwarding.map(|found| found.blockers.as_slice()).unwrap_or_default();
+        let told = |of: fn(&Forwarding) -> &[forward::Finding]| {
+            pass.forwarding.map(of).unwrap_or_default().iter().map(ToString::to_string).collect()
+        };
         let families: BTreeSet<Family> = pass.own.keys().map(Block::family).collect();
         let legacy =
             forward::legacy_tables(&self.proc_net).into_iter().filter(|family| families.contains(family));
@@ -306,7 +308,9 @@ impl Reporter {
             faults,
             contested: contested.then(|| self.contested.clone()),
             troubles: pass.outcome.troubles.clone(),
-            blockers: blockers.iter().map(|blocker| blocker.to_string()).collect(),
+            blockers: told(|found| &found.blockers),
+            doubts: told(|found| &found.doubts),
+            hiders: told(|found| &found.hiders),
             legacy: legacy.map(|family| format!("{family} filter")).collect(),
             held: pass.held.names.clone(),
             lost: pass.held.lost.clone(),

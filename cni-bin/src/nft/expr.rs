@@ -105,7 +105,8 @@ impl Verdict {
         });
     }
 
-    pub(super) fn decode(data: Attribute<'_>) -> Option<Verdict> {
+    /// Reads a data attribute that holds a verdict.
+    pub fn decode(data: Attribute<'_>) -> Option<Verdict> {
         let verdict = data.nested().find(DATA_VERDICT)?.nested();
         let code = i32::from_ne_bytes(verdict.find(VERDICT_CODE)?.be32()?.to_ne_bytes());
         let chain = || verdict.find(VERDICT_CHAIN).map(|c| c.text().into_owned()).unwrap_or_default();

@@ -18,7 +18,8 @@ use plat_cni::netlink::Error;
 use plat_cni::nft::{self, Cmp, Expr, Table};
 use plat_crds::block::{Block, Family};
 
-use super::forward::{InterfaceName, Outcome, Test, read_rule, table_family};
+use super::forward::shape::{InterfaceName, Outcome, Test, read_rule};
+use super::forward::table_family;
 use super::nft::Nft;
 
 /// Chains that rules are looked for in, in each table: of this many Services.

@@ -551,6 +551,16 @@ pub fn foreign_in(socket: &mut Socket, table: u32) -> Result<Option<String>, Err
     Ok(None)
 }
 
+/// The link by which packets to an address leave; `None` if they do not.
+pub fn device(socket: &mut Socket, to: IpAddr) -> Result<Option<u32>, Error> {
+    let mut device = None;
+    get(socket, to, &[], RouteFlags::empty(), |message| {
+        let is_unicast = message.header.kind == RouteType::Unicast;
+        device = Facts::of(message).device.filter(|_| is_unicast);
+    })?;
+    Ok(device)
+}
+
 /// The prefix and protocol of the route that the kernel takes to an address; `None` if there is none.
 pub fn matching(socket: &mut Socket, to: IpAddr) -> Result<Option<(IpNet, u8)>, Error> {
     let mut matched = None;

@@ -160,7 +160,8 @@ fn an_explicit_drop_is_named_and_not_touched() {
         let listing = |family: &str| run(&format!("nft list table {family}"));
         run("iptables-nft -A FORWARD -j REJECT");
         let message = node.expect_condition("ForwardingBlocked", "True", "ForeignFirewall");
-        assert!(message.contains("chain ip filter FORWARD has a rule that drops"), "{message}");
+        assert!(message.contains("chain ip filter FORWARD rejects"), "{message}");
+        assert!(message.contains("'reject' (handle"), "{message}");
         assert_eq!(rules("iptables-nft").len(), 2);
         run("iptables-nft -F FORWARD");
         node.expect_condition("ForwardingBlocked", "False", "NothingFound");

@@ -13,6 +13,7 @@ mod converge;
 mod doubled;
 mod edge;
 mod fights;
+mod firewalls;
 mod forwarding;
 mod harness;
 mod held;
