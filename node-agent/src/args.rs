@@ -8,6 +8,7 @@ use plat_crds::lease::Datapath;
 use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
 
 use crate::conf::Provider;
+use crate::explain::Subject;
 use crate::readiness::Readiness;
 use crate::selftest::Selftest;
 
@@ -36,6 +37,10 @@ pub enum Command {
     /// Look for what is in the way of pods and of their addresses on this node: a line for each finding, with its
     /// cure. Reads only. Exit code 0: nothing found; 1: something; 2: it could not be looked.
     Check(Check),
+    /// Say how this node reaches a block and which object decided what of it, and what the kernel really has. Reads only,
+    /// from the running agent's cache, without the API server. Exit code 0: the kernel has what is wanted; 1: it has
+    /// not; 2: it could not be looked.
+    Explain(Explain),
     /// Prove the network from inside a pod: what `helm test` runs.
     #[command(subcommand)]
     Selftest(Selftest),
@@ -181,6 +186,16 @@ pub struct Check {
     /// Print before the findings what becomes of each kind of packet of pods in this node's firewall rules.
     #[arg(long, env = "PLAT_CHECK_VERDICTS", conflicts_with = "json")]
     pub verdicts: bool,
+}
+
+/// Flags of `explain`.
+#[derive(Clone, Debug, Args)]
+pub struct Explain {
+    /// A block (10.244.2.0/24), or an address in one, such as a pod's.
+    pub subject: Subject,
+    /// Where things are on the node.
+    #[command(flatten)]
+    pub place: Place,
 }
 
 /// Flags of `probe`.

@@ -33,6 +33,7 @@ pub mod desired;
 pub mod diff;
 pub mod doubled;
 pub mod egress;
+pub mod explain;
 pub mod fabric;
 pub mod facts;
 pub mod failstatic;

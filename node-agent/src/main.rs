@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use plat_agent::args::{Check, Cli, Command};
+use plat_agent::args::{Check, Cli, Command, Explain};
+use plat_agent::explain::{self, Answer};
 use plat_agent::{check, kernel, program, selftest};
 
 fn main() -> ExitCode {
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
         Some(Command::Cleanup(cleanup)) => block_on(program::cleanup(cleanup)),
         Some(Command::Probe(probe)) => block_on(program::probe(probe)),
         Some(Command::Check(check)) => return checked(&check),
+        Some(Command::Explain(explain)) => return explained(&explain),
         Some(Command::Selftest(half)) => block_on(selftest::run(half)),
     };
     match outcome {
@@ -37,6 +39,14 @@ fn checked(check: &Check) -> ExitCode {
     match check::run(check) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(1),
+        Err(error) => failed(&error, ExitCode::from(2)),
+    }
+}
+
+fn explained(explain: &Explain) -> ExitCode {
+    match explain::run(explain) {
+        Ok(Answer::Fits) => ExitCode::SUCCESS,
+        Ok(Answer::Differs) => ExitCode::from(1),
         Err(error) => failed(&error, ExitCode::from(2)),
     }
 }

@@ -1,5 +1,9 @@
 //! Every routing field, patched on and off, as `ip -j` shows it; and what becomes of policies that cannot work.
 
+use plat_agent::facts::{BlockFact, PolicyFact};
+use plat_agent::objects::Change;
+use plat_crds::routing_policy::Phase;
+use plat_crds::selector::Labels;
 use serde_json::{Value, json};
 
 use crate::harness::*;
@@ -59,7 +63,7 @@ fn plain(prefix: &str) -> Value {
     json!({"gateway": gateway, "dev": "eth0", "metric": 1120})
 }
 
-fn of(prefix: &str) -> plat_agent::facts::BlockFact {
+fn of(prefix: &str) -> BlockFact {
     if prefix == V4 { block(2) } else { block_v6(2) }
 }
 
@@ -273,4 +277,83 @@ fn a_link_without_neighbours_needs_no_next_hop_and_one_that_comes_late_is_taken_
             node.expect_condition("RoutesReady", "True", "AllInstalled");
         },
     );
+}
+
+/// What `plat-agent explain` prints on the node, and its exit code.
+fn explain(node: &TestNode, subject: &str) -> (String, Option<i32>) {
+    let (agent, run_dir) = (env!("CARGO_BIN_EXE_plat-agent"), node.settings.run_dir.display());
+    let output = try_run(&format!("{agent} explain {subject} --run-dir {run_dir}"));
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    (text, output.status.code())
+}
+
+#[test]
+fn a_policy_for_labels_holds_where_it_selects_and_explain_says_so() {
+    isolated("policy::a_policy_for_labels_holds_where_it_selects_and_explain_says_so", || {
+        let mut node = node();
+        let labelled = |block: BlockFact, zone: &str| {
+            let labels = Labels::pack(Some(&[("zone".to_owned(), zone.to_owned())].into()));
+            BlockFact { labels, ..block }
+        };
+        let policy = |zone: &str, routing: Value| PolicyFact {
+            name: "storage".into(),
+            uid: "uid-storage".into(),
+            generation: 1,
+            spec: serde_json::from_value(json!({
+                "priority": 5,
+                "sources": {"matchLabels": {"zone": zone}},
+                "destinations": {"matchLabels": {"zone": "b"}},
+                "routing": routing,
+            }))
+            .unwrap(),
+            observed: Some(1),
+            phase: Some(Phase::Complete),
+            last_good: None,
+        };
+        let blocks = vec![labelled(block(1), "a"), labelled(block(2), "b"), labelled(block(3), "c")];
+        node.list(blocks, vec![range("default-v4")]);
+        node.objects.policies.apply(Change::Applied(Ok(policy(
+            "a",
+            json!({"interface": "eth1", "nextHop": "172.31.0.7", "table": 1000}),
+        ))));
+        node.push();
+        expect(V4, &json!({"gateway": "172.31.0.7", "dev": "eth1", "metric": 1120, "table": "1000"}));
+        let other = json("ip -j route show 10.244.3.0/24");
+        assert_eq!(other[0]["gateway"], "172.30.0.13", "{other}");
+        node.settled();
+        let (text, code) = explain(&node, "10.244.2.9");
+        assert_eq!(code, Some(0), "{text}");
+        for line in [
+            "policies storage (priority 5)",
+            "interface      eth1                     RoutingPolicy 'storage'",
+            "kernel   10.244.2.0/24 via 172.31.0.7 metric 1120 table 1000 on eth1",
+            "packets  take the route to 10.244.2.0/24 of protocol 112",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        let (text, code) = explain(&node, "10.244.1.0/24");
+        assert_eq!(code, Some(0), "{text}");
+        assert!(text.contains("this node itself"), "{text}");
+        let (text, code) = explain(&node, "10.99.0.1");
+        assert_eq!((code, text.contains("none of Plat's")), (Some(1), true), "{text}");
+        node.objects.policies.apply(Change::Applied(Ok(policy("a", json!({"mtu": 9000})))));
+        node.push();
+        node.expect_condition("RoutesReady", "False", "UnusablePolicy");
+        node.settled();
+        let (text, code) = explain(&node, "10.244.2.9");
+        assert_eq!(code, Some(1), "{text}");
+        assert!(
+            text.contains("mtu 9000 of the RoutingPolicy 'storage' is above the 1500 of link eth0"),
+            "{text}"
+        );
+        assert!(text.contains("kernel   10.244.2.0/24 via 172.31.0.7"), "the last working one stays: {text}");
+        node.objects.policies.apply(Change::Deleted("storage".into()));
+        node.push();
+        expect(V4, &plain(V4));
+        expect_rules("-4", &[]);
+        node.objects.policies.apply(Change::Applied(Ok(policy("z", json!({"metric": 5})))));
+        node.push();
+        node.settled();
+        assert_eq!(shown(V4), plain(V4), "it selects other nodes");
+    });
 }
