@@ -78,7 +78,7 @@ pub struct MasqueradeRouting {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!has(self.mode) || self.mode != 'None' || (!has(self.nextHop) && !has(self.nextHops) && !has(self.interface) && !has(self.metric) && !has(self.table) && !has(self.mtu) && !has(self.advmss) && !has(self.sourceAddress) && !has(self.onLink))")
+    validation = Rule::new("!has(self.mode) || self.mode != 'None' || (!has(self.nextHop) && !has(self.nextHops) && !has(self.interface) && !has(self.metric) && !has(self.table) && !has(self.mtu) && !has(self.advmss) && !has(self.initcwnd) && !has(self.sourceAddress) && !has(self.onLink))")
         .message("mode None makes no route: leave out all fields that shape one"),
     validation = Rule::new("!has(self.mode) || self.mode != 'VXLAN' || (!has(self.nextHop) && !has(self.nextHops) && !has(self.interface) && !has(self.onLink))")
         .message("mode VXLAN tunnels to the node: leave out nextHop, nextHops, interface and onLink"),
@@ -138,6 +138,12 @@ pub struct Routing {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 536, max = 65495))]
     pub advmss: Option<i32>,
+
+    /// Segments that TCP connections of the node itself send over the routes to the block before the first answer, 1
+    /// to 1000 (RFC 6928 has 10). Default: the kernel's, 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub initcwnd: Option<i32>,
 
     /// Address that the node itself sends from over the routes to the block; one of its own, of the block's
     /// family. Default: the kernel's choice.
@@ -225,6 +231,8 @@ pub struct Resolved {
     pub mtu: Decided<Option<u32>>,
     /// Largest TCP segment to advertise, in bytes; `None` is by the MTU.
     pub advmss: Decided<Option<u32>>,
+    /// Segments to send before the first answer; `None` is the kernel's choice.
+    pub initcwnd: Decided<Option<u32>>,
     /// Preferred source address; `None` is the kernel's choice.
     pub source_address: Decided<Option<IpAddr>>,
     /// Whether the next hop counts as on-link.
@@ -268,6 +276,7 @@ pub fn resolve(layers: &[(Layer, &Routing)]) -> Result<Resolved, Invalid> {
         table: first(layers, |r| number(r.table)).or(MAIN_TABLE),
         mtu: first(layers, |r| number(r.mtu).map(Some)).or(None),
         advmss: first(layers, |r| number(r.advmss).map(Some)).or(None),
+        initcwnd: first(layers, |r| number(r.initcwnd).map(Some)).or(None),
         source_address: address(layers, "sourceAddress", |r| r.source_address.as_deref())?,
         on_link: first(layers, |r| r.on_link).or(false),
     })
@@ -359,7 +368,7 @@ mod tests {
     fn each_field_comes_from_the_nearest_layer_that_sets_it() {
         let pod = routing(serde_json::json!({"metric": 5}));
         let near = routing(serde_json::json!({"metric": 6, "mtu": 1400, "table": 100}));
-        let far = routing(serde_json::json!({"mtu": 1300, "advmss": 1200, "onLink": true}));
+        let far = routing(serde_json::json!({"mtu": 1300, "advmss": 1200, "initcwnd": 20, "onLink": true}));
         let cluster = routing(serde_json::json!({"metric": 7, "nextHop": "10.0.0.1", "interface": "eth1"}));
         let layers = [
             (Layer::PodCIDR, &pod),
@@ -372,6 +381,7 @@ mod tests {
         assert_eq!(got.mtu, Decided { value: Some(1400), from: policy("a") });
         assert_eq!(got.table, Decided { value: 100, from: policy("a") });
         assert_eq!(got.advmss, Decided { value: Some(1200), from: policy("b") });
+        assert_eq!(got.initcwnd, Decided { value: Some(20), from: policy("b") });
         assert_eq!(got.on_link, Decided { value: true, from: policy("b") });
         assert_eq!(got.interface, Decided { value: Some("eth1".into()), from: Layer::ClusterCIDR });
         let hop = Hop { address: [10, 0, 0, 1].into(), weight: 1 };

@@ -222,6 +222,7 @@ fn fields(policy: &Resolved) -> Vec<String> {
         line("table", &policy.table, |table| Some(table.to_string())),
         line("mtu", &policy.mtu, some),
         line("advmss", &policy.advmss, some),
+        line("initcwnd", &policy.initcwnd, some),
         line("sourceAddress", &policy.source_address, some),
         line("onLink", &policy.on_link, |on_link| Some(on_link.to_string())),
     ]
@@ -301,6 +302,7 @@ policies storage (priority 5)
   table          254                      built-in default
   mtu            1400                     RoutingPolicy 'storage'
   advmss         1300                     RoutingPolicy 'storage'
+  initcwnd       -                        built-in default
   sourceAddress  -                        built-in default
   onLink         false                    built-in default
 wanted   10.244.2.0/24 via 172.30.0.12 metric 7 mtu 1400 advmss 1300 on eth0

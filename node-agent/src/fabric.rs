@@ -172,6 +172,8 @@ pub struct Route {
     pub mtu: Option<u32>,
     /// Largest TCP segment to advertise, in bytes; `None` is what the MTU allows.
     pub advmss: Option<u32>,
+    /// Segments that TCP sends before the first answer; `None` is the kernel's choice.
+    pub initcwnd: Option<u32>,
     /// This node's address on packets of its own; `None` leaves the choice to the kernel.
     pub source: Option<IpAddr>,
 }
@@ -179,7 +181,7 @@ pub struct Route {
 impl Route {
     /// A route with nothing but its key and target.
     pub fn new(key: RouteKey, target: Target) -> Route {
-        Route { key, target, mtu: None, advmss: None, source: None }
+        Route { key, target, mtu: None, advmss: None, initcwnd: None, source: None }
     }
 }
 
@@ -202,7 +204,8 @@ impl fmt::Display for Route {
         if let Some(source) = self.source {
             write!(f, " src {source}")?;
         }
-        for (name, value) in [("mtu", self.mtu), ("advmss", self.advmss)] {
+        let metrics = [("mtu", self.mtu), ("advmss", self.advmss), ("initcwnd", self.initcwnd)];
+        for (name, value) in metrics {
             if let Some(value) = value {
                 write!(f, " {name} {value}")?;
             }

@@ -99,6 +99,7 @@ pub fn route(
     Ok(Some(Route {
         mtu: mtu(block, policy, &hops, host)?,
         advmss: policy.advmss.value.map(|advmss| advmss.min(MAX_ADVMSS)),
+        initcwnd: policy.initcwnd.value,
         source: source(block, policy, host)?,
         ..Route::new(key, Target::via(hops))
     }))
@@ -347,6 +348,7 @@ mod tests {
                 r#"{"sourceAddress":"172.30.0.11"}"#,
                 "10.244.2.0/24 via 172.30.0.12 metric 1120 src 172.30.0.11",
             ),
+            (r#"{"initcwnd":20}"#, "10.244.2.0/24 via 172.30.0.12 metric 1120 initcwnd 20"),
             (r#"{"interface":"wg0"}"#, "10.244.2.0/24 by link 4 metric 1120"),
             (
                 r#"{"interface":"eth0","nextHop":"192.168.7.1","onLink":true}"#,

@@ -53,7 +53,11 @@ fn write(route: &Route, devices: Devices) -> Option<RouteMessage> {
         Target::Other => return None,
     }
     message.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
-    let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
+    let metrics = [
+        route.mtu.map(RouteMetric::Mtu),
+        route.advmss.map(RouteMetric::Advmss),
+        route.initcwnd.map(RouteMetric::InitCwnd),
+    ];
     let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
     message.attributes.extend((!metrics.is_empty()).then_some(RouteAttribute::Metrics(metrics)));
     Some(message)
@@ -179,6 +183,7 @@ pub(super) struct Facts {
     metric: Option<u32>,
     mtu: Option<u32>,
     advmss: Option<u32>,
+    initcwnd: Option<u32>,
     /// Whether there is anything else, which no route of ours has.
     foreign: bool,
 }
@@ -203,6 +208,7 @@ impl Facts {
                         match metric {
                             RouteMetric::Mtu(mtu) => facts.mtu = Some(*mtu),
                             RouteMetric::Advmss(advmss) => facts.advmss = Some(*advmss),
+                            RouteMetric::InitCwnd(initcwnd) => facts.initcwnd = Some(*initcwnd),
                             _ => facts.foreign = true,
                         }
                     }
@@ -263,7 +269,7 @@ pub(super) fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
         (RouteType::Unicast, None, None, [_, _, ..]) => Target::via(facts.hops),
         _ => Target::Other,
     };
-    Some(Route { key, target, mtu: facts.mtu, advmss: facts.advmss, source })
+    Some(Route { key, target, mtu: facts.mtu, advmss: facts.advmss, initcwnd: facts.initcwnd, source })
 }
 
 /// All routes of our protocol, in all tables.
@@ -653,9 +659,9 @@ mod tests {
         });
         let hop = (2u32..9, 1u16..=256, any::<bool>(), any::<bool>());
         let hops = prop::collection::vec(hop, 1..5);
-        let fields = (any::<[Option<u16>; 2]>(), any::<bool>());
+        let fields = (any::<[Option<u16>; 3]>(), any::<bool>());
         (prop_oneof![v4, v6], any::<u32>(), 1u32..1000, 0usize..7, hops, fields).prop_map(
-            |((prefix, gateway), metric, table, kind, hops, ([mtu, advmss], has_source))| {
+            |((prefix, gateway), metric, table, kind, hops, ([mtu, advmss, initcwnd], has_source))| {
                 let hops = hops.into_iter().map(|(device, weight, has_gateway, taken)| Hop {
                     gateway: has_gateway.then_some(gateway),
                     device,
@@ -671,8 +677,14 @@ mod tests {
                     _ => Target::via(hops),
                 };
                 let source = Some(gateway).filter(|_| has_source && matches!(target, Target::Via(_)));
-                let [mtu, advmss] = [mtu, advmss].map(|bytes| bytes.map(u32::from));
-                Route { mtu, advmss, source, ..Route::new(RouteKey { table, prefix, metric }, target) }
+                let [mtu, advmss, initcwnd] = [mtu, advmss, initcwnd].map(|bytes| bytes.map(u32::from));
+                Route {
+                    mtu,
+                    advmss,
+                    initcwnd,
+                    source,
+                    ..Route::new(RouteKey { table, prefix, metric }, target)
+                }
             },
         )
     }

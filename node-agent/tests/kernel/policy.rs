@@ -124,9 +124,9 @@ fn each_field_is_in_the_kernel_while_a_policy_sets_it() {
             ),
             (
                 V4,
-                json!({"mtu": 1400, "advmss": 1300, "sourceAddress": "172.31.0.11"}),
+                json!({"mtu": 1400, "advmss": 1300, "initcwnd": 20, "sourceAddress": "172.31.0.11"}),
                 json!({"gateway": "172.30.0.12", "dev": "eth0", "metric": 1120, "prefsrc": "172.31.0.11",
-                    "metrics": [{"mtu": 1400, "advmss": 1300}]}),
+                    "metrics": [{"mtu": 1400, "advmss": 1300, "initcwnd": 20}]}),
             ),
             (
                 V6,
