@@ -121,10 +121,18 @@ impl Target {
         matches!(self, Target::Tunnel { .. } | Target::Bridge | Target::Other)
     }
 
-    /// Over these hops, which share the connections by their weights. Those of a single one say nothing.
+    /// Over these hops, which share the connections by their weights. One that is named twice has both shares (IPv6 knows
+    /// each once), and the weight of a single one says nothing.
     pub fn via(hops: impl IntoIterator<Item = Hop>) -> Target {
         let mut hops: Vec<Hop> = hops.into_iter().collect();
         hops.sort_unstable();
+        hops.dedup_by(|again, hop| {
+            let same = (again.gateway, again.device) == (hop.gateway, hop.device);
+            if same {
+                hop.weight = hop.weight.saturating_add(again.weight).min(256);
+            }
+            same
+        });
         if let [only] = hops.as_mut_slice() {
             only.weight = 1;
         }

@@ -338,6 +338,10 @@ mod tests {
                 r#"{"nextHops":[{"address":"172.30.0.1","weight":3},{"address":"172.30.0.2"}]}"#,
                 "10.244.2.0/24 via 172.30.0.1 weight 3 via 172.30.0.2 metric 1120",
             ),
+            (
+                r#"{"nextHops":[{"address":"172.30.0.1"},{"address":"172.30.0.2"},{"address":"172.30.0.1"}]}"#,
+                "10.244.2.0/24 via 172.30.0.1 weight 2 via 172.30.0.2 metric 1120",
+            ),
             (r#"{"metric":7}"#, "10.244.2.0/24 via 172.30.0.12 metric 7"),
             (r#"{"table":1000}"#, "10.244.2.0/24 via 172.30.0.12 metric 1120 table 1000"),
             (

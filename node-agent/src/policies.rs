@@ -116,7 +116,7 @@ impl<'a> Resolver<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{block, policy, range};
+    use crate::fixtures::{self, block, policy, range};
 
     fn labels(zone: &str) -> Labels {
         Labels::pack(Some(&[("zone".to_owned(), zone.to_owned())].into()))
@@ -146,6 +146,37 @@ mod tests {
         assert_eq!(metrics(&far), [None, Some(2), Some(1), Some(4), None]);
         let near = BlockFact { labels: labels("a"), ..block(3) };
         assert_eq!(metrics(&near), [Some(1), Some(4), None]);
+    }
+
+    #[test]
+    fn thousands_of_blocks_under_many_policies_are_resolved_a_few_times() {
+        let policies: BTreeMap<String, PolicyFact> = (0..50)
+            .map(|n| {
+                let zone = serde_json::json!({"matchLabels": {"zone": format!("z{}", n % 5)}});
+                named(
+                    &format!("p{n}"),
+                    serde_json::json!({"destinations": zone, "routing": {"metric": n + 1}}),
+                )
+            })
+            .collect();
+        let blocks: BTreeMap<String, BlockFact> = (0..5000u32)
+            .map(|n| {
+                let (host, zone) =
+                    (("host".to_owned(), format!("n{n}")), ("zone".to_owned(), format!("z{}", n % 7)));
+                let block = format!("10.{}.{}.0/24", n / 256, n % 256).parse().unwrap();
+                let labels = Labels::pack(Some(&[host, zone].into()));
+                (format!("b{n}"), BlockFact { name: format!("b{n}"), block, labels, ..fixtures::block(2) })
+            })
+            .collect();
+        let followed = in_force(&policies, &Labels::default());
+        let ranges = BTreeMap::from([("default-v4".to_owned(), range("default-v4"))]);
+        let map = Map { blocks: &blocks, ranges: &ranges, policies: &followed, absent: &Default::default() };
+        let mut resolver = Resolver::of(map);
+        for block in blocks.values() {
+            let layers = layers(block, ranges.get(&block.range), &followed);
+            assert_eq!(*resolver.resolve(block), routing::resolve(&layers), "{}", block.name);
+        }
+        assert_eq!(resolver.alike.len(), 7, "once for each zone");
     }
 
     #[test]
