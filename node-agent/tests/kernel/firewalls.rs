@@ -401,3 +401,77 @@ fn connections_come_to_be_exactly_where_the_verdicts_say_so() {
         assert!(failures.is_empty(), "{}", failures.join("\n"));
     });
 }
+
+/// `PLAT_TEST_RULES=20000` measures a large ruleset; the default shows that it is judged rightly.
+#[test]
+fn the_last_of_thousands_of_rules_is_named() {
+    isolated("firewalls::the_last_of_thousands_of_rules_is_named", || {
+        let _node = laboratory();
+        let count: usize = std::env::var("PLAT_TEST_RULES").map_or(2000, |count| count.parse().unwrap());
+        let mut rules = String::from("*filter\n:FORWARD ACCEPT [0:0]\n");
+        for n in 0..count {
+            let (a, b) = (n / 250 % 250, n % 250);
+            rules += &format!(
+                "-A FORWARD -s 192.0.{a}.{b}/32 -o docker0 -p tcp -m comment --comment \"rule {n}\" -m multiport --dports 80,443 -j DROP\n"
+            );
+        }
+        rules += "-A FORWARD -d 10.244.2.0/24 -j DROP\nCOMMIT\n";
+        std::fs::write("/run/rules", &rules).unwrap();
+        run("iptables-nft-restore /run/rules");
+        let started = std::time::Instant::now();
+        let found = judged();
+        eprintln!("{count} rules: {:?}", started.elapsed());
+        let [blocker] = found.blockers.as_slice() else { panic!("{:?}", found.blockers) };
+        assert!(blocker.what.contains("'ip daddr 10.244.2.0/24 drop'"), "{blocker}");
+        assert_eq!(found.doubts, []);
+    });
+}
+
+#[test]
+fn pods_pass_dockers_rules_by_the_agents_and_dockers_own_stay_apart() {
+    isolated("firewalls::pods_pass_dockers_rules_by_the_agents_and_dockers_own_stay_apart", || {
+        let mut node = laboratory();
+        shell(DOCKER);
+        let forward = || run("iptables-nft -S FORWARD");
+        assert_eq!(connect("pod", pod(&cidr(FOREIGN[0])), PATIENCE), None);
+        let before = run("iptables-nft -S").lines().count();
+        node.start();
+        node.contact();
+        let blocks = vec![block(1), block_v6(1), block(2), block_v6(2)];
+        node.list(blocks, vec![range("default-v4"), range("default-v6")]);
+        eventually("accept rules", || {
+            let rules = forward();
+            if rules.matches("--comment plat").count() == 2 { Ok(()) } else { Err(rules) }
+        });
+        node.settled();
+        node.expect_condition("ForwardingBlocked", "False", "NothingFound");
+        for family in Family::ALL {
+            for (from, _, to, ..) in attempts(family) {
+                assert!(connect(from, to, DEADLINE).is_some(), "{from} to {to}");
+            }
+        }
+        // Docker's come first, and nothing of them is gone.
+        let rules = forward();
+        let lines: Vec<&str> = rules.lines().collect();
+        assert_eq!(
+            lines[..3],
+            ["-P FORWARD DROP", "-A FORWARD -j DOCKER-USER", "-A FORWARD -j DOCKER-FORWARD"]
+        );
+        assert_eq!(run("iptables-nft -S").lines().count(), before + 2);
+        // From the outside to a container, which Docker forbids; a pod is outside as well.
+        run("ip link add docker0 type bridge");
+        run("ip addr add 172.17.0.1/16 dev docker0");
+        run("ip link set docker0 up");
+        run("ip netns add box");
+        run("ip link add vbox type veth peer name eth0 netns box");
+        run("ip link set vbox master docker0 up");
+        run("ip -n box addr add 172.17.0.9/16 dev eth0");
+        run("ip -n box link set eth0 up");
+        run("ip -n box route add default via 172.17.0.1");
+        within("box", listen);
+        let container: IpAddr = "172.17.0.9".parse().unwrap();
+        assert_eq!(connect("pod", container, PATIENCE), None, "docker's isolation holds");
+        run("iptables-nft -I FORWARD -d 172.17.0.9 -j ACCEPT");
+        assert!(connect("pod", container, DEADLINE).is_some(), "nothing but docker's rules was in the way");
+    });
+}

@@ -18,7 +18,7 @@ const GET_ELEMENTS: u16 = (10 << 8) | 13;
 const HEADER: usize = 4;
 /// Rules and elements that are read at most: beyond it, a chain or set counts as not read, and verdicts that come to
 /// it as unknown.
-pub const MAX_READ: usize = 200_000;
+pub const MAX_READ: usize = 50_000;
 
 /// Judges the packets for the kernel's ruleset, of which `chains` are the chains and `known` rules that were read.
 pub fn judged(
