@@ -14,6 +14,8 @@ fn snapshot(node: &TestNode) -> String {
         shell("ip -o addr | sed 's/valid_lft.*//'"),
         run("ip -4 route show table all"),
         shell("ip -6 route show table all | grep -v 'ff00::/8\\|fe80' || true"),
+        run("ip -4 rule show"),
+        run("ip -6 rule show"),
         run("nft list ruleset"),
         files,
         sysctls.join(" "),
@@ -52,14 +54,16 @@ fn busy_node() -> (TestNode, String) {
     std::fs::create_dir_all(&node.settings.bin_dir).unwrap();
     std::fs::write(node.file("bin/loopback"), "x").unwrap();
     let before = snapshot(&node);
+    let in_table = |block| with_routing(block, r#"{"table":1000}"#);
     node.start();
     node.contact();
     node.list(
-        vec![block(1), block(2), block_v6(1), block_v6(2)],
+        vec![block(1), in_table(block(2)), block_v6(1), in_table(block_v6(2))],
         vec![range("default-v4"), range("default-v6")],
     );
     node.expect_condition("CNIReady", "True", "Installed");
     node.settled();
+    assert!(run("ip rule show").contains("lookup 1000") && run("ip -6 rule show").contains("lookup 1000"));
     node.stop();
     // What the CNI binary makes.
     run("nft add table inet plat-pods");
