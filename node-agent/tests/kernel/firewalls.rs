@@ -238,6 +238,47 @@ const KUBE_PROXY: &str = "
     $t -t nat -A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
     $t -t nat -A KUBE-POSTROUTING -j MASQUERADE --random-fully";
 
+/// kube-proxy's rules in its mode nftables, for one Service.
+const KUBE_PROXY_NFT: &str = "
+    add table ip kube-proxy
+    add set ip kube-proxy cluster-ips { type ipv4_addr; }
+    add set ip kube-proxy nodeport-ips { type ipv4_addr; }
+    add map ip kube-proxy service-ips { type ipv4_addr . inet_proto . inet_service : verdict; }
+    add map ip kube-proxy service-nodeports { type inet_proto . inet_service : verdict; }
+    add map ip kube-proxy no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict; }
+    add chain ip kube-proxy reject-chain
+    add rule ip kube-proxy reject-chain reject
+    add chain ip kube-proxy endpoint
+    add rule ip kube-proxy endpoint meta l4proto tcp dnat to 10.244.1.9:53
+    add chain ip kube-proxy service
+    add rule ip kube-proxy service numgen random mod 1 vmap { 0 : goto endpoint }
+    add chain ip kube-proxy services
+    add rule ip kube-proxy services ip daddr @cluster-ips ip saddr != 10.244.0.0/16 meta mark set meta mark or 0x4000
+    add rule ip kube-proxy services ip daddr . meta l4proto . th dport vmap @service-ips
+    add rule ip kube-proxy services ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+    add chain ip kube-proxy cluster-ips-check
+    add rule ip kube-proxy cluster-ips-check ip daddr @cluster-ips reject
+    add rule ip kube-proxy cluster-ips-check ip daddr { 10.96.0.0/12 } drop
+    add chain ip kube-proxy masquerading
+    add rule ip kube-proxy masquerading meta mark and 0x4000 == 0 return
+    add rule ip kube-proxy masquerading meta mark set meta mark xor 0x4000
+    add rule ip kube-proxy masquerading masquerade fully-random
+    add chain ip kube-proxy service-endpoints-check
+    add rule ip kube-proxy service-endpoints-check ip daddr . meta l4proto . th dport vmap @no-endpoint-services
+    add chain ip kube-proxy filter-prerouting { type filter hook prerouting priority -110; }
+    add rule ip kube-proxy filter-prerouting ct state new jump cluster-ips-check
+    add chain ip kube-proxy filter-forward { type filter hook forward priority -110; }
+    add rule ip kube-proxy filter-forward ct state new jump service-endpoints-check
+    add rule ip kube-proxy filter-forward ct state new jump cluster-ips-check
+    add chain ip kube-proxy nat-prerouting { type nat hook prerouting priority dstnat; }
+    add rule ip kube-proxy nat-prerouting jump services
+    add chain ip kube-proxy nat-postrouting { type nat hook postrouting priority srcnat; }
+    add rule ip kube-proxy nat-postrouting jump masquerading
+    add element ip kube-proxy cluster-ips { 10.96.0.10 }
+    add element ip kube-proxy nodeport-ips { 172.30.0.11 }
+    add element ip kube-proxy service-ips { 10.96.0.10 . tcp . 53 : goto service }
+    add element ip kube-proxy no-endpoint-services { 10.96.0.11 . tcp . 53 : goto reject-chain }";
+
 /// Chains as ufw makes them.
 const UFW: &str = "
     t=iptables-nft
@@ -342,6 +383,7 @@ fn rulesets() -> Vec<(&'static str, Kind, String, Option<usize>)> {
         shell("docker and pods admitted", &format!("{DOCKER}\nfor t in iptables-nft ip6tables-nft; do $t -A FORWARD -i cni0 -j ACCEPT; $t -A FORWARD -o cni0 -j ACCEPT; done"), 0),
         shell("kube-proxy", KUBE_PROXY, 0),
         shell("kube-proxy and policy drop", &format!("{KUBE_PROXY}\niptables-nft -P FORWARD DROP"), 4),
+        nft("kube-proxy in its mode nftables", KUBE_PROXY_NFT.to_owned(), 0),
         shell("ufw", UFW, 4),
         shell("leftovers of kube-router and calico", LEFTOVERS, 0),
         shell("matches of iptables", "t=iptables-nft
