@@ -214,7 +214,7 @@ pub fn apply(
                 tunnels::set(kernel, devices, underlay, &entries, before, &mut outcome);
             }
             Step::RemoveEntries { underlay, entries, strange } => {
-                tunnels::remove(kernel, devices, underlay, entries, &strange, &mut outcome);
+                tunnels::remove(kernel, devices, underlay, entries, &strange, before, &mut outcome);
             }
             Step::RemoveTunnel(underlay) => tunnels::delete(kernel, underlay, &mut outcome),
             Step::EnsureGateways(blocks) => ensure_gateways(kernel, &blocks, before, &mut outcome),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use plat_crds::lease::Datapath;
-use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR};
+use plat_crds::names::{BRIDGE, CNI_BIN_DIR, CNI_CONF_DIR, RUN_DIR, VXLAN_PORT, VXLAN_VNI};
 
 use crate::conf::Provider;
 use crate::explain::Subject;
@@ -88,6 +88,13 @@ pub struct Run {
     #[arg(long, env = "PLAT_READINESS_DEADLINE_SECONDS", default_value_t = 60,
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub readiness_deadline_seconds: u64,
+    /// UDP port of VXLAN tunnels between nodes that are not on one link, the same on all nodes. Other hosts must not
+    /// reach it: whoever does can send packets to pods as if from anywhere.
+    #[arg(long, env = "PLAT_VXLAN_PORT", default_value_t = VXLAN_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    pub vxlan_port: u16,
+    /// VXLAN network identifier of these tunnels, the same on all nodes, 1 to 16777215.
+    #[arg(long, env = "PLAT_VXLAN_VNI", default_value_t = VXLAN_VNI, value_parser = clap::value_parser!(u32).range(1..1 << 24))]
+    pub vxlan_vni: u32,
     /// Address and port of /livez, /readyz and /metrics. If the port is taken, one of the next ten is used.
     #[arg(long, env = "PLAT_LISTEN", default_value = "[::]:9539")]
     pub listen: SocketAddr,

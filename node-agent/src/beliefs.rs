@@ -7,6 +7,7 @@ use std::time::Duration;
 use plat_crds::cluster_cidr::DEFAULT_QUARANTINE_SECONDS;
 use plat_crds::names::MAP_FILE;
 use plat_crds::node_network::LostBlock;
+use plat_crds::routing::Mode;
 use plat_crds::selector::Labels;
 
 use crate::cache::{Cache, Loaded};
@@ -129,6 +130,15 @@ impl Beliefs {
         let lost = self.lost.values().map(|loss| loss.until);
         held.next = held.next.into_iter().chain(ranges.next).chain(gone.next).chain(lost).min();
         held
+    }
+
+    /// Whether some RoutingPolicy says that nodes tunnel, in its newest version or in one that nodes may still follow.
+    pub fn lets_tunnel(&self) -> bool {
+        self.policies.facts.values().any(|policy| {
+            let last_good = policy.last_good.as_ref().map(|good| &good.spec);
+            let mut specs = last_good.into_iter().chain([&policy.spec]);
+            specs.any(|spec| spec.routing.mode == Some(Mode::VXLAN))
+        })
     }
 
     /// Lets `rollouts` decide which versions of the policies are followed, and answers why it went back from what.

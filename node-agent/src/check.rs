@@ -27,6 +27,7 @@ use crate::kernel::kube_proxy::{self, Local};
 use crate::kernel::nft::Nft;
 use crate::kernel::route;
 use crate::policies;
+use crate::vxlan::Network;
 
 /// What a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -110,7 +111,13 @@ pub fn judge(bridge: &str, seen: &Seen) -> Vec<Finding> {
         add(Subject::Cni, message);
     }
     let node = seen.file.iter().flatten().map(|file| file.node.clone()).next().unwrap_or_default();
-    let me = Me { node, datapath: Datapath::Bridge, bridge: bridge.to_owned(), admit_forward: false };
+    let me = Me {
+        node,
+        datapath: Datapath::Bridge,
+        bridge: bridge.to_owned(),
+        admit_forward: false,
+        vxlan: Network::default(),
+    };
     let absent = BTreeSet::new();
     let policies = policies::in_force(&seen.policies, &policies::labels_of(&me.node, &seen.blocks));
     let map = Map { blocks: &seen.blocks, ranges: &seen.ranges, policies: &policies, absent: &absent };

@@ -24,6 +24,8 @@ use crate::facts::{BlockFact, Fault, Kind, RangeFact, Reason};
 use crate::overlap;
 use crate::path;
 use crate::policies::{InForce, Resolver};
+use crate::underlay::{self, Underlay};
+use crate::vxlan::Network;
 
 /// Destinations that always see pods' own addresses: multicast and link-local never leave a link through
 /// a router (RFC 5771, RFC 3927, RFC 4291).
@@ -40,6 +42,8 @@ pub struct Me {
     pub bridge: String,
     /// Whether accept rules may be appended to FORWARD chains with policy drop.
     pub admit_forward: bool,
+    /// What the VXLAN devices of all nodes have in common.
+    pub vxlan: Network,
 }
 
 /// Where an address is, seen from this node.
@@ -96,6 +100,13 @@ pub struct Host {
     pub ra_links: BTreeSet<String>,
     /// MTU of the link that carries the node's address.
     pub mtu: Option<u32>,
+    /// This node's addresses on links that lead to others, each with the interface index of its link.
+    pub addresses: BTreeMap<IpAddr, u32>,
+    /// Smallest MTU of the links by which other nodes that are not on a link are reached, and of those that carry the node's
+    /// addresses.
+    pub underlay_mtu: Option<u32>,
+    /// Whether some RoutingPolicy lets nodes tunnel, perhaps to this one.
+    pub others_tunnel: bool,
     /// Blocks with living leases, whatever the objects say.
     pub leased: BTreeSet<Block>,
     /// Those of them for which nothing speaks but an address that may be another network's.
@@ -192,6 +203,7 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
         own_routes(*block, &mut desired);
     }
     let mut resolver = Resolver::of(map);
+    let underlay = Underlay::new(me, map, host);
     for block in accepted.iter().filter(|b| !b.released()) {
         if let Some(address) = host.exposed.get(&block.block) {
             faults.push(holds_needed(block, *address, own.contains_key(&block.block)));
@@ -200,7 +212,7 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
         if block.node == me.node {
             continue;
         }
-        match path::route(block, &resolver.resolve(block), host) {
+        match path::route(block, &resolver.resolve(block), host, &underlay) {
             Ok(Some(route)) => insert(&mut desired, Kind::PodCIDR, &block.name, route),
             Ok(None) => {}
             Err(fault) => {
@@ -209,6 +221,8 @@ pub fn desired(me: &Me, map: Map<'_>, host: &Host) -> (Desired, Vec<Fault>) {
             }
         }
     }
+    let others = accepted.iter().copied().filter(|b| !b.released() && b.node != me.node);
+    faults.extend(underlay::add_tunnels(&mut desired, me, &own, &underlay, others));
     for range in map.ranges.values().filter(|range| host.closed_ranges.contains(&range.name)) {
         insert(&mut desired, Kind::ClusterCIDR, &range.name, unreachable(range.range));
     }
@@ -307,7 +321,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn me() -> Me {
-        Me { node: "n1".into(), datapath: Datapath::Bridge, bridge: "cni0".into(), admit_forward: true }
+        Me {
+            node: "n1".into(),
+            datapath: Datapath::Bridge,
+            bridge: "cni0".into(),
+            admit_forward: true,
+            vxlan: Network::default(),
+        }
     }
 
     struct Case {
@@ -451,9 +471,18 @@ mod tests {
                 Reason::UnusablePolicy,
                 "below 1280",
             ),
-            (BlockFact { addresses: vec![], ..b() }, Reason::NoNodeAddress, "has no IPv4 address"),
+            (BlockFact { addresses: vec![], ..b() }, Reason::NoNodeAddress, "no address of a family"),
             (
-                BlockFact { addresses: vec!["10.9.9.9".parse().unwrap()], ..b() },
+                BlockFact { addresses: vec![], routing: routing(r#"{"mode":"Direct"}"#), ..b() },
+                Reason::NoNodeAddress,
+                "has no IPv4 address",
+            ),
+            (
+                BlockFact {
+                    addresses: vec!["10.9.9.9".parse().unwrap()],
+                    routing: routing(r#"{"mode":"Direct"}"#),
+                    ..b()
+                },
                 Reason::NotOnLink,
                 "10.9.9.9 is not on a link",
             ),

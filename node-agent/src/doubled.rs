@@ -168,6 +168,7 @@ mod tests {
     use super::*;
     use crate::desired::{Host, Me, own_blocks};
     use crate::fixtures::{block, block as block_of};
+    use crate::vxlan::Network;
     use plat_crds::blocks_file::HeldBlock;
     use plat_crds::lease::Datapath;
     use plat_crds::pod_cidr::BlockState;
@@ -193,6 +194,7 @@ mod tests {
                 datapath: Datapath::Bridge,
                 bridge: "cni0".into(),
                 admit_forward: true,
+                vxlan: Network::default(),
             };
             let host = Host { leased: ["10.244.1.0/24".parse().unwrap()].into(), ..Host::default() };
             let taken = taken(map, &own_blocks(&me, map, &host), &host.leased);

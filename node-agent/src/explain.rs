@@ -11,7 +11,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use ipnet::IpNet;
 use plat_cni::netlink::{Protocol, Socket};
-use plat_crds::block::Block;
+use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::BlocksFile;
 use plat_crds::lease::Datapath;
 use plat_crds::names::{BLOCKS_FILE, MAIN_TABLE};
@@ -23,9 +23,11 @@ use crate::desired::{Host, Map, Me};
 use crate::fabric::{Devices, Route, Rule, Target, host_prefix};
 use crate::facts::{BlockFact, Fault};
 use crate::folder::Folder;
-use crate::kernel::{host, route, rule};
+use crate::kernel::{host, route, rule, vxlan};
 use crate::path;
 use crate::policies::{self, InForce, Resolver};
+use crate::underlay::Underlay;
+use crate::vxlan::Network;
 
 /// What is asked for: a block, or the one that holds an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,32 +89,49 @@ pub fn run(explain: &args::Explain) -> anyhow::Result<Answer> {
         }
         return Ok(Answer::Differs);
     };
-    let me =
-        Me { node, datapath: Datapath::Bridge, bridge: explain.place.bridge.clone(), admit_forward: false };
-    // The other blocks do not matter for the way to this one.
-    let blocks = BTreeMap::from([(block.name.clone(), block.clone())]);
+    let me = Me {
+        node,
+        datapath: Datapath::Bridge,
+        bridge: explain.place.bridge.clone(),
+        admit_forward: false,
+        vxlan: Network::default(),
+    };
+    // Others' other blocks do not matter for the way to this one.
+    let of_way = |fact: &&BlockFact| fact.name == block.name || fact.node == me.node;
+    let blocks: BTreeMap<String, BlockFact> =
+        cache.blocks.values().filter(of_way).map(|fact| (fact.name.clone(), fact.clone())).collect();
     let absent = BTreeSet::new();
     let map = Map { blocks: &blocks, ranges: &cache.ranges, policies: &policies, absent: &absent };
-    let seen = look(&me, map, &asked)?;
+    let seen = look(&me, map, &asked, &block.block)?;
     let (lines, answer) = explained(&me, map, block, &policies, &seen);
     lines.iter().for_each(|line| println!("{line}"));
     Ok(answer)
 }
 
-fn look(me: &Me, map: Map<'_>, asked: &Block) -> anyhow::Result<Seen> {
+fn look(me: &Me, map: Map<'_>, asked: &Block, block: &Block) -> anyhow::Result<Seen> {
     let mut socket = Socket::open(Protocol::Route)?;
     let view = host::observe(&mut socket, &me.bridge)?;
     let needs = path::needs(me, map);
     let devices = host::devices(&mut socket, &view, &needs.interfaces)?;
     let reachable = host::reachable(&mut socket, &view, &devices, &needs.routers)?;
-    let locations = host::locate(&mut socket, &view, needs.addresses)?;
+    let (locations, _) = host::locate(&mut socket, &view, needs.addresses)?;
     let tables = rule::users(&mut socket, &needs.tables)?;
-    let ours = Devices { bridge: view.bridge, ..Devices::default() };
+    let tunnels = vxlan::observe(&mut socket, &view)?;
+    let tunnel = |family| tunnels.get(&family).map(|tunnel| tunnel.index);
+    let ours =
+        Devices { bridge: view.bridge, tunnel_v4: tunnel(Family::IPv4), tunnel_v6: tunnel(Family::IPv6) };
     let routes = route::dump(&mut socket, ours)?.into_values();
     let rules = rule::dump(&mut socket)?.into_iter().filter_map(|found| found.ours());
     Ok(Seen {
-        host: Host { locations, devices, reachable, tables, ..Host::default() },
-        routes: routes.filter(|route| map.blocks.values().any(|b| b.block == route.key.prefix)).collect(),
+        host: Host {
+            locations,
+            devices,
+            reachable,
+            tables,
+            addresses: host::addresses_to_others(&view),
+            ..Host::default()
+        },
+        routes: routes.filter(|route| route.key.prefix == *block).collect(),
         rules: rules.collect(),
         taken: route::matching(&mut socket, asked.network())?,
     })
@@ -153,7 +172,11 @@ fn explained(
     if let Ok(policy) = resolved.as_ref() {
         lines.extend(fields(policy));
     }
-    let wanted = if block.released() { Ok(None) } else { path::route(block, &resolved, &seen.host) };
+    let wanted = if block.released() {
+        Ok(None)
+    } else {
+        path::route(block, &resolved, &seen.host, &Underlay::new(me, map, &seen.host))
+    };
     lines.push(match &wanted {
         Ok(Some(route)) => format!("wanted   {}", shown(route, &seen.host)),
         Ok(None) if block.released() => {
@@ -274,8 +297,13 @@ mod tests {
             routing: serde_json::from_str(r#"{"mtu":1400,"advmss":1300}"#).unwrap(),
         }];
         let map = Map { blocks: &blocks, ranges: &ranges, policies: &policies, absent: &Default::default() };
-        let me =
-            Me { node: "n1".into(), datapath: Datapath::Bridge, bridge: "cni0".into(), admit_forward: false };
+        let me = Me {
+            node: "n1".into(),
+            datapath: Datapath::Bridge,
+            bridge: "cni0".into(),
+            admit_forward: false,
+            vxlan: Network::default(),
+        };
         let (lines, answer) = explained(&me, map, &far, &policies, seen);
         (lines.join("\n"), answer)
     }

@@ -100,11 +100,11 @@ impl fmt::Display for Hop {
 pub enum Target {
     /// Over one of these hops; sorted, at least one. A connection keeps to one of them (RFC 2992).
     Via(Vec<Hop>),
-    /// Through the tunnel over that family of the underlay, to the node whose device carries that address.
+    /// Through the tunnel over that family of the underlay, to the node behind that neighbour.
     Tunnel {
         /// Family of the packets that carry the tunnelled ones.
         underlay: Family,
-        /// The first address of the block.
+        /// Its neighbour on the device.
         gateway: IpAddr,
     },
     /// To the pods of this node, over their bridge, from the block's gateway address.

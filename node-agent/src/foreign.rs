@@ -146,11 +146,18 @@ pub fn exposed(
 mod tests {
     use super::*;
     use crate::fixtures::{block, range};
+    use crate::vxlan::Network;
     use plat_crds::lease::Datapath;
     use plat_crds::routing::{Mode, Routing};
 
     fn me() -> Me {
-        Me { node: "n1".into(), datapath: Datapath::Bridge, bridge: "cni0".into(), admit_forward: true }
+        Me {
+            node: "n1".into(),
+            datapath: Datapath::Bridge,
+            bridge: "cni0".into(),
+            admit_forward: true,
+            vxlan: Network::default(),
+        }
     }
 
     fn link(prefix: &str, device: &str) -> ForeignRoute {

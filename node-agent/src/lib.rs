@@ -64,5 +64,6 @@ pub mod rollout;
 pub mod selftest;
 pub mod telemetry;
 pub mod tunnels;
+pub mod underlay;
 pub mod vxlan;
 pub mod watch;

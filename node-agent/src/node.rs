@@ -40,6 +40,7 @@ use crate::readiness::Readiness;
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
 use crate::rollout::{Rollouts, Signs};
+use crate::underlay;
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -200,7 +201,8 @@ impl Node {
         let planned = rollouts.planned(beliefs.policies(), &labels);
         let (map, known) = (beliefs.map(), beliefs.known());
         let planned = planned.as_deref().map(|policies| Map { policies, ..map });
-        let (host, own, closing) = machine.look(map, planned, known)?;
+        let (mut host, own, closing) = machine.look(map, planned, known)?;
+        host.others_tunnel = beliefs.lets_tunnel();
         let (desired, mut faults) = desired::desired(&machine.me, map, &host);
         let plan = planned.map(|planned| preview::lines(&machine.me, (&desired, &faults), planned, &host));
         if full {
@@ -213,7 +215,8 @@ impl Node {
         faults.extend(machine.overridden.iter().cloned());
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
-        let grant = Grant { own: &own, lease: &lease, mtu: host.mtu, may_grow: &may_grow };
+        let mtu = underlay::pod_mtu(&host, &desired);
+        let grant = Grant { own: &own, lease: &lease, mtu, may_grow: &may_grow };
         let cni = outlet.write(&grant, map, &machine.done, &mut outcome)?;
         machine.keep_record()?;
         let count_at = machine.recount_leases(outlet.granted(), now);
@@ -505,7 +508,7 @@ impl Machine {
         let held = map.blocks.values().filter(|block| block.node == self.me.node);
         needs.addresses.extend(egress::addresses(map, held.map(|block| &block.block)));
         let socket = &mut self.kernel.route;
-        let locations = host::locate(socket, &view, needs.addresses)?;
+        let (locations, uplinks) = host::locate(socket, &view, needs.addresses)?;
         let links = host::devices(socket, &view, &needs.interfaces)?;
         let reachable = host::reachable(socket, &view, &links, &needs.routers)?;
         let tables = rule::users(socket, &needs.tables)?;
@@ -516,6 +519,7 @@ impl Machine {
         let own = map.blocks.values().filter(|block| block.node == self.me.node);
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();
         let mtu = host::path_mtu(&view, &node, devices);
+        let underlay_mtu = host::underlay_mtu(&view, mtu, uplinks);
         let needed = self.needed(map)?;
         let leased = self.leased(map);
         let mut host = Host {
@@ -525,6 +529,8 @@ impl Machine {
             reachable,
             tables,
             mtu,
+            addresses: host::addresses_to_others(&view),
+            underlay_mtu,
             leased: leased.all,
             guessed: leased.guessed,
             ..Host::default()
@@ -540,7 +546,7 @@ impl Machine {
             let socket = &mut self.kernel.route;
             let links = host::devices(socket, &view, &needs.interfaces)?;
             host.reachable.extend(host::reachable(socket, &view, &links, &needs.routers)?);
-            host.locations.extend(host::locate(socket, &view, needs.addresses)?);
+            host.locations.extend(host::locate(socket, &view, needs.addresses)?.0);
             host.tables.extend(rule::users(socket, &needs.tables)?);
             host.devices.extend(links);
         }

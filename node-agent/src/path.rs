@@ -16,6 +16,7 @@ use crate::desired::{Device, Host, Leads, Location, Map, Me};
 use crate::fabric::{Hop, OnLink, Route, RouteKey, Target};
 use crate::facts::{BlockFact, Fault, RangeFact, Reason};
 use crate::policies::{self, Resolver};
+use crate::underlay::{self, Underlay, Way};
 
 /// Smallest MTU of an IPv6 path (RFC 8200 §5).
 const MIN_MTU_V6: u32 = 1280;
@@ -30,6 +31,8 @@ const KERNELS_TABLES: [u32; 2] = [253, 255];
 enum Path {
     /// By a route of ours, over these hops.
     Via(Vec<routing::Hop>),
+    /// By a route of ours to its node, directly or through a tunnel.
+    Node(Mode),
     /// By something else.
     None,
 }
@@ -54,7 +57,14 @@ pub fn needs(me: &Me, map: Map<'_>) -> Needs {
     for block in map.blocks.values().filter(|b| b.node != me.node && !b.released()) {
         let resolved = resolver.resolve(block);
         let Ok(policy) = resolved.as_ref() else { continue };
-        let Ok(Path::Via(hops)) = path(block, policy) else { continue };
+        let hops = match path(block, policy) {
+            Ok(Path::Via(hops)) => hops,
+            Ok(Path::Node(_)) => {
+                needs.addresses.extend(&block.addresses);
+                Vec::new()
+            }
+            Ok(Path::None) | Err(_) => continue,
+        };
         needs.addresses.extend(policy.source_address.value);
         needs.tables.extend(Some(policy.table.value).filter(|table| *table != MAIN_TABLE));
         for hop in hops {
@@ -68,12 +78,13 @@ pub fn needs(me: &Me, map: Map<'_>) -> Needs {
     needs
 }
 
-/// The routers or the node to which the policy of a block sends its packets; none if it leaves them to others.
+/// The routers, or the addresses of the node, to which the policy of a block may send its packets; none if it leaves them to others.
 pub fn next_hops(block: &BlockFact, map: Map<'_>) -> Result<Vec<IpAddr>, Fault> {
     let layers = policies::layers(block, map.ranges.get(&block.range), map.policies);
     let policy = routing::resolve(&layers).map_err(|error| invalid(block, &error))?;
     match path(block, &policy)? {
         Path::Via(hops) => Ok(hops.into_iter().map(|hop| hop.address).collect()),
+        Path::Node(_) => Ok(block.addresses.clone()),
         Path::None => Ok(Vec::new()),
     }
 }
@@ -83,25 +94,32 @@ pub fn route(
     block: &BlockFact,
     policy: &Result<Resolved, Invalid>,
     host: &Host,
+    ways: &Underlay<'_>,
 ) -> Result<Option<Route>, Fault> {
     let policy = policy.as_ref().map_err(|error| invalid(block, error))?;
-    let Path::Via(hops) = path(block, policy)? else { return Ok(None) };
-    let device = interface(block, policy, host)?;
-    let hops: Vec<Hop> = hops
-        .iter()
-        .map(|hop| {
-            let on = hop_on(block, policy, hop.address, device, host)?;
-            Ok(Hop { weight: hop.weight, ..on })
-        })
-        .collect::<Result<_, Fault>>()?;
+    let target = match path(block, policy)? {
+        Path::None => return Ok(None),
+        Path::Node(mode) => match ways.way(block, mode)? {
+            Way::Direct { next_hop, device } => Target::via([Hop::to(next_hop, device)]),
+            Way::Tunnel { underlay, .. } => Target::Tunnel { underlay, gateway: underlay::gateway(block) },
+        },
+        Path::Via(hops) => {
+            let device = interface(block, policy, host)?;
+            let hops = hops.iter().map(|hop| {
+                let on = hop_on(block, policy, hop.address, device, host)?;
+                Ok(Hop { weight: hop.weight, ..on })
+            });
+            Target::via(hops.collect::<Result<Vec<_>, Fault>>()?)
+        }
+    };
     let key =
         RouteKey { table: table(block, policy, host)?, metric: metric(block, policy)?, prefix: block.block };
     Ok(Some(Route {
-        mtu: mtu(block, policy, &hops, host)?,
+        mtu: mtu(block, policy, &target, host)?,
         advmss: policy.advmss.value.map(|advmss| advmss.min(MAX_ADVMSS)),
         initcwnd: policy.initcwnd.value,
         source: source(block, policy, host)?,
-        ..Route::new(key, Target::via(hops))
+        ..Route::new(key, target)
     }))
 }
 
@@ -121,8 +139,8 @@ fn fault(block: &BlockFact, reason: Reason, what: impl Display) -> Fault {
 fn path(block: &BlockFact, policy: &Resolved) -> Result<Path, Fault> {
     match policy.mode.value {
         Mode::None => return Ok(Path::None),
-        Mode::Auto | Mode::Direct => {}
-        Mode::VXLAN | Mode::Unknown => {
+        Mode::Auto | Mode::Direct | Mode::VXLAN => {}
+        Mode::Unknown => {
             return Err(unusable(
                 block,
                 format!(
@@ -137,6 +155,18 @@ fn path(block: &BlockFact, policy: &Resolved) -> Result<Path, Fault> {
     if let Some(other) = routers.iter().find(|hop| Family::of(&hop.address) != family) {
         let what = format!("nextHop {} of the {from} is not an {family} address", other.address);
         return Err(unusable(block, what));
+    }
+    let shaped = !routers.is_empty() || policy.interface.value.is_some();
+    if policy.mode.value == Mode::VXLAN && shaped {
+        let by = if routers.is_empty() { &policy.interface.from } else { from };
+        let what = format!(
+            "mode VXLAN of the {} tunnels to the node, and the {by} names a nextHop or interface; take one of them back",
+            policy.mode.from
+        );
+        return Err(unusable(block, what));
+    }
+    if !shaped {
+        return Ok(Path::Node(policy.mode.value));
     }
     if !routers.is_empty() {
         return Ok(Path::Via(routers.clone()));
@@ -239,12 +269,16 @@ fn metric(block: &BlockFact, policy: &Resolved) -> Result<u32, Fault> {
     Err(unusable(block, format!("metric {metric} of the {from} is not between 1 and {most}")))
 }
 
-fn mtu(block: &BlockFact, policy: &Resolved, hops: &[Hop], host: &Host) -> Result<Option<u32>, Fault> {
+fn mtu(block: &BlockFact, policy: &Resolved, target: &Target, host: &Host) -> Result<Option<u32>, Fault> {
     let Decided { value: Some(mtu), from } = &policy.mtu else { return Ok(None) };
     if block.block.family() == Family::IPv6 && *mtu < MIN_MTU_V6 {
         let what = format!("mtu {mtu} of the {from} is below {MIN_MTU_V6}, the least that IPv6 allows");
         return Err(unusable(block, what));
     }
+    let hops = match target {
+        Target::Via(hops) => hops.as_slice(),
+        _ => &[],
+    };
     let used = host.devices.iter().filter(|(_, device)| hops.iter().any(|hop| hop.device == device.index));
     if let Some((name, device)) = used.min_by_key(|(_, device)| device.mtu).filter(|(_, d)| d.mtu < *mtu) {
         let what = format!(
@@ -295,7 +329,18 @@ pub fn all_routed(range: &RangeFact, map: Map<'_>) -> bool {
 mod tests {
     use super::*;
     use crate::fixtures::{block, block_v6, range};
+    use crate::vxlan::Network;
     use std::collections::BTreeMap;
+
+    fn me() -> Me {
+        Me {
+            node: "n1".into(),
+            datapath: plat_crds::lease::Datapath::Bridge,
+            bridge: "cni0".into(),
+            admit_forward: true,
+            vxlan: Network::default(),
+        }
+    }
 
     fn host() -> Host {
         let device = |index, leads| Device { index, up: true, mtu: 1500, leads };
@@ -326,7 +371,9 @@ mod tests {
             BTreeMap::from([("default-v4".to_owned(), range("default-v4"))]),
         );
         let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &Default::default() };
-        route(&block, &Resolver::of(map).resolve(&block), &host()).map(Option::unwrap)
+        let host = host();
+        let ways = Underlay::new(&me(), map, &host);
+        route(&block, &Resolver::of(map).resolve(&block), &host, &ways).map(Option::unwrap)
     }
 
     #[test]
@@ -431,12 +478,7 @@ mod tests {
         let blocks = BTreeMap::from([(far.name.clone(), far), (block(1).name, block(1))]);
         let map =
             Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &Default::default() };
-        let me = Me {
-            node: "n1".into(),
-            datapath: plat_crds::lease::Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: true,
-        };
+        let me = me();
         let router: IpAddr = [172, 30, 0, 1].into();
         assert_eq!(
             needs(&me, map),

@@ -19,6 +19,7 @@ use crate::objects::Objects;
 use crate::reconcile::{self, Links, Pulse};
 use crate::reporter::Report;
 use crate::telemetry::{self, Metrics, Served};
+use crate::vxlan::Network;
 use crate::{cleanup as clean, publish, watch as watching};
 
 /// How long a connection to the API server may take: a lost packet or two.
@@ -64,6 +65,7 @@ fn settings(run: &Run, config: &Config) -> Settings {
             datapath: run.datapath.into(),
             bridge: run.place.bridge.clone(),
             admit_forward: run.admit_forward,
+            vxlan: Network { vni: run.vxlan_vni, port: run.vxlan_port },
         },
         anti_spoofing: run.anti_spoofing,
         conf_dir: run.place.cni_conf_dir.clone(),

@@ -26,6 +26,7 @@ use crate::leases::{Swept, Usage};
 use crate::node::{OwnBlocks, Settings};
 use crate::objects::Objects;
 use crate::report::{self, CniState, Findings};
+use crate::underlay;
 
 /// What a pass tells the rest of the program.
 #[derive(Clone, Debug, Default)]
@@ -321,7 +322,7 @@ impl Reporter {
                 repaired: self.incidents.count(Repair::Route),
             },
             held_blocks: held_blocks(pass.own, &pass.host.leased, pass.usage),
-            mtu: pass.host.mtu,
+            mtu: underlay::pod_mtu(pass.host, pass.desired),
             cni: Some(pass.cni.clone()),
             active_conf: conf::active(&pass.confs).cloned(),
             chained: pass.chained.clone(),

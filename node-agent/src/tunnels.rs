@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use plat_cni::mac::Mac;
-use plat_crds::block::Family;
+use plat_cni::sysctl as cni_sysctl;
+use plat_crds::block::{Block, Family};
 
 use crate::apply::{Done, Kernel, Outcome, Part};
-use crate::fabric::Devices;
+use crate::fabric::{Devices, Target};
 use crate::incidents::Repair;
 use crate::kernel::vxlan;
-use crate::vxlan::{Device, Entries, name};
+use crate::vxlan::{Device, Entries, name, sysctls as sysctls_of};
 
 /// Brings a device in order; returns its index.
 pub fn ensure(kernel: &mut Kernel, device: &Device, before: &Done, outcome: &mut Outcome) -> Option<u32> {
@@ -22,6 +23,12 @@ pub fn ensure(kernel: &mut Kernel, device: &Device, before: &Done, outcome: &mut
                 true => {}
                 false if was_so => outcome.repaired(Repair::Tunnel, what),
                 false => tracing::info!(device = name(device.underlay), "{what}"),
+            }
+            let sysctls = cni_sysctl::Sysctls::at(kernel.sysctls.dir());
+            for sysctl in sysctls_of(device.underlay) {
+                if let Err(error) = sysctls.ensure(&sysctl.path, &sysctl.value) {
+                    outcome.trouble(Part::Tunnel, error);
+                }
             }
             Some(ensured.index)
         }
@@ -66,10 +73,18 @@ pub fn remove(
     underlay: Family,
     entries: Entries,
     strange: &BTreeSet<Mac>,
+    before: &Done,
     outcome: &mut Outcome,
 ) {
     let Some(index) = devices.tunnel(underlay) else { return };
-    let failed: BTreeSet<IpAddr> = outcome.failed_routes.iter().map(|key| key.prefix.network()).collect();
+    let prefixes: BTreeSet<Block> = outcome.failed_routes.iter().map(|key| key.prefix).collect();
+    let stayed = before.routes.values().filter(|route| prefixes.contains(&route.key.prefix));
+    let failed: BTreeSet<IpAddr> = stayed
+        .filter_map(|route| match &route.target {
+            Target::Tunnel { gateway, .. } => Some(*gateway),
+            _ => None,
+        })
+        .collect();
     let (needed, neighbours): (BTreeMap<IpAddr, Mac>, _) =
         entries.neighbours.into_iter().partition(|(address, _)| failed.contains(address));
     let used: BTreeSet<Mac> = needed.into_values().collect();

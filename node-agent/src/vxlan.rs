@@ -2,8 +2,9 @@
 //!
 //! One device for each family of the underlay that is needed, as the kernel sends by one alone. It learns nothing
 //! and floods nothing: for each peer node stands an entry of the forwarding table (its hardware address, which
-//! follows from its name, behind the node's address), and for each of its blocks a permanent neighbour (the block's
-//! first address, which the peer's device carries, at that hardware address). A route leads to the neighbour.
+//! follows from its name, behind the node's address), and a permanent neighbour at that hardware address for each of
+//! its IPv4 blocks (the block's first address, which the peer's device carries) and for its IPv6 blocks together (the
+//! link-local address of the hardware address). A route leads to the neighbour.
 //!
 //! So packets survive a change at any time: entries come before the routes that use them and go after.
 
@@ -13,10 +14,10 @@ use std::net::IpAddr;
 
 use plat_cni::mac::Mac;
 use plat_crds::block::{Block, Family};
-use plat_crds::names::{VXLAN_DEVICE_V4, VXLAN_DEVICE_V6};
+use plat_crds::names::{VXLAN_DEVICE_V4, VXLAN_DEVICE_V6, VXLAN_PORT, VXLAN_VNI};
 
 use crate::diff::Step;
-use crate::fabric::{Desired, Observed, Route, Target};
+use crate::fabric::{Desired, Observed, Route, Sysctl, Target};
 
 /// What the VXLAN devices of all nodes have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +26,12 @@ pub struct Network {
     pub vni: u32,
     /// UDP port on which every node takes in tunnelled packets.
     pub port: u16,
+}
+
+impl Default for Network {
+    fn default() -> Network {
+        Network { vni: VXLAN_VNI, port: VXLAN_PORT }
+    }
 }
 
 /// One VXLAN device.
@@ -57,6 +64,16 @@ pub fn overhead(underlay: Family) -> u32 {
         Family::IPv4 => 50,
         Family::IPv6 => 70,
     }
+}
+
+/// Sysctls of the device. Packets may come through a tunnel whose answers go directly, so the source is only checked loosely (RFC 3704 §2.4);
+/// and routers are nothing that a tunnel may tell of.
+pub fn sysctls(underlay: Family) -> [Sysctl; 2] {
+    let title = name(underlay);
+    [
+        Sysctl::new(format!("ipv4/conf/{title}/rp_filter"), "2"),
+        Sysctl::new(format!("ipv6/conf/{title}/accept_ra"), "0"),
+    ]
 }
 
 impl fmt::Display for Device {

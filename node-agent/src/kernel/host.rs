@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use plat_cni::link::LOOPBACK;
 use plat_cni::netlink::{Attributes, Error, Message, Socket};
-use plat_crds::names::ROUTE_PROTOCOL;
+use plat_crds::names::{ROUTE_PROTOCOL, VXLAN_DEVICE_V4, VXLAN_DEVICE_V6};
 use rtnetlink::packet_core::{Emitable, NlasIterator, Parseable};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeader, AddressMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -159,26 +159,29 @@ fn read_address(payload: &[u8]) -> Option<InterfaceAddress> {
     Some(InterfaceAddress { address: own, subnet, device: header.index, ours })
 }
 
-/// Where the addresses are. Decided by this node's subnets where exactly one link has it; the kernel is
+/// Where the addresses are, and the links that lead to those behind routers. Decided by this node's subnets where exactly one link has it; the kernel is
 /// asked where none or several do.
 pub fn locate(
     socket: &mut Socket,
     view: &View,
     addresses: BTreeSet<IpAddr>,
-) -> Result<BTreeMap<IpAddr, Location>, Error> {
-    let mut located = BTreeMap::new();
+) -> Result<(BTreeMap<IpAddr, Location>, BTreeSet<u32>), Error> {
+    let (mut located, mut uplinks) = (BTreeMap::new(), BTreeSet::new());
     for address in addresses {
         let location = match locate_by_subnet(view, address) {
             Some(location) => location,
             None => match route::way(socket, address)? {
                 Way::Local => Location::Local,
                 Way::Direct(device) => Location::OnLink { device },
-                Way::Indirect => Location::Remote,
+                Way::Indirect(uplink) => {
+                    uplinks.extend(uplink);
+                    Location::Remote
+                }
             },
         };
         located.insert(address, location);
     }
-    Ok(located)
+    Ok((located, uplinks))
 }
 
 /// `None` if the subnets do not decide.
@@ -242,6 +245,23 @@ pub fn reachable(
         }
     }
     Ok(reachable)
+}
+
+/// This node's addresses with their links, but for those on which nobody else is: the loopback, the pods' bridge, and the
+/// VXLAN devices.
+pub fn addresses_to_others(view: &View) -> BTreeMap<IpAddr, u32> {
+    let ours = [VXLAN_DEVICE_V4, VXLAN_DEVICE_V6];
+    let leads = |link: &Link| {
+        !link.loopback && Some(link.index) != view.bridge && !ours.contains(&link.name.as_str())
+    };
+    let is_on = |own: &&InterfaceAddress| view.links.get(&own.device).is_some_and(leads);
+    view.addresses.iter().filter(is_on).map(|own| (own.address, own.device)).collect()
+}
+
+/// Smallest MTU among the links that lead to other nodes behind routers, and `own`, that of the node's own link.
+pub fn underlay_mtu(view: &View, own: Option<u32>, uplinks: BTreeSet<u32>) -> Option<u32> {
+    let mtus = uplinks.iter().filter_map(|device| view.links.get(device)).map(|link| link.mtu);
+    mtus.chain(own).min()
 }
 
 /// MTU of the link that carries one of the node's addresses, else the smallest among `devices`.

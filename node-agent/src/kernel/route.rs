@@ -46,8 +46,7 @@ fn write(route: &Route, devices: Devices) -> Option<RouteMessage> {
             (message.header.kind, message.header.scope) = (RouteType::Unreachable, RouteScope::Universe);
         }
         Target::Tunnel { underlay, gateway } => {
-            // Nothing on the device tells that the peer is there.
-            let hop = Hop { on_link: OnLink::Taken, ..Hop::to(*gateway, devices.tunnel(*underlay)?) };
+            let hop = Hop { on_link: in_tunnel(*gateway), ..Hop::to(*gateway, devices.tunnel(*underlay)?) };
             write_hops(&mut message, &[hop])?;
         }
         Target::Other => return None,
@@ -61,6 +60,11 @@ fn write(route: &Route, devices: Devices) -> Option<RouteMessage> {
     let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
     message.attributes.extend((!metrics.is_empty()).then_some(RouteAttribute::Metrics(metrics)));
     Some(message)
+}
+
+/// Nothing on a VXLAN device tells that the peer is there; of a link-local address nothing needs to.
+fn in_tunnel(gateway: IpAddr) -> OnLink {
+    if gateway.is_ipv4() { OnLink::Taken } else { OnLink::Proven }
 }
 
 /// One hop is told by attributes of the route itself, as the kernel shows it; several by a list.
@@ -251,7 +255,7 @@ pub(super) fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
     let key = RouteKey { table, prefix, metric: facts.metric.unwrap_or(0) };
     let on_link = if fixed.flags.contains(RouteFlags::Onlink) { OnLink::Taken } else { OnLink::Proven };
     let is_tunnel = |family: &Family| facts.device.is_some() && devices.tunnel(*family) == facts.device;
-    let tunnel = Family::ALL.into_iter().find(is_tunnel).filter(|_| on_link == OnLink::Taken);
+    let tunnel = Family::ALL.into_iter().find(is_tunnel);
     let mut source = facts.source;
     let target = match (fixed.kind, facts.device, facts.gateway, facts.hops.as_slice()) {
         _ if facts.foreign => Target::Other,
@@ -263,7 +267,9 @@ pub(super) fn read(message: &RouteMessage, devices: Devices) -> Option<Route> {
             Target::Bridge
         }
         (RouteType::Unicast, Some(device), gateway, []) => match (tunnel, gateway) {
-            (Some(underlay), Some(gateway)) if source.is_none() => Target::Tunnel { underlay, gateway },
+            (Some(underlay), Some(gateway)) if on_link == in_tunnel(gateway) => {
+                Target::Tunnel { underlay, gateway }
+            }
             _ => Target::via([Hop { gateway, device, weight: 1, on_link }]),
         },
         (RouteType::Unicast, None, None, [_, _, ..]) => Target::via(facts.hops),
@@ -496,22 +502,23 @@ pub enum Way {
     Local,
     /// Over that link, without a router.
     Direct(u32),
-    /// Through a router, or not at all.
-    Indirect,
+    /// Through a router behind that link, or not at all.
+    Indirect(Option<u32>),
 }
 
 /// Asks the kernel for the way to an address.
 pub fn way(socket: &mut Socket, to: IpAddr) -> Result<Way, Error> {
-    let mut way = Way::Indirect;
+    let mut way = Way::Indirect(None);
     let found = get(socket, to, &[], RouteFlags::empty(), |message| {
         let facts = Facts::of(message);
         way = match (message.header.kind, facts.gateway, facts.device) {
             (RouteType::Local, ..) => Way::Local,
             (RouteType::Unicast, None, Some(device)) => Way::Direct(device),
-            _ => Way::Indirect,
+            (RouteType::Unicast, Some(_), device) => Way::Indirect(device),
+            _ => Way::Indirect(None),
         };
     })?;
-    Ok(if found { way } else { Way::Indirect })
+    Ok(if found { way } else { Way::Indirect(None) })
 }
 
 /// Whether an address is reached over that link without a router. The route that matches is asked for: for a link

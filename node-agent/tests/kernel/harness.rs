@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Seek};
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -17,6 +18,7 @@ use plat_agent::objects::{Ask, Change, Contact, Objects};
 use plat_agent::readiness::Readiness;
 use plat_agent::reconcile::{self, Ended, Links, Pulse};
 use plat_agent::reporter::Report;
+use plat_agent::vxlan::Network;
 use plat_cni::boot::{self, BootId};
 use plat_cni::kernel::HostKernel;
 use plat_cni::netlink::{Protocol, Socket};
@@ -27,6 +29,7 @@ use plat_crds::lease::Datapath;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::selector::Labels;
 use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -227,10 +230,16 @@ pub struct TestNode {
     pub objects: Objects,
 }
 
-fn runtime() -> Runtime {
+fn runtime(namespace: Option<PathBuf>) -> Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name(plat_agent::kernel::events::THREAD_NAME)
+        .on_thread_start(move || {
+            if let Some(path) = &namespace {
+                let namespace = std::fs::File::open(path).unwrap();
+                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            }
+        })
         .enable_all()
         .build()
         .unwrap()
@@ -261,16 +270,26 @@ impl TestNode {
         });
         run("ip route add default via 172.30.0.1");
         run("ip route add default via fd00:30::1");
+        TestNode::bare("n1", None)
+    }
+
+    /// A node of that name, in a namespace that was made for it (`ip netns add`); before its agent started.
+    pub fn inside(namespace: &str, node: &str) -> TestNode {
+        TestNode::bare(node, Some(PathBuf::from("/run/netns").join(namespace)))
+    }
+
+    fn bare(node: &str, namespace: Option<PathBuf>) -> TestNode {
         let root = tempfile::tempdir_in("/run").unwrap();
         let at = |name: &str| root.path().join(name);
         std::fs::write(at("image-plat"), "the CNI binary").unwrap();
         let settings = Settings {
             anti_spoofing: true,
             me: Me {
-                node: "n1".into(),
+                node: node.into(),
                 datapath: Datapath::Bridge,
                 bridge: "cni0".into(),
                 admit_forward: true,
+                vxlan: Network::default(),
             },
             conf_dir: at("net.d"),
             bin_dir: at("bin"),
@@ -285,7 +304,7 @@ impl TestNode {
             readiness_deadline: Duration::from_secs(60),
             needed: BTreeSet::new(),
         };
-        TestNode { runtime: runtime(), root, settings, agent: None, objects: Objects::default() }
+        TestNode { runtime: runtime(namespace), root, settings, agent: None, objects: Objects::default() }
     }
 
     /// The node with its agent, fed with complete lists of these objects and a contact.
@@ -300,7 +319,7 @@ impl TestNode {
     /// The same node once more, for a second agent beside the first, as one of an upgrade that overlaps.
     pub fn another(&self) -> TestNode {
         TestNode {
-            runtime: runtime(),
+            runtime: runtime(None),
             root: tempfile::tempdir_in("/run").unwrap(),
             settings: self.settings.clone(),
             agent: None,

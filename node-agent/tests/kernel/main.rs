@@ -32,3 +32,4 @@ mod routed;
 mod routes;
 mod scale;
 mod takeover;
+mod vxlan;

@@ -71,7 +71,8 @@ fn thousands_of_nodes_fit_into_one_transaction() {
         let set = listing["nftables"].as_array().unwrap().iter().find_map(|o| o.get("set")).unwrap();
         assert!(set["elem"].as_array().unwrap().len() >= 5000);
         node.settled();
-        assert!(node.report().status.incidents.is_empty(), "it reads back as it was written");
+        let incidents = node.report().status.incidents;
+        assert!(incidents.is_empty(), "it reads back as it was written: {incidents:?}");
     });
 }
 

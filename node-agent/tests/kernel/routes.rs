@@ -150,7 +150,7 @@ fn what_cannot_be_followed_keeps_the_last_working_route_and_says_what_to_do() {
         let mut node = node();
         let working = ["10.244.2.0/24 gateway 172.30.0.12 dev eth0 metric 1120"];
         expect_own_and(&working);
-        let mut away = block(2);
+        let mut away = with_routing(block(2), r#"{"mode":"Direct"}"#);
         away.addresses = vec![ip("10.9.9.9")];
         for (bad, reason, words) in [
             (away, "NotOnLink", "10.9.9.9 is not on a link"),
