@@ -98,7 +98,7 @@ says "the address of the API server reaches the programs" "KUBERNETES_SERVICE_HO
 says "cleanup turns the agents round" "- --stay" cat "$work/cleanup.yaml"
 
 # Every metric of the alerts and of the documentation is one that a program has; every flag of the chart too.
-sources=$(cat operator/src/telemetry.rs node-agent/src/telemetry.rs)
+sources=$(cat operator/src/telemetry.rs node-agent/src/telemetry.rs node-agent/src/probe/metrics.rs)
 for metric in $(grep -ohE 'plat_(operator|agent|ipam|build)_[a-z_]+' "$work/metrics.yaml" docs/operations.md | sort -u); do
   [[ $sources == *"\"$(sed -E 's/_(total|info)$//; s/_seconds$//' <<<"$metric")\""* ]] && pass "metric $metric exists" || fail "metric $metric exists"
 done

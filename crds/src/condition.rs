@@ -30,6 +30,8 @@ pub const MASQUERADE_READY: &str = "MasqueradeReady";
 pub const CNI_READY: &str = "CNIReady";
 /// NodeNetwork: a foreign firewall drops forwarded pod packets.
 pub const FORWARDING_BLOCKED: &str = "ForwardingBlocked";
+/// NodeNetwork: other nodes answer probes over the pods' path. Absent where probes are switched off.
+pub const PEERS_REACHABLE: &str = "PeersReachable";
 /// NodeNetwork: withdrawals wait for confirmation (fail static).
 pub const WITHDRAWALS_HELD: &str = "WithdrawalsHeld";
 

@@ -86,6 +86,13 @@ pub const MAX_OTHER_CONFS: usize = 8;
         description = "CNI configuration that the runtime takes"
     ),
     printcolumn(
+        name = "Peers",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="PeersReachable")].status"#,
+        priority = 1,
+        description = "Whether other nodes answer probes over the pods' path"
+    ),
+    printcolumn(
         name = "Reason",
         type_ = "string",
         json_path = r#".status.conditions[?(@.type=="RoutesReady")].reason"#,
@@ -143,12 +150,15 @@ pub struct NodeNetworkStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 512)))]
     pub plan: Vec<String>,
+    /// What probes over the pods' path found. Absent if they are switched off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probes: Option<ProbesReport>,
     /// What happened lately, oldest first; at most 16. The operator turns new ones into Events.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub incidents: Vec<Incident>,
     /// `RoutesReady`, `MasqueradeReady`, `CNIReady`, `ForwardingBlocked`, `Overlapping`,
-    /// `WithdrawalsHeld`.
+    /// `WithdrawalsHeld`, `PeersReachable`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(transform = condition::bound)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -327,4 +337,72 @@ pub struct Incident {
     pub message: String,
     /// How often, since the agent started.
     pub count: i64,
+}
+
+/// What a node's probes over the pods' path found: from the gateway of its own block to those of other nodes' blocks, of
+/// all in small clusters, of a sample that moves on in large ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ProbesReport {
+    /// Blocks of other nodes that the last whole round looked at, those with something wrong included.
+    pub peers: i64,
+    /// Of those, blocks that answered.
+    pub reachable: i64,
+    /// Number of blocks in `unreachable`, if it does not name them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable_count: Option<i64>,
+    /// Blocks that do not answer, and behind them those that lose many packets; at most 16.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub unreachable: Vec<UnreachablePeer>,
+    /// Number of blocks in `bigPacketsLost`, if it does not name them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub big_packets_lost_count: Option<i64>,
+    /// Blocks that small packets reach and full-size ones do not; at most 16.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub big_packets_lost: Vec<NarrowPath>,
+    /// Median of the round trips in microseconds, rounded. It moves only when it has changed by more than a quarter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_micros: Option<i64>,
+    /// When the last whole round ended, as of when this report was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_round: Option<Time>,
+}
+
+/// A block that does not answer probes, or not all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UnreachablePeer {
+    /// Node that holds the block.
+    #[schemars(length(max = 253))]
+    pub node_name: String,
+    /// The block.
+    #[schemars(length(max = 43))]
+    pub cidr: String,
+    /// `NoAnswer`, `NoRoute` (this node has none to it) or `Lossy`.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// Since when.
+    pub since: Time,
+}
+
+/// A path that loses packets of full size.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NarrowPath {
+    /// Node that holds the block.
+    #[schemars(length(max = 253))]
+    pub node_name: String,
+    /// The block.
+    #[schemars(length(max = 43))]
+    pub cidr: String,
+    /// Full size, in bytes: what the links take, or the `mtu` of the routing policy.
+    pub size: i64,
+    /// The largest common size that passes, in bytes. The node's route to the block has it as its MTU, unless a policy
+    /// sets one. Absent if not even the smallest passes.
+    #[serde(default, rename = "pathMTU", skip_serializing_if = "Option::is_none")]
+    pub path_mtu: Option<i64>,
+    /// Since when.
+    pub since: Time,
 }

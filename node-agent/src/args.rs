@@ -95,6 +95,10 @@ pub struct Run {
     /// VXLAN network identifier of these tunnels, the same on all nodes, 1 to 16777215.
     #[arg(long, env = "PLAT_VXLAN_VNI", default_value_t = VXLAN_VNI, value_parser = clap::value_parser!(u32).range(1..1 << 24))]
     pub vxlan_vni: u32,
+    /// UDP port on which agents ask each other from gateway to gateway of their blocks whether pods reach each other, how
+    /// fast, and with packets of which size. The same on all nodes. 0 switches it off.
+    #[arg(long, env = "PLAT_PROBE_PORT", default_value_t = 8474)]
+    pub probe_port: u16,
     /// Address and port of /livez, /readyz and /metrics. If the port is taken, one of the next ten is used.
     #[arg(long, env = "PLAT_LISTEN", default_value = "[::]:9539")]
     pub listen: SocketAddr,
@@ -222,6 +226,8 @@ pub enum Question {
     Live,
     /// Whether the node was programmed.
     Ready,
+    /// What the probes of other nodes found: a table.
+    Peers,
 }
 
 /// How to log.

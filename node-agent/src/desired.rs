@@ -117,6 +117,8 @@ pub struct Host {
     pub closed_ranges: BTreeSet<String>,
     /// Blocks that hold an address which this node needs and has no more specific route to, with that address.
     pub exposed: BTreeMap<Block, IpAddr>,
+    /// Largest packets that the paths to these blocks carry, where probes found that to be less than the links do.
+    pub path_mtus: BTreeMap<Block, u32>,
 }
 
 /// The objects that the node is programmed for, by name.

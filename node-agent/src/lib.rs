@@ -54,6 +54,7 @@ pub mod overlap;
 pub mod path;
 pub mod policies;
 pub mod preview;
+pub mod probe;
 pub mod program;
 pub mod publish;
 pub mod readiness;

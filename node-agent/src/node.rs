@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use plat_cni::boot::{self, BootId};
@@ -36,10 +37,12 @@ use crate::objects::Objects;
 use crate::outlet::{Grant, Outlet};
 use crate::path;
 use crate::preview;
+use crate::probe::findings::Findings;
+use crate::probe::plan::Plan;
 use crate::readiness::Readiness;
 use crate::report::CniState;
 use crate::reporter::{Pass, Report, Reporter};
-use crate::rollout::{Rollouts, Signs};
+use crate::rollout::{Probes, Rollouts, Signs};
 use crate::underlay;
 
 /// How a node is set up.
@@ -147,6 +150,11 @@ pub struct Node {
     reporter: Reporter,
     rollouts: Rollouts,
     boot: String,
+    /// What the probes found; `None` if they are switched off.
+    probes: Option<Findings>,
+    /// What there is to probe, and whether that is news.
+    to_probe: Arc<Plan>,
+    is_to_probe_new: bool,
 }
 
 impl Node {
@@ -162,6 +170,9 @@ impl Node {
             reporter: Reporter::new(&settings, &boot.text),
             machine: Machine::open(&settings, boot, run)?,
             outlet,
+            probes: None,
+            to_probe: Arc::default(),
+            is_to_probe_new: false,
         })
     }
 
@@ -175,11 +186,22 @@ impl Node {
         self.beliefs.learn(objects);
     }
 
+    /// Takes in what the probes found.
+    pub fn learn_probes(&mut self, found: Option<Findings>) {
+        self.probes = found;
+    }
+
+    /// What there is to probe, if the last pass found it changed.
+    pub fn take_plan(&mut self) -> Option<Arc<Plan>> {
+        std::mem::take(&mut self.is_to_probe_new).then(|| self.to_probe.clone())
+    }
+
     /// Brings the node to where it should be, and says where it is. `hints` say where to look besides.
     /// `culprits` is asked at the end, when who did what has surely been told.
     pub fn pass(&mut self, hints: Hints, culprits: impl FnOnce() -> Wake) -> Result<Report, Error> {
         let full = hints.full;
-        let Node { beliefs, machine, outlet, reporter, rollouts, boot } = self;
+        let Node { beliefs, machine, outlet, reporter, rollouts, boot, probes, to_probe, is_to_probe_new } =
+            self;
         let mut outcome = Outcome::default();
 
         machine.restore_table(&mut outcome)?;
@@ -192,7 +214,12 @@ impl Node {
         if full {
             machine.sweep_leases(now);
         }
-        let signs = Signs { now, contact: beliefs.contact(), probes: None };
+        let health = probes.as_ref().map(Findings::health);
+        let signs = Signs {
+            now,
+            contact: beliefs.contact(),
+            probes: health.as_ref().map(|h| Probes { rounds: h.rounds, failing: &h.failing }),
+        };
         for (policy, why) in beliefs.follow_policies(rollouts, &signs) {
             tracing::warn!(policy, why, "went back from the newest generation of a RoutingPolicy");
         }
@@ -203,6 +230,7 @@ impl Node {
         let planned = planned.as_deref().map(|policies| Map { policies, ..map });
         let (mut host, own, closing) = machine.look(map, planned, known)?;
         host.others_tunnel = beliefs.lets_tunnel();
+        host.path_mtus = probes.as_ref().map(|found| found.path_mtus()).unwrap_or_default();
         let (desired, mut faults) = desired::desired(&machine.me, map, &host);
         let plan = planned.map(|planned| preview::lines(&machine.me, (&desired, &faults), planned, &host));
         if full {
@@ -248,6 +276,7 @@ impl Node {
             lease: &lease,
             confs: outlet.confs(),
             chained: outlet.chained(),
+            probes: probes.as_ref(),
         };
         let said = |faults: &[Fault]| rollouts.reports(beliefs.policies(), &labels, map.blocks, faults);
         let mut report = reporter.report(known, map, pass, said, culprits);
@@ -264,6 +293,12 @@ impl Node {
             rollouts.next(),
         ];
         report.next = times.into_iter().flatten().min();
+        if probes.is_some() {
+            let next = Plan::new(&machine.me, map, &host, &own, &desired);
+            if **to_probe != next {
+                (*to_probe, *is_to_probe_new) = (Arc::new(next), true);
+            }
+        }
         machine.desired = Some(desired);
         beliefs.save(outlet.run(), full);
         Ok(report)

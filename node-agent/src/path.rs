@@ -270,7 +270,10 @@ fn metric(block: &BlockFact, policy: &Resolved) -> Result<u32, Fault> {
 }
 
 fn mtu(block: &BlockFact, policy: &Resolved, target: &Target, host: &Host) -> Result<Option<u32>, Fault> {
-    let Decided { value: Some(mtu), from } = &policy.mtu else { return Ok(None) };
+    let Decided { value: Some(mtu), from } = &policy.mtu else {
+        // What a policy says goes before what probes found.
+        return Ok(host.path_mtus.get(&block.block).copied());
+    };
     if block.block.family() == Family::IPv6 && *mtu < MIN_MTU_V6 {
         let what = format!("mtu {mtu} of the {from} is below {MIN_MTU_V6}, the least that IPv6 allows");
         return Err(unusable(block, what));

@@ -16,9 +16,11 @@ use crate::args::{Cleanup, Probe, Run};
 use crate::desired::Me;
 use crate::node::Settings;
 use crate::objects::Objects;
+use crate::probe::prober;
+use crate::probe::schedule::Pace;
 use crate::reconcile::{self, Links, Pulse};
 use crate::reporter::Report;
-use crate::telemetry::{self, Metrics, Served};
+use crate::telemetry::{self, Metrics, Peers, Served};
 use crate::vxlan::Network;
 use crate::{cleanup as clean, publish, watch as watching};
 
@@ -43,13 +45,20 @@ pub async fn run(run: Run) -> anyhow::Result<()> {
     let (reports, reported) = watch::channel((Report::default(), Duration::ZERO));
     let served = Served { pulse: Arc::new(Pulse::default()), metrics: Arc::new(Metrics::default()) };
     let stop = stop_on_signal()?;
-    let links = Links { objects, asks, reports, pulse: served.pulse.clone(), stop: stop.clone() };
+    let (probing, prober) = prober::probing(run.probe_port, Pace::default());
+    let on = run.probe_port != 0;
+    let peers = on.then(|| probing.subscribe());
+    let probing = on.then_some(probing);
+    let links = Links { objects, asks, reports, probing, pulse: served.pulse.clone(), stop: stop.clone() };
 
     tokio::spawn(watching::run(client.clone(), run.node_name.clone(), objects_in, asked, reported.clone()));
     tokio::spawn(publish::run(client, run.node_name.clone(), reported.clone()));
     tokio::spawn(measure(served.metrics.clone(), reported));
     tokio::spawn(telemetry::serve_port(served.clone(), run.listen));
-    tokio::spawn(serve_socket(served, run.socket));
+    tokio::spawn(serve_socket(served, peers, run.socket));
+    if on {
+        tokio::spawn(prober.run());
+    }
     reconcile::run(settings, links).await?;
     tracing::info!("stopped; the node goes on as it is");
     Ok(())
@@ -102,8 +111,8 @@ async fn measure(metrics: Arc<Metrics>, mut reports: watch::Receiver<(Report, Du
 }
 
 /// Without the socket probes fail, and kubelet restarts the agent: that is the way to make it known.
-async fn serve_socket(served: Served, socket: PathBuf) {
-    if let Err(error) = telemetry::serve_socket(served, &socket).await {
+async fn serve_socket(served: Served, peers: Option<Peers>, socket: PathBuf) {
+    if let Err(error) = telemetry::serve_socket(served, peers, &socket).await {
         tracing::error!(socket = %socket.display(), %error, "probes cannot be answered; give another path with --socket");
     }
 }
@@ -129,7 +138,7 @@ pub async fn cleanup(cleanup: Cleanup) -> anyhow::Result<()> {
     let stop = stop_on_signal()?;
     let outcome = clean::run(&cleanup.place)?;
     if cleanup.stay {
-        tokio::spawn(serve_socket(served.clone(), cleanup.socket.clone()));
+        tokio::spawn(serve_socket(served.clone(), None, cleanup.socket.clone()));
     }
     for done in &outcome.done {
         tracing::info!("removed {done}");

@@ -65,7 +65,9 @@ pub async fn run(client: Client, node: String, mut reports: watch::Receiver<(Rep
             None if status.conditions.is_empty() => None,
             None => Some(first),
             Some(_) if wants.is_some() && wants != asked => Some(Instant::now()),
-            Some((last, at)) if *last != status => Some(*at + pace(nodes) + spread(&node, pace(nodes) / 4)),
+            Some((last, at)) if is_news(last, &status) => {
+                Some(*at + pace(nodes) + spread(&node, pace(nodes) / 4))
+            }
             Some((_, at)) => Some(*at + heartbeat(nodes)),
         };
         let is_due = tokio::select! {
@@ -99,6 +101,15 @@ pub async fn run(client: Client, node: String, mut reports: watch::Receiver<(Rep
     }
 }
 
+/// Whether a report says something that the last one did not. When the last round of probes ended is as of the writing.
+fn is_news(last: &NodeNetworkStatus, next: &NodeNetworkStatus) -> bool {
+    let mut last = last.clone();
+    if let (Some(last), Some(next)) = (&mut last.probes, &next.probes) {
+        last.last_round.clone_from(&next.last_round);
+    }
+    last != *next
+}
+
 enum Refusal {
     /// There is no such NodeNetwork (yet).
     Missing,
@@ -126,6 +137,7 @@ async fn write(api: &Api<NodeNetwork>, node: &str, status: &NodeNetworkStatus) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plat_crds::node_network::ProbesReport;
 
     #[test]
     fn all_agents_together_stay_below_the_bound() {
@@ -134,6 +146,17 @@ mod tests {
             assert!(heartbeat(nodes) >= pace(nodes) * 2);
         }
         assert_eq!(heartbeat(3), HEARTBEAT);
+    }
+
+    #[test]
+    fn another_round_of_probes_is_no_news_and_a_peer_that_is_gone_is() {
+        let at = |second| Some(Time(Timestamp::from_second(second).unwrap()));
+        let report = |second, reachable| NodeNetworkStatus {
+            probes: Some(ProbesReport { reachable, last_round: at(second), ..ProbesReport::default() }),
+            ..NodeNetworkStatus::default()
+        };
+        assert!(!is_news(&report(1, 3), &report(11, 3)));
+        assert!(is_news(&report(1, 3), &report(1, 2)));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::kernel::events::{Events, Wake};
 use crate::leases::Count;
 use crate::node::{Error, Hints, Node, Settings};
 use crate::objects::{Ask, Objects};
+use crate::probe::prober::Probing;
 use crate::reporter::Report;
 
 /// Shortest time between the starts of two passes.
@@ -89,6 +90,8 @@ pub struct Links {
     pub asks: mpsc::Sender<Ask>,
     /// Where reports go, with the time that their pass took.
     pub reports: watch::Sender<(Report, Duration)>,
+    /// The probes; none if they are switched off.
+    pub probing: Option<Probing>,
     /// Signs of life.
     pub pulse: Arc<Pulse>,
     /// When to stop. Stopping removes nothing.
@@ -115,6 +118,7 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         if links.objects.has_changed().unwrap_or(false) {
             node.learn(&links.objects.borrow_and_update());
         }
+        node.learn_probes(links.probing.as_mut().map(Probing::findings));
         // On this thread: the runtime has no other work than waiting, and memory that several threads take
         // is held several times (glibc's arenas).
         let mut who = std::mem::take(&mut wake);
@@ -130,6 +134,9 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
             Ok(report) => {
                 failures = 0;
                 programmed |= report.programmed;
+                if let (Some(probing), Some(plan)) = (&links.probing, node.take_plan()) {
+                    probing.follow(plan);
+                }
                 conclude(&mut links, &mut asked, report, started.elapsed()).min(tick)
             }
             Err(error) if error.needs_restart() => return Err(error.into()),
@@ -145,12 +152,16 @@ pub async fn run(settings: Settings, mut links: Links) -> Result<(), Ended> {
         };
         // What comes meanwhile, and when a pass is due for it: at most one per PACE.
         let paced = started + PACE;
-        let (mut due, mut fresh) = (until.max(paced), false);
+        let (mut due, mut fresh, mut found) = (until.max(paced), false, false);
         loop {
             let news = tokio::select! {
                 () = links.stop.cancelled() => return Ok(()),
                 () = changed(&mut links.objects), if !fresh => {
                     (fresh, due) = (true, due.min(paced));
+                    continue;
+                }
+                () = probed(&mut links.probing), if !found => {
+                    (found, due) = (true, due.min(paced));
                     continue;
                 }
                 news = events.next() => news?,
@@ -204,6 +215,14 @@ async fn changed(objects: &mut watch::Receiver<Objects>) {
     match objects.changed().await {
         Ok(()) => objects.mark_changed(),
         Err(_) => std::future::pending().await,
+    }
+}
+
+/// A verdict of the probes has changed.
+async fn probed(probing: &mut Option<Probing>) {
+    match probing {
+        Some(probing) => probing.changed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plat_crds::condition::{
-    self, CNI_READY, FORWARDING_BLOCKED, MASQUERADE_READY, OVERLAPPING, ROUTES_READY, Verdict,
-    WITHDRAWALS_HELD,
+    self, CNI_READY, FORWARDING_BLOCKED, MASQUERADE_READY, OVERLAPPING, PEERS_REACHABLE, ROUTES_READY,
+    Verdict, WITHDRAWALS_HELD,
 };
 use plat_crds::digest::Digest;
 use plat_crds::node_network::{
     Applied, CniReport, FailedObject, HeldBlockReport, Incident, LostBlock, LostBlocks, MAX_BLOCKS,
-    MAX_OTHER_CONFS, MAX_REPORTED, NodeNetworkStatus, RouteCounts,
+    MAX_OTHER_CONFS, MAX_REPORTED, NodeNetworkStatus, ProbesReport, RouteCounts,
 };
 
 use crate::apply::Part;
@@ -96,6 +96,8 @@ pub struct Findings {
     pub foreign_pods: usize,
     /// What happened lately.
     pub incidents: Vec<Incident>,
+    /// What the probes found, in words; `None` if they are switched off.
+    pub probes: Option<(ProbesReport, Verdict)>,
 }
 
 impl Reason {
@@ -128,6 +130,9 @@ pub fn status(
     for verdict in verdicts(findings) {
         condition::set(&mut conditions, &verdict, None, now);
     }
+    let probes = findings.probes.clone().unzip();
+    condition::set_or_remove(&mut conditions, PEERS_REACHABLE, probes.1.as_ref(), None, now);
+    status.probes = probes.0;
     status.applied = Some(applied(known, &findings.faults));
     status.held_blocks = findings.held_blocks.iter().take(MAX_BLOCKS).cloned().collect();
     status.lost = lost(&findings.lost);

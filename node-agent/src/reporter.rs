@@ -25,6 +25,7 @@ use crate::kernel::forward::{self, Forwarding};
 use crate::leases::{Swept, Usage};
 use crate::node::{OwnBlocks, Settings};
 use crate::objects::Objects;
+use crate::probe;
 use crate::report::{self, CniState, Findings};
 use crate::underlay;
 
@@ -51,6 +52,8 @@ pub struct Report {
     pub leases_rebuilt: i64,
     /// What this node needs at once, as [`crate::growth::Growth::wants`]: a report of it goes out of turn, once.
     pub wants: Option<String>,
+    /// What the probes found; `None` if they are switched off.
+    pub probes: Option<probe::findings::Findings>,
     /// Withdrawals that wait.
     pub held: usize,
     /// Until when new addresses may be leased, in seconds since the epoch; `None` without a lease.
@@ -105,6 +108,8 @@ pub struct Pass<'a> {
     pub confs: Vec<String>,
     /// Plugins behind ours.
     pub chained: Vec<String>,
+    /// What the probes found; `None` if they are switched off.
+    pub probes: Option<&'a probe::findings::Findings>,
 }
 
 /// Memory of the reports.
@@ -117,6 +122,8 @@ pub struct Reporter {
     fight: Fight,
     /// What was put back last, and who is likely to have undone it: of a fight.
     contested: String,
+    /// The round trip of probes that was reported last, in microseconds.
+    rtt_micros: Option<i64>,
 }
 
 impl Reporter {
@@ -130,6 +137,7 @@ impl Reporter {
             incidents: Incidents::default(),
             fight: Fight::default(),
             contested: String::new(),
+            rtt_micros: None,
         }
     }
 
@@ -227,6 +235,7 @@ impl Reporter {
             leases_ended: self.incidents.count_of(LEASES_ENDED),
             leases_rebuilt: self.incidents.count_of(LEASES_REBUILT),
             wants: pass.wants,
+            probes: pass.probes.cloned(),
             held: pass.held.names.len(),
             lease_until: lease_until(pass.lease),
             own: own.map(|block| (block.name.clone(), block.uid.clone())).collect(),
@@ -304,6 +313,8 @@ impl Reporter {
         let families: BTreeSet<Family> = pass.own.keys().map(Block::family).collect();
         let legacy =
             forward::legacy_tables(&self.proc_net).into_iter().filter(|family| families.contains(family));
+        let probes = pass.probes.map(|found| probe::report::report(found, map, self.rtt_micros));
+        self.rtt_micros = probes.as_ref().and_then(|(report, _)| report.rtt_micros);
         let contested = self.fight.is_on(Duration::from_millis(boot::boot_ms()));
         Findings {
             faults,
@@ -329,6 +340,7 @@ impl Reporter {
             other_confs: conf::others(&pass.confs).cloned().collect(),
             foreign_pods: pass.usage.foreign_pods(map.ranges.values().map(|range| range.range)),
             incidents: self.incidents.list(),
+            probes,
         }
     }
 }

@@ -22,17 +22,23 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Log, LogFormat, Question};
 use crate::clock;
 use crate::facts::Reason;
 use crate::incidents::Repair;
+use crate::probe;
+use crate::probe::findings::Findings;
+use crate::probe::metrics::ProbeMetrics;
 use crate::reconcile::Pulse;
 use crate::reporter::Report;
 
 /// So many ports behind the wanted one are tried.
 const PORT_TRIES: u16 = 10;
+/// Longest answer that a probe takes.
+const MAX_ANSWER: u64 = 1024 * 1024;
 /// How long a probe waits.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -80,6 +86,7 @@ pub struct Metrics {
     leases_rebuilt: Gauge,
     contested: Gauge,
     contests: Gauge,
+    probes: watch::Sender<Findings>,
 }
 
 impl Default for Metrics {
@@ -138,6 +145,8 @@ impl Default for Metrics {
             help: "How often the agent had to rebuild the lease store from the kernel",
             value: leases_rebuilt.clone(),
         }));
+        let (probes, found) = watch::channel(Findings::default());
+        registry.register_collector(Box::new(ProbeMetrics(found)));
         let version = vec![("version", env!("CARGO_PKG_VERSION")), ("component", "agent")];
         registry.register("plat_build", "Version of this program", Info::new(version));
         registry.register_collector(Box::new(Process));
@@ -154,6 +163,7 @@ impl Default for Metrics {
             leases_rebuilt,
             contested,
             contests,
+            probes,
         }
     }
 }
@@ -189,6 +199,9 @@ impl Metrics {
         self.contests.set(report.contests);
         self.leases_ended.set(report.leases_ended);
         self.leases_rebuilt.set(report.leases_rebuilt);
+        if let Some(found) = &report.probes {
+            self.probes.send_replace(found.clone());
+        }
     }
 
     /// All metrics as text (OpenMetrics).
@@ -274,6 +287,9 @@ pub struct Served {
     pub metrics: Arc<Metrics>,
 }
 
+/// What the probes found, as it changes.
+pub type Peers = watch::Receiver<Findings>;
+
 fn router(served: Served) -> Router {
     Router::new()
         .route("/livez", get(livez))
@@ -303,8 +319,15 @@ async fn metrics(State(served): State<Served>) -> impl IntoResponse {
     ([(CONTENT_TYPE, kind)], served.metrics.text())
 }
 
+async fn table(State(peers): State<Option<Peers>>) -> (StatusCode, String) {
+    match peers {
+        Some(peers) => (StatusCode::OK, probe::report::table(&peers.borrow())),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "probes are switched off (--probe-port=0)\n".to_owned()),
+    }
+}
+
 /// Serves on the unix socket, for `probe`. A socket file that an earlier life left is removed.
-pub async fn serve_socket(served: Served, socket: &Path) -> io::Result<()> {
+pub async fn serve_socket(served: Served, peers: Option<Peers>, socket: &Path) -> io::Result<()> {
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -312,7 +335,9 @@ pub async fn serve_socket(served: Served, socket: &Path) -> io::Result<()> {
     if let Some(folder) = socket.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    axum::serve(UnixListener::bind(socket)?, router(served)).await
+    // Whom this node reaches is for those on the node alone.
+    let peers = Router::new().route("/peers", get(table)).with_state(peers);
+    axum::serve(UnixListener::bind(socket)?, router(served).merge(peers)).await
 }
 
 /// Serves on the port, or on one of the next if it is taken. Without any port the agent goes on.
@@ -350,12 +375,13 @@ pub async fn probe(what: Question, socket: &Path) -> anyhow::Result<()> {
     let path = match what {
         Question::Live => "/livez",
         Question::Ready => "/readyz",
+        Question::Peers => "/peers",
     };
     let ask = async {
         let mut stream = UnixStream::connect(socket).await?;
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
         let mut answer = String::new();
-        stream.take(4096).read_to_string(&mut answer).await?;
+        stream.take(MAX_ANSWER).read_to_string(&mut answer).await?;
         io::Result::Ok(answer)
     };
     let answer = tokio::time::timeout(PROBE_TIMEOUT, ask).await;
@@ -365,12 +391,16 @@ pub async fn probe(what: Question, socket: &Path) -> anyhow::Result<()> {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split_whitespace().nth(1).unwrap_or_default();
     anyhow::ensure!(status == "200", "{path}: {}", body.trim());
+    if what == Question::Peers {
+        print!("{body}");
+    }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::findings::Counters;
 
     #[test]
     fn metrics_have_the_names_that_dashboards_use() {
@@ -386,6 +416,8 @@ mod tests {
             contests: 6,
             ..Report::default()
         };
+        let counters = Counters { sent: 9, answered: 8, ..Counters::default() };
+        let report = Report { probes: Some(Findings { counters, ..Findings::default() }), ..report };
         metrics.update(&report, Duration::from_millis(3));
         let text = metrics.text();
         for line in [
@@ -395,6 +427,10 @@ mod tests {
             "plat_agent_faults{reason=\"NotOnLink\"} 2",
             "plat_ipam_addresses{state=\"free\"} 0",
             "plat_agent_pass_duration_seconds_count 1",
+            "plat_agent_probe_packets_total{kind=\"answered\"} 8",
+            "plat_agent_probe_peers{state=\"unreachable\"} 0",
+            "plat_agent_probe_round_trip_seconds 0.0",
+            "plat_agent_probe_path_mtus 0",
             "plat_agent_lease_until_seconds 99",
             "plat_agent_withdrawals_held 3",
             "plat_agent_leases_ended_total 4",
@@ -421,7 +457,7 @@ mod tests {
         let served = Served { pulse: Arc::default(), metrics: Arc::default() };
         let server = tokio::spawn({
             let (served, socket) = (served.clone(), socket.clone());
-            async move { serve_socket(served, &socket).await }
+            async move { serve_socket(served, None, &socket).await }
         });
         let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
         while probe(Question::Live, &socket).await.is_err() {

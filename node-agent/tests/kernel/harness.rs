@@ -15,6 +15,8 @@ use plat_agent::desired::Me;
 use plat_agent::facts::{BlockFact, RangeFact};
 use plat_agent::node::Settings;
 use plat_agent::objects::{Ask, Change, Contact, Objects};
+use plat_agent::probe::prober;
+use plat_agent::probe::schedule::Pace;
 use plat_agent::readiness::Readiness;
 use plat_agent::reconcile::{self, Ended, Links, Pulse};
 use plat_agent::reporter::Report;
@@ -226,6 +228,8 @@ pub struct TestNode {
     runtime: Runtime,
     pub root: TempDir,
     pub settings: Settings,
+    /// How fast it probes; `None`: not at all.
+    pub pace: Option<Pace>,
     agent: Option<Agent>,
     pub objects: Objects,
 }
@@ -304,7 +308,14 @@ impl TestNode {
             readiness_deadline: Duration::from_secs(60),
             needed: BTreeSet::new(),
         };
-        TestNode { runtime: runtime(namespace), root, settings, agent: None, objects: Objects::default() }
+        TestNode {
+            runtime: runtime(namespace),
+            root,
+            settings,
+            agent: None,
+            pace: None,
+            objects: Objects::default(),
+        }
     }
 
     /// The node with its agent, fed with complete lists of these objects and a contact.
@@ -323,6 +334,7 @@ impl TestNode {
             root: tempfile::tempdir_in("/run").unwrap(),
             settings: self.settings.clone(),
             agent: None,
+            pace: None,
             objects: Objects::default(),
         }
     }
@@ -333,10 +345,16 @@ impl TestNode {
         let (asks_in, asks) = mpsc::channel(8);
         let (reports_in, reports) = watch::channel((Report::default(), Duration::ZERO));
         let stop = CancellationToken::new();
+        let probing = self.pace.map(|pace| {
+            let (probing, prober) = prober::probing(8474, pace);
+            self.runtime.spawn(prober.run());
+            probing
+        });
         let links = Links {
             objects,
             asks: asks_in,
             reports: reports_in,
+            probing,
             pulse: Arc::new(Pulse::default()),
             stop: stop.clone(),
         };

@@ -24,6 +24,7 @@ mod offline;
 mod overlaps;
 mod pods;
 mod policy;
+mod probes;
 mod readiness;
 mod repair;
 mod rights;
