@@ -237,3 +237,183 @@ pub fn kept(underlay: Family, blocks: &BTreeSet<Block>, observed: &Observed) -> 
     }
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::RouteKey;
+    use proptest::prelude::*;
+
+    const UNDERLAY: Family = Family::IPv4;
+
+    fn mac(n: u8) -> Mac {
+        Mac::for_node(&format!("n{n}"))
+    }
+
+    fn gateway(n: u8) -> IpAddr {
+        [10, 244, n, 0].into()
+    }
+
+    fn node(n: u8) -> IpAddr {
+        [172, 31, 0, n].into()
+    }
+
+    fn entries(nodes: impl IntoIterator<Item = u8>) -> Entries {
+        let nodes: Vec<u8> = nodes.into_iter().collect();
+        Entries {
+            forwarding: nodes.iter().map(|n| (mac(*n), node(*n))).collect(),
+            neighbours: nodes.iter().map(|n| (gateway(*n), mac(*n))).collect(),
+        }
+    }
+
+    fn route(n: u8) -> Route {
+        let key = RouteKey::main(format!("10.244.{n}.0/24").parse().unwrap(), 1120);
+        Route::new(key, Target::Tunnel { underlay: UNDERLAY, gateway: gateway(n) })
+    }
+
+    fn device() -> Device {
+        let addresses = [gateway(1)].into();
+        Device { underlay: UNDERLAY, network: Network::default(), mac: mac(1), mtu: 1450, addresses }
+    }
+
+    fn wanted(nodes: impl IntoIterator<Item = u8> + Clone) -> Desired {
+        let tunnel = Tunnel { device: device(), entries: entries(nodes.clone()) };
+        let routes = nodes.into_iter().map(|n| (route(n).key, route(n))).collect();
+        Desired { tunnels: [(UNDERLAY, tunnel)].into(), routes, ..Desired::default() }
+    }
+
+    fn standing(device: &Device, entries: Entries) -> ObservedTunnel {
+        ObservedTunnel {
+            index: 7,
+            network: Some(device.network),
+            up: true,
+            mac: device.mac,
+            mtu: device.mtu,
+            addresses: device.addresses.clone(),
+            entries,
+            strange: BTreeSet::new(),
+        }
+    }
+
+    fn seen(nodes: impl IntoIterator<Item = u8> + Clone) -> Observed {
+        let routes = wanted(nodes.clone()).routes;
+        Observed {
+            tunnels: [(UNDERLAY, standing(&device(), entries(nodes)))].into(),
+            routes,
+            ..Observed::default()
+        }
+    }
+
+    /// What the kernel has once these steps are done.
+    fn execute(steps: Vec<Step>, observed: &mut Observed) {
+        for step in steps {
+            match step {
+                Step::EnsureTunnel(device) => {
+                    let kept = observed.tunnels.remove(&device.underlay);
+                    let kept = kept.filter(|there| !there.must_be_remade(&device));
+                    let mut made = standing(&device, Entries::default());
+                    if let Some(there) = kept {
+                        (made.entries, made.strange) = (there.entries, there.strange);
+                    }
+                    observed.tunnels.insert(device.underlay, made);
+                }
+                Step::SetEntries { underlay, entries } => {
+                    let there = observed.tunnels.get_mut(&underlay).expect("the device comes first");
+                    there.strange.retain(|mac| !entries.forwarding.contains_key(mac));
+                    there.entries.forwarding.extend(entries.forwarding);
+                    there.entries.neighbours.extend(entries.neighbours);
+                }
+                Step::RemoveEntries { underlay, entries, strange } => {
+                    let there = observed.tunnels.get_mut(&underlay).unwrap();
+                    there.entries.forwarding.retain(|mac, _| !entries.forwarding.contains_key(mac));
+                    there.entries.neighbours.retain(|address, _| !entries.neighbours.contains_key(address));
+                    there.strange.retain(|mac| !strange.contains(mac));
+                }
+                Step::RemoveTunnel(underlay) => drop(observed.tunnels.remove(&underlay)),
+                other => panic!("{other:?} is not about tunnels"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_as_it_should_be_needs_no_step() {
+        let (desired, observed) = (wanted([2, 3]), seen([2, 3]));
+        assert_eq!((prepare(&desired, &observed), clear(&desired, &observed)), (vec![], vec![]));
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_set_and_nothing_else() {
+        let desired = wanted([2, 3]);
+        let mut lost = seen([2, 3]);
+        let there = lost.tunnels.get_mut(&UNDERLAY).unwrap();
+        there.entries.forwarding.insert(mac(2), node(99));
+        there.entries.neighbours.remove(&gateway(3));
+        let missing =
+            Entries { forwarding: [(mac(2), node(2))].into(), neighbours: [(gateway(3), mac(3))].into() };
+        let step = Step::SetEntries { underlay: UNDERLAY, entries: missing };
+        assert_eq!((prepare(&desired, &lost), clear(&desired, &lost)), (vec![step], vec![]));
+    }
+
+    #[test]
+    fn a_device_that_differs_is_put_right_and_one_of_another_network_made_anew_with_all_entries() {
+        let desired = wanted([2]);
+        let all = Step::SetEntries { underlay: UNDERLAY, entries: entries([2]) };
+        for (change, is_remade) in [
+            ((|there| there.up = false) as fn(&mut ObservedTunnel), false),
+            (|there| there.mac = mac(9), false),
+            (|there| there.mtu = 1400, false),
+            (|there| there.addresses.clear(), false),
+            (|there| there.network = Some(Network { vni: 9, ..Network::default() }), true),
+            (|there| there.network = None, true),
+        ] {
+            let mut observed = seen([2]);
+            change(observed.tunnels.get_mut(&UNDERLAY).unwrap());
+            let mut expected = vec![Step::EnsureTunnel(device())];
+            expected.extend(is_remade.then(|| all.clone()));
+            assert_eq!(prepare(&desired, &observed), expected);
+            assert_eq!(survives(&route(2), &desired, &observed), !is_remade);
+        }
+    }
+
+    #[test]
+    fn a_route_that_stays_keeps_the_device_and_its_entries() {
+        let mut none = Desired { keep: [route(2).key.prefix].into(), ..Desired::default() };
+        assert_eq!(clear(&none, &seen([2, 3])), []);
+        let kept_at = |steps: Vec<Step>| {
+            let mut observed = seen([2, 3]);
+            execute(steps, &mut observed);
+            observed.tunnels.remove(&UNDERLAY).map(|there| there.entries)
+        };
+        let partly = Desired { keep: none.keep.clone(), ..wanted([4]) };
+        assert_eq!(kept_at(clear(&partly, &seen([2, 3]))), Some(entries([2])));
+        none.keep.clear();
+        assert_eq!(kept_at(clear(&none, &seen([2, 3]))), None);
+    }
+
+    fn some_nodes() -> impl Strategy<Value = BTreeSet<u8>> {
+        prop::collection::btree_set(2u8..8, 0..6)
+    }
+
+    proptest! {
+        #[test]
+        fn the_steps_lead_there_at_once_and_no_route_is_without_its_entries_midway(
+            before in some_nodes(), after in some_nodes(), strange in some_nodes(), kept in some_nodes(),
+        ) {
+            let mut observed = seen(before.clone());
+            observed.tunnels.get_mut(&UNDERLAY).unwrap().strange =
+                strange.difference(&before).map(|n| mac(*n)).collect();
+            let keep = kept.iter().map(|n| route(*n).key.prefix).collect();
+            let desired = Desired { keep, ..wanted(after.clone()) };
+            let (first, last) = (prepare(&desired, &observed), clear(&desired, &observed));
+            execute(first, &mut observed);
+            let there = &observed.tunnels[&UNDERLAY].entries;
+            let has = |n: &u8| there.neighbours.get(&gateway(*n)) == Some(&mac(*n)) && there.forwarding.get(&mac(*n)) == Some(&node(*n));
+            prop_assert!(before.union(&after).all(has), "old and new routes work while they are replaced");
+            execute(last, &mut observed);
+            let stay: BTreeSet<u8> = after.iter().chain(before.intersection(&kept)).copied().collect();
+            prop_assert_eq!(&observed.tunnels[&UNDERLAY].entries, &entries(stay));
+            prop_assert!(observed.tunnels[&UNDERLAY].strange.is_empty());
+            prop_assert_eq!((prepare(&desired, &observed), clear(&desired, &observed)), (vec![], vec![]));
+        }
+    }
+}

@@ -400,3 +400,108 @@ fn delete_neighbour(index: u32, address: IpAddr) -> Message {
     message.attr(NDA_DST, &octets(address));
     message
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plat_cni::netlink::split;
+    use proptest::prelude::*;
+
+    fn read<T>(message: Message, read: impl Fn(&Received<'_>) -> Option<T>) -> Option<T> {
+        let bytes = message.encode().unwrap();
+        split(&bytes).next().and_then(|received| read(&received))
+    }
+
+    fn any_mac() -> impl Strategy<Value = Mac> {
+        any::<[u8; 6]>().prop_map(Mac)
+    }
+
+    fn any_family() -> impl Strategy<Value = Family> {
+        prop::sample::select(Family::ALL.to_vec())
+    }
+
+    /// A link of that kind with this data.
+    fn link(kind: &str, fill: impl FnOnce(&mut Message)) -> Option<ObservedTunnel> {
+        let mut message = Message::new(NEW_LINK, 0, &[0; LINK_HEADER], "link");
+        message.attr(IFLA_ADDRESS, &[2; 6]).attr_u32(IFLA_MTU, 1450);
+        message.nest(IFLA_LINKINFO, |info| {
+            info.attr_str(INFO_KIND, kind).nest(INFO_DATA, |data| {
+                data.attr_u32(VXLAN_ID, 7).attr(VXLAN_PORT, &8472u16.to_be_bytes());
+                fill(data);
+            });
+        });
+        read(message, read_device)
+    }
+
+    #[test]
+    fn only_a_vxlan_device_set_up_as_ours_is_taken_for_ours() {
+        let network = |fill: fn(&mut Message)| link("vxlan", fill).unwrap().network;
+        assert_eq!(network(|_| {}), Some(Network { vni: 7, port: 8472 }));
+        assert_eq!(network(|data| _ = data.attr_u8(VXLAN_LEARNING, 1)), None, "it learns");
+        assert_eq!(network(|data| _ = data.attr_u8(VXLAN_COLLECT_METADATA, 1)), None, "flow-based");
+        assert_eq!(network(|data| _ = data.attr(VXLAN_GROUP, &[239, 1, 1, 1])), None, "it floods");
+        assert_eq!(network(|data| _ = data.attr(VXLAN_LOCAL, &[10, 0, 0, 1])), None, "bound to an address");
+        assert_eq!(network(|data| _ = data.attr_u32(VXLAN_LINK, 2)), None, "bound to a link");
+        assert_eq!(link("geneve", |_| {}), None);
+    }
+
+    #[test]
+    fn an_entry_that_says_more_than_ours_is_known_by_it() {
+        let (mac, node) = (Mac([2, 0, 0, 0, 0, 1]), [172, 30, 0, 12].into());
+        let with = |kind: u16, value: &[u8]| {
+            let mut message = new_forwarding(7, mac, node);
+            message.attr(kind, value);
+            read(message, read_entry).unwrap().has_more
+        };
+        assert!(
+            with(NDA_PORT, &[33, 24]) && with(NDA_VNI, &[7, 0, 0, 0]) && with(NDA_IFINDEX, &[2, 0, 0, 0])
+        );
+        assert!(!read(new_forwarding(7, mac, node), read_entry).unwrap().has_more);
+    }
+
+    proptest! {
+        #[test]
+        fn a_device_is_read_as_it_is_written(
+            underlay in any_family(), vni in 1u32..1 << 24, port in 1u16.., mac in any_mac(), mtu in 68u32..65_536,
+        ) {
+            let network = Network { vni, port };
+            let device = Device { underlay, network, mac, mtu, addresses: BTreeSet::new() };
+            let mut bytes = new_device(&device).encode().unwrap();
+            let there = split(&bytes).next().and_then(|received| read_device(&received)).unwrap();
+            // The kernel says no local address that was given as "any".
+            let told = (underlay == Family::IPv4).then_some(network);
+            prop_assert_eq!((there.network, there.mac, there.mtu, there.up), (told, mac, mtu, false));
+            bytes.truncate(bytes.len() / 2);
+            prop_assert_eq!(split(&bytes).count(), 0, "a message that is cut off is none");
+        }
+
+        #[test]
+        fn entries_are_read_as_they_are_written(
+            link in any::<u32>(), mac in any_mac(), v4 in any::<[u8; 4]>(), v6 in any::<[u8; 16]>(),
+        ) {
+            for address in [IpAddr::from(v4), IpAddr::from(v6)] {
+                let entry =
+                    Entry { link, is_permanent: true, address: Some(address), mac: Some(mac), has_more: false };
+                prop_assert_eq!(read(new_forwarding(link, mac, address), read_entry), Some(entry));
+                let neighbour = link::permanent_neighbour(link, address, mac);
+                prop_assert_eq!(read(neighbour, read_entry), Some(entry));
+                prop_assert_eq!(read(delete_neighbour(link, address), read_entry), None, "no answer to a question");
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_readers_panic(
+            kind in prop::sample::select(vec![NEW_LINK, NEW_NEIGHBOUR]),
+            payload in prop::collection::vec(any::<u8>(), 0..160),
+        ) {
+            let message = Message::new(kind, 0, &payload, "noise");
+            read(message, read_device);
+            let message = Message::new(kind, 0, &payload, "noise");
+            read(message, read_entry);
+            for received in split(&payload) {
+                read_device(&received);
+                read_entry(&received);
+            }
+        }
+    }
+}
