@@ -121,12 +121,14 @@ impl Planner<'_> {
 
     /// Labels of ours that are missing or differ, that the node has lost, or that nothing names any more. Users'
     /// labels stay, but for those that something names: they are the node's, or selectors would see what is not so.
+    /// What an object that cannot be read names is not known, and agents may well be able to read it.
     fn label_changes(&self, block: &BlockFact, node: &NodeFact) -> Vec<(String, Option<String>)> {
         let wanted = self.labels(&block.range, node);
         let is_wanted = |key: &str| wanted.iter().any(|(wanted, _)| wanted == key);
-        let is_users =
-            |key: &str| block.others_labels.get(key).is_some() && !self.selected_keys.contains(key);
-        let gone = block.labels.iter().filter(|(key, _)| !is_wanted(key) && !is_users(key));
+        let is_named = |key: &str| self.selected_keys.contains(key);
+        let stays =
+            |key: &str| !is_named(key) && (!self.knows_all_keys || block.others_labels.get(key).is_some());
+        let gone = block.labels.iter().filter(|(key, _)| !is_wanted(key) && !stays(key));
         let gone: Vec<_> = gone.map(|(key, _)| (key.to_owned(), None)).collect();
         let set = wanted.into_iter().filter(|(key, value)| block.labels.get(key) != Some(value));
         set.map(|(key, value)| (key, Some(value))).chain(gone).collect()

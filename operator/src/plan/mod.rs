@@ -142,6 +142,8 @@ struct Planner<'a> {
     told_of: BTreeMap<&'a str, Vec<Block>>,
     /// Label keys that selectors of ClusterCIDRs and RoutingPolicies and `topologyKey`s name, but for our own.
     selected_keys: BTreeSet<&'a str>,
+    /// Whether these are all: no ClusterCIDR and no RoutingPolicy is unreadable.
+    knows_all_keys: bool,
     /// Why a node gets no block of a family, or no further one.
     refused: BTreeMap<(Name, Family), (&'static str, String)>,
     /// Blocks whose labels alone this plan changes.
@@ -235,6 +237,8 @@ impl<'a> Planner<'a> {
         let keys = snapshot.ranges.values().flat_map(|range| keys_of(range));
         let keys = keys.chain(snapshot.policies.values().flat_map(|policy| policy.keys()));
         let selected_keys = keys.filter(|key| !ours.contains(key)).collect();
+        let knows_all_keys = snapshot.ranges.values().all(|range| range.problem.is_none())
+            && snapshot.policies.values().all(|policy| policy.problem.is_none());
         Planner {
             snapshot,
             claims,
@@ -243,6 +247,7 @@ impl<'a> Planner<'a> {
             vanished_of,
             told_of,
             selected_keys,
+            knows_all_keys,
             refused: BTreeMap::new(),
             carving_goes_on: false,
             relabelled: 0,

@@ -8,10 +8,10 @@ use plat_crds::cluster_cidr::{Allocation, BlockSizing};
 use plat_crds::pod_cidr::BlockState;
 use proptest::prelude::*;
 
-use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, RangeFact, ReportFact};
+use crate::facts::{BlockFact, Health, NodeFact, PodCidrText, PolicyFact, RangeFact, ReportFact};
 use crate::fixtures::{
-    NOW, Scene, at, block, created, digest_of, faults, held_block, labels, node, range, report, scene,
-    selector, spec, steps,
+    NOW, Scene, at, block, created, digest_of, faults, held_block, labels, node, policy, range, report,
+    scene, selector, spec, steps,
 };
 use crate::memory::{Memory, Pending, Vanished};
 use crate::plan::Plan;
@@ -680,6 +680,27 @@ fn address_label_and_uid_changes_of_the_node_are_copied() {
         [("zone".to_owned(), Some("a".to_owned())), ("former".to_owned(), None), ("rack".to_owned(), None)],
         "a named one is the node's, another one the user's, and one of ours that nothing names goes"
     );
+}
+
+#[test]
+fn labels_that_an_unreadable_object_may_name_stay() {
+    let scene = scene()
+        .range(range("r", "10.244.0.0/16"))
+        .block({
+            let mut b = held_block("10.244.0.0/24", "r", "n1");
+            b.labels = labels(&b.labels.iter().chain([("zone", "a")]).collect::<Vec<_>>());
+            b
+        })
+        .node(NodeFact { labels: labels(&[("zone", "a")]), ..node("n1") });
+    let relabels = |scene: &Scene| scene.plan().steps.iter().any(|s| matches!(s, Step::ChangeBlock { .. }));
+    assert!(relabels(&scene), "nothing names it");
+    let unreadable = PolicyFact { problem: Some("of a newer version".into()), ..policy("p", "{}") };
+    let with_policy = scene.clone().with(|s| {
+        std::sync::Arc::make_mut(&mut s.world.policies).insert("p".into(), unreadable.clone().into());
+    });
+    assert!(!relabels(&with_policy));
+    let unreadable = RangeFact { problem: Some("of a newer version".into()), ..range("s", "10.245.0.0/16") };
+    assert!(!relabels(&scene.range(unreadable)));
 }
 
 #[test]
