@@ -116,6 +116,7 @@ pub fn judge(bridge: &str, seen: &Seen) -> Vec<Finding> {
         datapath: Datapath::Bridge,
         bridge: bridge.to_owned(),
         admit_forward: false,
+        probe_port: None,
         vxlan: Network::default(),
     };
     let absent = BTreeSet::new();

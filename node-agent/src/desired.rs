@@ -5,7 +5,8 @@
 //! last working state is better than none.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
@@ -42,6 +43,8 @@ pub struct Me {
     pub bridge: String,
     /// Whether accept rules may be appended to FORWARD chains with policy drop.
     pub admit_forward: bool,
+    /// UDP port on which probes of others are answered; `None` if probes are switched off.
+    pub probe_port: Option<NonZeroU16>,
     /// What the VXLAN devices of all nodes have in common.
     pub vxlan: Network,
 }
@@ -279,7 +282,17 @@ fn masquerade(
         keep.push(block.block.net());
         keep.extend(block.addresses.iter().map(|address| host_prefix(*address)));
     }
-    Masquerade { pod_interface: me.bridge.clone(), sources, keep: IpNet::aggregate(&keep) }
+    let gateways = own.keys().map(Block::gateway);
+    let probed = me
+        .probe_port
+        .into_iter()
+        .flat_map(|port| gateways.clone().map(move |gateway| SocketAddr::new(gateway, port.get())));
+    Masquerade {
+        pod_interface: me.bridge.clone(),
+        sources,
+        keep: IpNet::aggregate(&keep),
+        probed: probed.collect(),
+    }
 }
 
 fn sysctls(own: &BTreeMap<Block, HeldBlock>, host: &Host) -> Vec<Sysctl> {
@@ -328,6 +341,7 @@ mod tests {
             datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             admit_forward: true,
+            probe_port: None,
             vxlan: Network::default(),
         }
     }

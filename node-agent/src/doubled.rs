@@ -194,6 +194,7 @@ mod tests {
                 datapath: Datapath::Bridge,
                 bridge: "cni0".into(),
                 admit_forward: true,
+                probe_port: None,
                 vxlan: Network::default(),
             };
             let host = Host { leased: ["10.244.1.0/24".parse().unwrap()].into(), ..Host::default() };

@@ -94,6 +94,7 @@ pub fn run(explain: &args::Explain) -> anyhow::Result<Answer> {
         datapath: Datapath::Bridge,
         bridge: explain.place.bridge.clone(),
         admit_forward: false,
+        probe_port: None,
         vxlan: Network::default(),
     };
     // Others' other blocks do not matter for the way to this one.
@@ -302,6 +303,7 @@ mod tests {
             datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             admit_forward: false,
+            probe_port: None,
             vxlan: Network::default(),
         };
         let (lines, answer) = explained(&me, map, &far, &policies, seen);

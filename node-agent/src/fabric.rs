@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use plat_crds::block::{Block, Family};
@@ -282,7 +282,7 @@ impl Sysctl {
     }
 }
 
-/// What is masqueraded: the content of the nftables table `inet plat`.
+/// What is masqueraded, and where pods may not send: the content of the nftables table `inet plat`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Masquerade {
     /// The pods' bridge: what leaves by it stays as it is.
@@ -291,6 +291,8 @@ pub struct Masquerade {
     pub keep: Vec<IpNet>,
     /// Blocks of this node whose other traffic gets another address.
     pub sources: BTreeMap<Block, Leaving>,
+    /// Where this node answers probes of others: pods do not reach that. Empty if probes are switched off.
+    pub probed: BTreeSet<SocketAddr>,
 }
 
 /// What becomes of the traffic of a block that leaves the cluster.

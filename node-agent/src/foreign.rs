@@ -156,6 +156,7 @@ mod tests {
             datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             admit_forward: true,
+            probe_port: None,
             vxlan: Network::default(),
         }
     }

@@ -341,6 +341,7 @@ mod tests {
             datapath: plat_crds::lease::Datapath::Bridge,
             bridge: "cni0".into(),
             admit_forward: true,
+            probe_port: None,
             vxlan: Network::default(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,6 +75,7 @@ fn settings(run: &Run, config: &Config) -> Settings {
             datapath: run.datapath.into(),
             bridge: run.place.bridge.clone(),
             admit_forward: run.admit_forward,
+            probe_port: NonZeroU16::new(run.probe_port),
             vxlan: Network { vni: run.vxlan_vni, port: run.vxlan_port },
         },
         anti_spoofing: run.anti_spoofing,

@@ -276,6 +276,7 @@ mod tests {
             datapath: Datapath::Bridge,
             bridge: "cni0".into(),
             admit_forward: true,
+            probe_port: None,
             vxlan: Network::default(),
         }
     }

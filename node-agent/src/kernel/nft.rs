@@ -1,4 +1,4 @@
-//! The nftables table `inet plat`: masquerade of what leaves the cluster.
+//! The nftables table `inet plat`: masquerade of what leaves the cluster, and pods kept from this node's probes.
 //!
 //! The table is written whole, in one transaction, and read back to see whether it still is as written.
 //! With two own blocks, one of them of a range with `masquerade.exclude`, `nft list table` shows
@@ -18,33 +18,52 @@
 //!         ip saddr 10.244.1.0/24 masquerade fully-random
 //!         ip6 saddr fd00:10:244:1::/64 masquerade fully-random
 //!     }
+//!     chain input {
+//!         type filter hook input priority filter; policy accept;
+//!         iifname "cni0" ip daddr 10.244.1.1 udp dport 8474 drop
+//!         iifname "plat*" ip daddr 10.244.1.1 udp dport 8474 drop
+//!         iifname "cni0" ip6 daddr fd00:10:244:1::1 udp dport 8474 drop
+//!         iifname "plat*" ip6 daddr fd00:10:244:1::1 udp dport 8474 drop
+//!     }
 //! }
 //! ```
+//!
+//! Chain `input` is there while this node answers probes of others, which come by other links: a pod that floods that
+//! port could make its node seem silent.
 //!
 //! With a policy's `masquerade.include` a rule `ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 …` stands before
 //! `@keep4`; with its `egressAddress`, `snat ip to 172.30.0.9 fully-random` in place of `masquerade fully-random`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use plat_cni::netlink::{Attributes, Error, Message, Protocol, Socket};
 use plat_cni::nft::{
-    self, Addr, BaseChain, Batch, Hook, Name, Policy, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
+    self, Addr, BaseChain, Batch, FILTER, Hook, Name, Rule, SRCNAT, Set, Table, TableFamily, Verdict,
 };
 use plat_crds::block::{Block, Family};
 use plat_crds::cluster_cidr::MasqueradeMode;
 use plat_crds::names::{NFT_TABLE, VETH_PREFIX};
 
-use crate::fabric::{Leaving, Masquerade, TableState};
+use crate::fabric::{Leaving, Masquerade, TableState, host_prefix};
 
-const CHAIN: &str = "postrouting";
+const POSTROUTING: &str = "postrouting";
+const INPUT: &str = "input";
+/// `IPPROTO_UDP`
+const UDP: u8 = 17;
 /// `NFT_MSG_GETGEN`; its answer holds the generation in attribute 1.
 const GET_GENERATION: u16 = (10 << 8) | 16;
 
 /// The table, as we would write it.
 struct Rendered {
     sets: Vec<(Set, Vec<IpNet>)>,
+    chains: Vec<Chain>,
+}
+
+struct Chain {
+    name: &'static str,
+    base: BaseChain,
     rules: Vec<Rule>,
 }
 
@@ -54,24 +73,24 @@ fn table() -> Table {
 
 fn render(masquerade: &Masquerade) -> Rendered {
     let table = table();
-    let rule = || Rule::new(&table, CHAIN);
-    let mut rendered = Rendered { sets: Vec::new(), rules: Vec::new() };
+    let rule = || Rule::new(&table, POSTROUTING);
+    let (mut sets, mut rules) = (Vec::new(), Vec::new());
     // oifname "cni0" return
-    rendered.rules.push(rule().oifname(Name::Is(&masquerade.pod_interface)).verdict(Verdict::Return));
+    rules.push(rule().oifname(Name::Is(&masquerade.pod_interface)).verdict(Verdict::Return));
     // oifname "plat*" return: to pods without bridge
-    rendered.rules.push(rule().oifname(Name::Begins(VETH_PREFIX)).verdict(Verdict::Return));
+    rules.push(rule().oifname(Name::Begins(VETH_PREFIX)).verdict(Verdict::Return));
     for (block, leaving) in masquerade.sources.iter().filter(|(_, leaving)| !leaving.include.is_empty()) {
         let name = format!("include-{}", block.object_name());
         // ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 masquerade fully-random
         let included = rule().saddr(Addr::In(*block)).daddr(Addr::InSet(block.family(), &name));
-        rendered.rules.push(translate(included, leaving));
-        rendered.sets.push((Set::prefixes(&table, &name, block.family()), leaving.include.clone()));
+        rules.push(translate(included, leaving));
+        sets.push((Set::prefixes(&table, &name, block.family()), leaving.include.clone()));
     }
     for (family, name) in [(Family::IPv4, "keep4"), (Family::IPv6, "keep6")] {
         let of_family = masquerade.keep.iter().filter(|net| Family::of(&net.addr()) == family);
-        rendered.sets.push((Set::prefixes(&table, name, family), of_family.copied().collect()));
+        sets.push((Set::prefixes(&table, name, family), of_family.copied().collect()));
         // ip daddr @keep4 return
-        rendered.rules.push(rule().daddr(Addr::InSet(family, name)).verdict(Verdict::Return));
+        rules.push(rule().daddr(Addr::InSet(family, name)).verdict(Verdict::Return));
     }
     let others = |leaving: &Leaving| leaving.masquerade != MasqueradeMode::Disabled;
     for (block, leaving) in masquerade.sources.iter().filter(|(_, leaving)| others(leaving)) {
@@ -80,13 +99,34 @@ fn render(masquerade: &Masquerade) -> Rendered {
             let name = format!("exclude-{}", block.object_name());
             // ip saddr 10.244.1.0/24 ip daddr @exclude-10-244-1-0-24 return
             let excluded = rule().saddr(Addr::In(*block)).daddr(Addr::InSet(family, &name));
-            rendered.rules.push(excluded.verdict(Verdict::Return));
-            rendered.sets.push((Set::prefixes(&table, &name, family), leaving.exclude.clone()));
+            rules.push(excluded.verdict(Verdict::Return));
+            sets.push((Set::prefixes(&table, &name, family), leaving.exclude.clone()));
         }
         // ip saddr 10.244.1.0/24 masquerade fully-random
-        rendered.rules.push(translate(rule().saddr(Addr::In(*block)), leaving));
+        rules.push(translate(rule().saddr(Addr::In(*block)), leaving));
     }
-    rendered
+    let base = BaseChain::nat(Hook::Postrouting, SRCNAT);
+    let mut chains = vec![Chain { name: POSTROUTING, base, rules }];
+    chains.extend(guard_probes(masquerade));
+    Rendered { sets, chains }
+}
+
+/// Keeps pods from where this node answers probes.
+fn guard_probes(masquerade: &Masquerade) -> Option<Chain> {
+    let links = [Name::Is(&masquerade.pod_interface), Name::Begins(VETH_PREFIX)];
+    let rules: Vec<Rule> = masquerade
+        .probed
+        .iter()
+        .flat_map(|at| links.map(|link| (at, link)))
+        .map(|(at, link)| {
+            // iifname "cni0" ip daddr 10.244.1.1 udp dport 8474 drop
+            let from_pods = Rule::new(&table(), INPUT).iifname(link);
+            let gateway = Block::containing(host_prefix(at.ip()));
+            from_pods.daddr(Addr::In(gateway)).dport(UDP, at.port()).drop()
+        })
+        .collect();
+    let base = BaseChain::filter(Hook::Input, FILTER);
+    (!rules.is_empty()).then_some(Chain { name: INPUT, base, rules })
 }
 
 /// `masquerade fully-random`, or `snat ip to 172.30.0.9 fully-random`
@@ -145,24 +185,33 @@ impl Nft {
         if !nft::tables(&mut self.socket)?.iter().any(|t| t.table == table()) {
             return Ok(TableState::Absent);
         }
-        let intact = self.chain_is_right()? && self.rules_are(&rendered)? && self.sets_are(&rendered)?;
+        let intact = self.chains_are(&rendered)? && self.rules_are(&rendered)? && self.sets_are(&rendered)?;
         Ok(if intact { TableState::Intact } else { TableState::Differs })
     }
 
-    fn chain_is_right(&mut self) -> Result<bool, Error> {
+    fn chains_are(&mut self, rendered: &Rendered) -> Result<bool, Error> {
         let ours = nft::chains(&mut self.socket)?.into_iter().filter(|chain| chain.table == table());
-        let hooks: Vec<_> = ours.map(|chain| (chain.name, chain.hook)).collect();
-        let [(name, Some(hook))] = hooks.as_slice() else { return Ok(false) };
-        Ok(name == CHAIN
-            && hook.kind == "nat"
-            && hook.number == Hook::Postrouting.number()
-            && hook.priority == SRCNAT
-            && hook.policy == Policy::Accept)
+        let there: BTreeMap<_, _> = ours.map(|chain| (chain.name, chain.hook)).collect();
+        let is_there = |chain: &Chain| {
+            there.get(chain.name).and_then(Option::as_ref).is_some_and(|hook| {
+                hook.kind == chain.base.kind
+                    && hook.number == chain.base.hook.number()
+                    && hook.priority == chain.base.priority
+                    && hook.policy == chain.base.policy
+            })
+        };
+        Ok(there.len() == rendered.chains.len() && rendered.chains.iter().all(is_there))
     }
 
     fn rules_are(&mut self, rendered: &Rendered) -> Result<bool, Error> {
-        let there = nft::rules(&mut self.socket, &table(), CHAIN)?;
-        Ok(there.iter().map(|r| r.expressions.as_slice()).eq(rendered.rules.iter().map(Rule::expressions)))
+        for chain in &rendered.chains {
+            let there = nft::rules(&mut self.socket, &table(), chain.name)?;
+            let there = there.iter().map(|rule| rule.expressions.as_slice());
+            if !there.eq(chain.rules.iter().map(Rule::expressions)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn sets_are(&mut self, rendered: &Rendered) -> Result<bool, Error> {
@@ -185,9 +234,9 @@ impl Nft {
             let prefixes: Vec<Block> = nets.iter().map(|net| Block::containing(*net)).collect();
             batch.add_prefixes(set, &prefixes);
         }
-        batch.add_base_chain(&table(), CHAIN, &BaseChain::nat(Hook::Postrouting, SRCNAT));
-        for rule in &rendered.rules {
-            batch.add_rule(rule);
+        for chain in &rendered.chains {
+            batch.add_base_chain(&table(), chain.name, &chain.base);
+            chain.rules.iter().for_each(|rule| batch.add_rule(rule));
         }
         batch.send(&mut self.socket)
     }
@@ -227,7 +276,8 @@ mod tests {
     use super::*;
 
     fn texts(masquerade: &Masquerade) -> Vec<String> {
-        render(masquerade).rules.iter().map(|rule| rule.text().to_owned()).collect()
+        let chains = render(masquerade).chains;
+        chains.iter().flat_map(|chain| &chain.rules).map(|rule| rule.text().to_owned()).collect()
     }
 
     #[test]
@@ -244,6 +294,7 @@ mod tests {
                 (block("fd00:10:244:1::/64"), Leaving::default()),
             ]
             .into(),
+            probed: ["10.244.1.1:8474".parse().unwrap(), "[fd00:10:244:1::1]:8474".parse().unwrap()].into(),
         };
         assert_eq!(
             texts(&masquerade),
@@ -255,6 +306,10 @@ mod tests {
                 "ip saddr 10.244.1.0/24 ip daddr @exclude-10-244-1-0-24 return",
                 "ip saddr 10.244.1.0/24 masquerade fully-random",
                 "ip6 saddr fd00:10:244:1::/64 masquerade fully-random",
+                "iifname \"cni0\" ip daddr 10.244.1.1 udp dport 8474 drop",
+                "iifname \"plat*\" ip daddr 10.244.1.1 udp dport 8474 drop",
+                "iifname \"cni0\" ip6 daddr fd00:10:244:1::1 udp dport 8474 drop",
+                "iifname \"plat*\" ip6 daddr fd00:10:244:1::1 udp dport 8474 drop",
             ]
         );
     }
@@ -268,7 +323,7 @@ mod tests {
         };
         let rules = |leaving: Leaving| {
             let sources = [("10.244.1.0/24".parse().unwrap(), leaving)].into();
-            texts(&Masquerade { pod_interface: "cni0".into(), keep: vec![], sources }).split_off(2)
+            texts(&Masquerade { pod_interface: "cni0".into(), sources, ..Masquerade::default() }).split_off(2)
         };
         let snat = "snat ip to 172.30.0.9 fully-random";
         let included = format!("ip saddr 10.244.1.0/24 ip daddr @include-10-244-1-0-24 {snat}");

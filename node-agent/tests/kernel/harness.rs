@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Seek};
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Waiting is polling with this deadline. Generous: the machine may be busy.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+/// The port of probes.
+pub const PROBE_PORT: u16 = 8474;
 /// No test takes longer.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 const MARK: &str = "PLAT_AGENT_TEST_NAMESPACE";
@@ -293,6 +296,7 @@ impl TestNode {
                 datapath: Datapath::Bridge,
                 bridge: "cni0".into(),
                 admit_forward: true,
+                probe_port: None,
                 vxlan: Network::default(),
             },
             conf_dir: at("net.d"),
@@ -346,7 +350,7 @@ impl TestNode {
         let (reports_in, reports) = watch::channel((Report::default(), Duration::ZERO));
         let stop = CancellationToken::new();
         let probing = self.pace.map(|pace| {
-            let (probing, prober) = prober::probing(8474, pace);
+            let (probing, prober) = prober::probing(PROBE_PORT, pace);
             self.runtime.spawn(prober.run());
             probing
         });
@@ -358,7 +362,9 @@ impl TestNode {
             pulse: Arc::new(Pulse::default()),
             stop: stop.clone(),
         };
-        let task = self.runtime.spawn(reconcile::run(self.settings.clone(), links));
+        let mut settings = self.settings.clone();
+        settings.me.probe_port = self.pace.and(NonZeroU16::new(PROBE_PORT));
+        let task = self.runtime.spawn(reconcile::run(settings, links));
         self.objects = Objects::default();
         self.agent = Some(Agent { objects: objects_in, reports, asks, stop, task });
     }

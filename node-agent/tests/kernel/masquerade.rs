@@ -26,7 +26,11 @@ fn the_table_is_the_golden_one() {
         let blocks = vec![block(1), block(2), block_v6(1), block_v6(2)];
         let mut excluding = range("default-v4");
         excluding.exclude = vec!["192.168.0.0/16".parse().unwrap()];
-        let node = TestNode::with(blocks, vec![excluding, range("default-v6")]);
+        let mut node = TestNode::new();
+        node.pace = Some(crate::probes::PACE);
+        node.start();
+        node.contact();
+        node.list(blocks, vec![excluding, range("default-v6")]);
         expect_golden("masquerade.nft");
         node.expect_condition("MasqueradeReady", "True", "TableInstalled");
     });

@@ -16,9 +16,9 @@ use tokio::sync::watch;
 
 use crate::harness::*;
 
-const PORT: u16 = 8474;
+const PORT: u16 = PROBE_PORT;
 /// Fast, so that tests are; patient enough for a busy machine.
-const PACE: Pace =
+pub const PACE: Pace =
     Pace { round: Duration::from_millis(500), timeout: Duration::from_millis(250), per_second: 40, burst: 8 };
 
 /// Runs `work` on a thread in the namespace of that name.
@@ -305,6 +305,90 @@ fn strangers_get_no_answer_and_a_flood_is_read_slowly() {
     });
 }
 
+/// Sends that many packets from the pod to the gateways of its own node.
+fn flood_from_pod(packets: usize) {
+    let request = plat_agent::probe::packet::Request { nonce: 1, length: 100 }.encode();
+    let sends = move || {
+        for (from, to) in [("10.244.1.7:0", "10.244.1.1"), ("[fd00:10:244:1::7]:0", "fd00:10:244:1::1")] {
+            let socket = UdpSocket::bind(from).unwrap();
+            for _ in 0..packets {
+                socket.send_to(&request, (ip(to), PORT)).unwrap();
+            }
+        }
+    };
+    within("pod", sends).join().unwrap();
+}
+
+/// What the table has dropped is seen by a chain that stands before it, and one that stands behind.
+fn count_at_input() {
+    shell(
+        "nft 'add table inet seen
+        add counter inet seen before
+        add counter inet seen behind
+        add chain inet seen first { type filter hook input priority -10; }
+        add chain inet seen last { type filter hook input priority 10; }
+        add rule inet seen first iifname { cni0, plat9 } udp dport 8474 counter name before
+        add rule inet seen last iifname { cni0, plat9 } udp dport 8474 counter name behind'",
+    );
+}
+
+fn counted(counter: &str) -> u64 {
+    let listed = json(&format!("nft -j list counter inet seen {counter}"));
+    listed["nftables"].as_array().unwrap().iter().find_map(|o| o["counter"]["packets"].as_u64()).unwrap()
+}
+
+#[test]
+fn a_pods_flood_of_its_own_gateways_is_not_read_and_peers_are_answered() {
+    isolated("probes::a_pods_flood_of_its_own_gateways_is_not_read_and_peers_are_answered", || {
+        let node = world();
+        answer_in_peer();
+        pod();
+        node.expect_condition("PeersReachable", "True", "AllAnswer");
+        count_at_input();
+        let before = node.report().probes.unwrap().counters;
+        flood_from_pod(1000);
+        assert_eq!((counted("before"), counted("behind")), (2000, 0));
+
+        // A peer is answered nonetheless, at the port that was flooded.
+        let request = plat_agent::probe::packet::Request { nonce: 1, length: 100 }.encode();
+        let answer = within("peer", move || {
+            let peer = UdpSocket::bind("10.244.2.1:0").unwrap();
+            peer.set_read_timeout(Some(DEADLINE)).unwrap();
+            peer.send_to(&request, (ip("10.244.1.1"), PORT)).unwrap();
+            peer.recv(&mut [0; 64]).map_err(|error| error.kind())
+        });
+        assert_eq!(answer.join().unwrap(), Ok(16));
+        let counters = eventually("the answer is counted", || {
+            node.settled();
+            let now = node.report().probes.unwrap().counters;
+            if now.answers > before.answers { Ok(now) } else { Err(format!("{now:?}")) }
+        });
+        assert_eq!(counters.ignored, before.ignored, "nothing of the flood was read");
+
+        // A pod without bridge, and other ports and addresses of the node.
+        shell(
+            "ip link set platpod nomaster
+            ip link set platpod name plat9
+            ip link set plat9 up
+            ip -n pod neigh flush dev eth0
+            ip route replace 10.244.1.7/32 dev plat9",
+        );
+        let to = |address: &'static str, port: u16| {
+            let sends = move || UdpSocket::bind("10.244.1.7:0").unwrap().send_to(b"x", (ip(address), port));
+            within("pod", sends).join().unwrap().unwrap();
+        };
+        let listener = UdpSocket::bind(("172.30.0.11", PORT)).unwrap();
+        listener.set_read_timeout(Some(DEADLINE)).unwrap();
+        to("10.244.1.1", PORT);
+        to("172.30.0.11", PORT);
+        assert_eq!(listener.recv(&mut [0; 8]).unwrap(), 1, "another program at the same port is reached");
+        eventually("both came in", || {
+            let seen = (counted("before"), counted("behind"));
+            if seen == (2002, 1) { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
+    });
+}
+
 #[test]
 fn where_probes_are_off_nothing_is_said_of_peers() {
     isolated("probes::where_probes_are_off_nothing_is_said_of_peers", || {
@@ -315,5 +399,7 @@ fn where_probes_are_off_nothing_is_said_of_peers() {
         assert_eq!(status.probes, None);
         assert!(plat_crds::condition::find(&status.conditions, "PeersReachable").is_none());
         UdpSocket::bind((ip("10.244.1.1"), PORT)).expect("nobody listens");
+        let table = run("nft list table inet plat");
+        assert!(!table.contains("chain input"), "{table}");
     });
 }
