@@ -4,6 +4,7 @@
 //! |---|---|
 //! | rtnetlink LINK, IFADDR, ROUTE, RULE, NEXTHOP | routes and links, and what takes routes down silently: a link that goes down or an address that goes away removes IPv4 routes without a word about them |
 //! | rtnetlink NETCONF | forwarding switched on or off |
+//! | rtnetlink NEIGH | entries of our tunnel devices' tables; those of all other links are passed over |
 //! | nf_tables | any transaction, with the process that made it |
 //! | inotify | the folders of CNI configurations and binaries, and our own; of the lease store each change |
 //!
@@ -34,7 +35,7 @@ use rustix::net::{
 };
 use tokio::sync::Notify;
 
-use super::route;
+use super::{route, vxlan};
 use crate::fabric::{Devices, RouteKey, Told};
 use crate::node::Rules;
 
@@ -42,7 +43,7 @@ use crate::node::Rules;
 pub const THREAD_NAME: &str = "plat-agent";
 
 /// rtnetlink groups (`RTNLGRP_*`), as bits.
-const ROUTE_GROUPS: [u32; 10] = [1, 5, 7, 8, 9, 11, 19, 24, 25, 32];
+const ROUTE_GROUPS: [u32; 11] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25, 32];
 /// `NFNLGRP_NFTABLES`.
 const NFTABLES_GROUP: u32 = 7;
 /// A burst of a few thousand messages fits; beyond it the kernel says so, and the loop looks anyway.
@@ -61,6 +62,8 @@ const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
 const DELETE_ROUTE: u16 = 25;
+const NEW_NEIGHBOUR: u16 = 28;
+const DELETE_NEIGHBOUR: u16 = 29;
 const NEW_NETCONF: u16 = 80;
 /// `NFT_MSG_NEWGEN`, at the end of each transaction.
 const NEW_GENERATION: u16 = (10 << 8) | 15;
@@ -74,6 +77,8 @@ pub enum Source {
     OurRoute,
     /// Another route, a rule or next hop, or more of ours than are told of.
     Route,
+    /// An entry of a tunnel device's tables.
+    Tunnel,
     /// A sysctl.
     Sysctl,
     /// nftables.
@@ -125,6 +130,7 @@ impl Wake {
         let fought = [
             Source::OurRoute,
             Source::Route,
+            Source::Tunnel,
             Source::Sysctl,
             Source::Nftables,
             Source::PodRules,
@@ -194,7 +200,7 @@ struct Shared {
     files: OwnedFd,
     stop: OwnedFd,
     folders: Vec<WatchedFolder>,
-    /// The port of this agent's own changes to routes.
+    /// The port of this agent's own changes to routes and neighbours.
     own_port: u32,
     state: Mutex<State>,
     news: Notify,
@@ -205,24 +211,30 @@ struct State {
     pending: Wake,
     /// Watch descriptors of the folders, in the same order.
     watches: Vec<Option<i32>>,
+    /// Our tunnel devices.
+    tunnels: vxlan::Indices,
     /// Why the thread ended, if it did.
     failure: Option<io::Error>,
     buffer: Vec<u8>,
 }
 
 impl Events {
-    /// Opens all sources in the current network namespace and starts to read. Changes of routes by `own_port` are
-    /// passed over.
+    /// Opens all sources in the current network namespace and starts to read. Changes of routes and neighbours by
+    /// `own_port` are passed over. (The kernel does not say who changed a forwarding entry: such a change of our own
+    /// leads to one more look.)
     pub fn open(folders: Vec<WatchedFolder>, own_port: u32) -> io::Result<Events> {
         let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
+        let route = multicast(None, &ROUTE_GROUPS)?;
+        // After the socket is open, so that none is missed.
+        let state = State { tunnels: vxlan::Indices::look_up(&route), ..State::default() };
         let shared = Arc::new(Shared {
-            route: multicast(None, &ROUTE_GROUPS)?,
+            route,
             nftables: multicast(Some(netlink::NETFILTER), &[NFTABLES_GROUP])?,
             files: inotify::init(flags)?,
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             folders,
             own_port,
-            state: Mutex::default(),
+            state: Mutex::new(state),
             news: Notify::new(),
         });
         let reader = Arc::clone(&shared);
@@ -318,13 +330,17 @@ impl Shared {
 
     fn drain(&self, state: &mut State) -> io::Result<()> {
         state.buffer.resize(BUFFER, 0);
-        let State { pending, buffer, .. } = state;
+        let State { pending, buffer, tunnels, .. } = state;
+        let own = [NEW_ROUTE, DELETE_ROUTE, NEW_NEIGHBOUR, DELETE_NEIGHBOUR];
         let read_routes = |head: Head, payload: &[u8], wake: &mut Wake| {
-            if !(head.port == self.own_port && matches!(head.kind, NEW_ROUTE | DELETE_ROUTE)) {
-                read_route_message(head, payload, wake);
+            if !(head.port == self.own_port && own.contains(&head.kind)) {
+                read_route_message(head, payload, tunnels, wake);
             }
         };
         drain_netlink(&self.route, buffer, pending, read_routes)?;
+        if pending.sources.contains(&Source::Overrun) {
+            *tunnels = vxlan::Indices::look_up(&self.route);
+        }
         drain_netlink(&self.nftables, buffer, pending, read_nft_message)?;
         self.drain_files(state)
     }
@@ -385,7 +401,7 @@ fn drain_netlink(
     socket: &OwnedFd,
     buffer: &mut [u8],
     wake: &mut Wake,
-    read: impl Fn(Head, &[u8], &mut Wake),
+    mut read: impl FnMut(Head, &[u8], &mut Wake),
 ) -> io::Result<()> {
     loop {
         match recv(socket, &mut *buffer, RecvFlags::empty()) {
@@ -420,11 +436,17 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-fn read_route_message(head: Head, payload: &[u8], wake: &mut Wake) {
+fn read_route_message(head: Head, payload: &[u8], tunnels: &mut vxlan::Indices, wake: &mut Wake) {
+    match head.kind {
+        NEW_LINK => tunnels.learn(payload),
+        DELETE_LINK => tunnels.forget(payload),
+        _ => {}
+    }
     let source = match head.kind {
         NEW_LINK | DELETE_LINK if !is_pod_link(payload) => Some(Source::Link),
         NEW_ADDRESS | DELETE_ADDRESS if !is_link_local(payload) => Some(Source::Link),
         NEW_ROUTE | DELETE_ROUTE => read_route(head, payload, wake),
+        NEW_NEIGHBOUR | DELETE_NEIGHBOUR if tunnels.concerns(payload) => Some(Source::Tunnel),
         // One message per link; only "all links" is forwarding as a whole.
         NEW_NETCONF if netconf_of_all(payload) => Some(Source::Sysctl),
         32 | 33 | 104 | 105 => Some(Source::Route),
@@ -562,7 +584,7 @@ mod tests {
 
     fn wake(kind: u16, port: u32, payload: &[u8]) -> Wake {
         let mut wake = Wake::default();
-        read_route_message(Head { kind, port }, payload, &mut wake);
+        read_route_message(Head { kind, port }, payload, &mut vxlan::Indices::default(), &mut wake);
         wake
     }
 
@@ -591,6 +613,46 @@ mod tests {
     }
 
     #[test]
+    fn of_neighbours_and_forwarding_entries_only_those_of_our_tunnels_wake() {
+        const OURS: u32 = 7;
+        let link = |family: u8, index: u32, name: &str| {
+            let mut bytes = vec![family, 0, 0, 0];
+            bytes.extend(index.to_ne_bytes());
+            bytes.extend([0; 8]);
+            bytes.extend(attribute(3, format!("{name}\0").as_bytes()));
+            bytes
+        };
+        let entry = |family: u8, index: u32| {
+            let mut bytes = vec![family, 0, 0, 0];
+            bytes.extend(index.to_ne_bytes());
+            bytes.extend([0x80, 0, 2, 0]);
+            bytes
+        };
+        let mut tunnels = vxlan::Indices::default();
+        let mut wakes = |kind: u16, payload: Vec<u8>| {
+            let mut wake = Wake::default();
+            read_route_message(Head { kind, port: 0 }, &payload, &mut tunnels, &mut wake);
+            wake.sources.contains(&Source::Tunnel)
+        };
+        assert!(!wakes(DELETE_NEIGHBOUR, entry(7, OURS)), "no tunnel yet");
+        wakes(NEW_LINK, link(0, OURS, "plat-vxlan"));
+        wakes(NEW_LINK, link(0, 9, "cni0"));
+        for family in [2, 7, 10] {
+            for kind in [NEW_NEIGHBOUR, DELETE_NEIGHBOUR] {
+                assert!(wakes(kind, entry(family, OURS)), "type {kind}, family {family}");
+                assert!(!wakes(kind, entry(family, 9)), "a pod's: type {kind}, family {family}");
+            }
+        }
+        wakes(DELETE_LINK, link(7, OURS, "plat-vxlan"));
+        assert!(wakes(DELETE_NEIGHBOUR, entry(7, OURS)), "it only left a bridge");
+        wakes(DELETE_LINK, link(0, OURS, "plat-vxlan"));
+        assert!(!wakes(DELETE_NEIGHBOUR, entry(7, OURS)));
+        wakes(NEW_LINK, link(0, 11, "plat-vxlan"));
+        wakes(NEW_LINK, link(0, 11, "renamed"));
+        assert!(!wakes(DELETE_NEIGHBOUR, entry(7, 11)));
+    }
+
+    #[test]
     fn who_took_or_changed_a_route_of_ours_is_noted_and_what_became_of_it() {
         let nobody = 0x7fff_fff0;
         let ours = route(2, 254, ROUTE_PROTOCOL, &[10, 244, 2, 0]);
@@ -613,7 +675,8 @@ mod tests {
         for n in 0..=u8::try_from(MAX_TOLD).unwrap() {
             assert!(n == 0 || wake.is_told());
             let head = Head { kind: DELETE_ROUTE, port: 0 };
-            read_route_message(head, &route(2, 254, ROUTE_PROTOCOL, &[10, 244, n, 0]), &mut wake);
+            let ours = route(2, 254, ROUTE_PROTOCOL, &[10, 244, n, 0]);
+            read_route_message(head, &ours, &mut vxlan::Indices::default(), &mut wake);
         }
         assert_eq!((wake.told.len(), wake.is_told()), (MAX_TOLD, false));
     }
@@ -649,12 +712,12 @@ mod tests {
     proptest! {
         #[test]
         fn no_message_makes_it_panic(kind in any::<u16>(), bytes in prop::collection::vec(any::<u8>(), 0..120)) {
-            let mut wake = Wake::default();
+            let (mut wake, mut tunnels) = (Wake::default(), vxlan::Indices::default());
             for (head, payload) in messages(&bytes) {
-                read_route_message(head, payload, &mut wake);
+                read_route_message(head, payload, &mut tunnels, &mut wake);
                 read_nft_message(head, payload, &mut wake);
             }
-            read_route_message(Head { kind, port: 1 }, &bytes, &mut wake);
+            read_route_message(Head { kind, port: 1 }, &bytes, &mut tunnels, &mut wake);
             read_nft_message(Head { kind: NEW_GENERATION, port: 1 }, &bytes, &mut wake);
         }
     }

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 
 use ipnet::IpNet;
 use plat_cni::link::{self, LinkChange};
@@ -23,6 +24,7 @@ use plat_cni::netlink::{
 use plat_crds::block::Family;
 use plat_crds::names::ROUTE_PROTOCOL;
 use rustix::io::Errno;
+use rustix::net::netdevice::name_to_index;
 
 use super::host::View;
 use crate::fabric::host_prefix;
@@ -159,7 +161,7 @@ fn find(socket: &mut Socket, underlay: Family) -> Result<Option<ObservedTunnel>,
 /// Reads a link; `None` if it is no VXLAN device.
 fn read_device(received: &Received<'_>) -> Option<ObservedTunnel> {
     const IFF_UP: u32 = 1;
-    let word = |at: usize| Some(u32::from_ne_bytes(received.payload.get(at..at + 4)?.try_into().ok()?));
+    let flags = u32::from_ne_bytes(received.payload.get(8..12)?.try_into().ok()?);
     let attributes = Attributes::behind(received.payload, LINK_HEADER);
     let info = attributes.find(IFLA_LINKINFO)?.nested();
     if received.kind != NEW_LINK || info.find(INFO_KIND)?.text() != "vxlan" {
@@ -173,9 +175,9 @@ fn read_device(received: &Received<'_>) -> Option<ObservedTunnel> {
     let port = || Some(u16::from_be_bytes(data.find(VXLAN_PORT)?.value.try_into().ok()?));
     let network = || Some(Network { vni: data.find(VXLAN_ID)?.u32()?, port: port()? });
     Some(ObservedTunnel {
-        index: word(4)?,
+        index: link_of(received.payload)?,
         network: network().filter(|_| ours),
-        up: word(8)? & IFF_UP != 0,
+        up: flags & IFF_UP != 0,
         mac: Mac(attributes.find(IFLA_ADDRESS)?.value.try_into().ok()?),
         mtu: attributes.find(IFLA_MTU)?.u32()?,
         addresses: BTreeSet::new(),
@@ -213,12 +215,53 @@ fn read_entry(received: &Received<'_>) -> Option<Entry> {
     let attributes = Attributes::behind(payload, NEIGHBOUR_HEADER);
     let has = |kind| attributes.find(kind).is_some();
     Some(Entry {
-        link: u32::from_ne_bytes(payload.get(4..8)?.try_into().ok()?),
+        link: link_of(payload)?,
         is_permanent: state & NUD_PERMANENT != 0,
         address: attributes.find(NDA_DST).and_then(|dst| to_address(dst.value)),
         mac: attributes.find(NDA_LLADDR).and_then(|mac| mac.value.try_into().ok()).map(Mac),
         has_more: [NDA_PORT, NDA_VNI, NDA_IFINDEX].into_iter().any(has),
     })
+}
+
+/// Interface indices of the devices with our names, kept by what the kernel tells of links. Pure but for
+/// [`Indices::look_up`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Indices(BTreeSet<u32>);
+
+impl Indices {
+    /// Those that are there now, in the namespace of this socket.
+    pub fn look_up(socket: &OwnedFd) -> Indices {
+        let index = |underlay| name_to_index(socket, name(underlay)).ok();
+        Indices(Family::ALL.into_iter().filter_map(index).collect())
+    }
+
+    /// Takes in that a link is there, or has another name.
+    pub fn learn(&mut self, link: &[u8]) {
+        let Some(index) = link_of(link) else { return };
+        let Some(title) = Attributes::behind(link, LINK_HEADER).find(IFLA_IFNAME) else { return };
+        if Family::ALL.into_iter().any(|underlay| title.text() == name(underlay)) {
+            self.0.insert(index);
+        } else {
+            self.0.remove(&index);
+        }
+    }
+
+    /// Takes in that a link is gone. A bridge says it (`AF_BRIDGE`) of links that are no ports of it any more.
+    pub fn forget(&mut self, link: &[u8]) {
+        if let Some(index) = link_of(link).filter(|_| link.first() != Some(&AF_BRIDGE)) {
+            self.0.remove(&index);
+        }
+    }
+
+    /// Whether a neighbour or forwarding entry is of one of them.
+    pub fn concerns(&self, entry: &[u8]) -> bool {
+        link_of(entry).is_some_and(|index| self.0.contains(&index))
+    }
+}
+
+/// The interface index, at the same place in `ifinfomsg` and `ndmsg`.
+fn link_of(payload: &[u8]) -> Option<u32> {
+    Some(u32::from_ne_bytes(payload.get(4..8)?.try_into().ok()?))
 }
 
 /// The request for a new device, down.

@@ -58,12 +58,19 @@ fn busy_node() -> (TestNode, String) {
     node.start();
     node.contact();
     node.list(
-        vec![block(1), in_table(block(2)), block_v6(1), in_table(block_v6(2))],
+        vec![
+            block(1),
+            in_table(block(2)),
+            with_routing(block(3), r#"{"mode":"VXLAN"}"#),
+            block_v6(1),
+            in_table(block_v6(2)),
+        ],
         vec![range("default-v4"), range("default-v6")],
     );
     node.expect_condition("CNIReady", "True", "Installed");
     node.settled();
     assert!(run("ip rule show").contains("lookup 1000") && run("ip -6 rule show").contains("lookup 1000"));
+    assert!(run("ip -o link").contains("plat-vxlan"));
     node.stop();
     // What the CNI binary makes.
     run("nft add table inet plat-pods");
