@@ -469,6 +469,35 @@ fn the_last_of_thousands_of_rules_is_named() {
     });
 }
 
+/// `PLAT_TEST_SERVICES=5000` measures; the default shows that no Service of thousands is taken for a firewall.
+#[test]
+fn services_of_kube_proxy_are_no_firewall_however_many() {
+    isolated("firewalls::services_of_kube_proxy_are_no_firewall_however_many", || {
+        let _node = laboratory();
+        let count: usize = std::env::var("PLAT_TEST_SERVICES").map_or(300, |count| count.parse().unwrap());
+        shell(KUBE_PROXY);
+        let (mut chains, mut rules) = (String::new(), String::new());
+        for n in 2..count {
+            let to = format!(
+                "-d 10.96.{}.{}/32 -p tcp -m comment --comment \"ns/service-{n}:http cluster IP\" -m tcp --dport 80",
+                n / 250,
+                n % 250
+            );
+            chains += &format!(":KUBE-SVC-{n} - [0:0]\n:KUBE-SEP-{n} - [0:0]\n");
+            rules += &format!("-I KUBE-SERVICES 1 {to} -j KUBE-SVC-{n}\n");
+            rules += &format!("-A KUBE-SVC-{n} ! -s 10.244.0.0/16 {to} -j KUBE-MARK-MASQ\n");
+            rules += &format!("-A KUBE-SVC-{n} -j KUBE-SEP-{n}\n");
+            rules += &format!("-A KUBE-SEP-{n} -p tcp -m tcp -j DNAT --to-destination 10.244.1.9:80\n");
+        }
+        std::fs::write("/run/rules", format!("*nat\n{chains}{rules}COMMIT\n")).unwrap();
+        run("iptables-nft-restore --noflush /run/rules");
+        let started = std::time::Instant::now();
+        let found = judged();
+        eprintln!("{count} services: {:?}", started.elapsed());
+        assert_eq!((found.blockers, found.doubts, found.hiders), (vec![], vec![], vec![]));
+    });
+}
+
 #[test]
 fn pods_pass_dockers_rules_by_the_agents_and_dockers_own_stay_apart() {
     isolated("firewalls::pods_pass_dockers_rules_by_the_agents_and_dockers_own_stay_apart", || {
