@@ -59,8 +59,10 @@ pub enum Location {
     },
     /// An address of this node.
     Local,
-    /// Behind a router, or not reachable.
+    /// Behind a router.
     Remote,
+    /// No route leads there.
+    Unreachable,
 }
 
 /// Where packets that leave by a link arrive.
@@ -103,8 +105,8 @@ pub struct Host {
     pub ra_links: BTreeSet<String>,
     /// MTU of the link that carries the node's address.
     pub mtu: Option<u32>,
-    /// This node's addresses on links that lead to others, each with the interface index of its link.
-    pub addresses: BTreeMap<IpAddr, u32>,
+    /// This node's addresses on links that lead to others, each with the interface indexes of its subnet's links.
+    pub addresses: BTreeMap<IpAddr, BTreeSet<u32>>,
     /// Smallest MTU of the links by which other nodes that are not on a link are reached, and of those that carry the node's
     /// addresses.
     pub underlay_mtu: Option<u32>,

@@ -243,7 +243,7 @@ impl Node {
         faults.extend(machine.overridden.iter().cloned());
         let lease = outlet.lease(known.contact, desired::lease_seconds(&machine.me.node, map));
         let may_grow = machine.growth.may_grow(&own, map, now);
-        let mtu = underlay::pod_mtu(&host, &desired);
+        let mtu = underlay::pod_mtu(&host, &desired, &observed);
         let grant = Grant { own: &own, lease: &lease, mtu, may_grow: &may_grow };
         let cni = outlet.write(&grant, map, &machine.done, &mut outcome)?;
         machine.keep_record()?;
@@ -262,6 +262,7 @@ impl Node {
             done: &machine.done,
             own: &own,
             host: &host,
+            mtu,
             usage: &machine.usage,
             wants: machine.growth.wants(),
             swept: std::mem::take(&mut machine.swept),
@@ -549,7 +550,7 @@ impl Machine {
         let tables = rule::users(socket, &needs.tables)?;
         let devices = locations.values().filter_map(|location| match location {
             Location::OnLink { device } => Some(*device),
-            Location::Local | Location::Remote => None,
+            Location::Local | Location::Remote | Location::Unreachable => None,
         });
         let own = map.blocks.values().filter(|block| block.node == self.me.node);
         let node: Vec<IpAddr> = own.flat_map(|block| block.addresses.iter().copied()).collect();

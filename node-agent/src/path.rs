@@ -221,7 +221,7 @@ fn hop_on(
     let Some(device) = device else {
         return match location {
             Location::OnLink { device } => Ok(Hop { on_link: OnLink::Proven, ..Hop::to(address, device) }),
-            Location::Local | Location::Remote => refused(format!(
+            Location::Local | Location::Remote | Location::Unreachable => refused(format!(
                 "its next hop {address} is not on a link of this node; set spec.routing.nextHop to a router that is, or spec.routing.mode to None if something else carries the block"
             )),
         };

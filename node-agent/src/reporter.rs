@@ -27,7 +27,6 @@ use crate::node::{OwnBlocks, Settings};
 use crate::objects::Objects;
 use crate::probe;
 use crate::report::{self, CniState, Findings};
-use crate::underlay;
 
 /// What a pass tells the rest of the program.
 #[derive(Clone, Debug, Default)]
@@ -80,6 +79,8 @@ pub struct Pass<'a> {
     pub own: &'a OwnBlocks,
     /// What the node's own state added.
     pub host: &'a Host,
+    /// MTU of new pods.
+    pub mtu: Option<u32>,
     /// Leased addresses.
     pub usage: &'a Usage,
     /// Which families need another block.
@@ -333,7 +334,7 @@ impl Reporter {
                 repaired: self.incidents.count(Repair::Route),
             },
             held_blocks: held_blocks(pass.own, &pass.host.leased, pass.usage),
-            mtu: underlay::pod_mtu(pass.host, pass.desired),
+            mtu: pass.mtu,
             cni: Some(pass.cni.clone()),
             active_conf: conf::active(&pass.confs).cloned(),
             chained: pass.chained.clone(),

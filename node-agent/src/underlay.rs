@@ -5,6 +5,7 @@
 //! - Direct: one of the peer's addresses is on a link of this node, and an address that the peer knows of this node is
 //!   on the same link, so that the peer sees it too. (Nodes of one subnet must have it with the same prefix length.)
 //! - Tunnel: over IPv4 if both nodes have an IPv4 address, else over IPv6; for the blocks of both families.
+//! - Neither, if no route leads to the peer: a link that is down for a while is nothing to build tunnels for.
 //! - If this node's own blocks are to be reached through tunnels (`mode: VXLAN`), `Auto` answers through tunnels.
 //!
 //! A device stands while this node tunnels to somebody, or policy lets somebody tunnel to it.
@@ -18,10 +19,10 @@ use plat_crds::blocks_file::HeldBlock;
 use plat_crds::routing::Mode;
 
 use crate::desired::{Host, Location, Map, Me};
-use crate::fabric::{Desired, Target};
+use crate::fabric::{Desired, Observed, Target};
 use crate::facts::{BlockFact, Fault, Reason};
 use crate::policies;
-use crate::vxlan::{Device, Entries, Tunnel, overhead, sysctls};
+use crate::vxlan::{self, Device, Entries, Tunnel, overhead, sysctls};
 
 /// MTU of an Ethernet link, where that of none is known.
 const ETHERNET_MTU: u32 = 1500;
@@ -79,7 +80,7 @@ impl<'a> Underlay<'a> {
         }
         match self.direct(block, mode) {
             Some(way) => Ok(way),
-            None if mode == Mode::Auto && !self.is_local(block) => self.tunnel(block),
+            None if mode == Mode::Auto && !self.is_cut_off(block) => self.tunnel(block),
             None => Err(self.not_direct(block)),
         }
     }
@@ -93,7 +94,7 @@ impl<'a> Underlay<'a> {
         let links = self.published_links(family);
         let near = addresses(block, family).filter_map(|next_hop| match self.location(&next_hop) {
             Location::OnLink { device } => Some((next_hop, device)),
-            Location::Local | Location::Remote => None,
+            Location::Local | Location::Remote | Location::Unreachable => None,
         });
         let seen = |device: &u32| mode == Mode::Direct || links.is_empty() || links.contains(device);
         let (next_hop, device) = near.into_iter().find(|(_, device)| seen(device))?;
@@ -103,11 +104,17 @@ impl<'a> Underlay<'a> {
     /// The links with addresses by which others know this node; none if it is behind a NAT.
     fn published_links(&self, family: Family) -> BTreeSet<u32> {
         let known = self.published.iter().filter(|address| Family::of(address) == family);
-        known.filter_map(|address| self.host.addresses.get(address).copied()).collect()
+        known.filter_map(|address| self.host.addresses.get(address)).flatten().copied().collect()
     }
 
     fn is_local(&self, block: &BlockFact) -> bool {
         block.addresses.iter().any(|address| self.location(address) == Location::Local)
+    }
+
+    /// Whether a tunnel would lead nowhere.
+    fn is_cut_off(&self, block: &BlockFact) -> bool {
+        let unreachable = |(_, peer)| self.location(&peer) == Location::Unreachable;
+        self.is_local(block) || self.peer(block).is_some_and(unreachable)
     }
 
     fn not_direct(&self, block: &BlockFact) -> Fault {
@@ -124,6 +131,12 @@ impl<'a> Underlay<'a> {
                 Reason::NotOnLink,
                 format!(
                     "its next hop {address} is an address of this node itself; correct the node's address or spec.routing.nextHop"
+                ),
+            ),
+            Some(address) if self.location(&address) == Location::Unreachable => (
+                Reason::NotOnLink,
+                format!(
+                    "its next hop {address} is not on a link of this node, and no route leads there; bring the link to it up, or add a route"
                 ),
             ),
             Some(address) => (
@@ -252,9 +265,12 @@ fn same_address(block: &BlockFact, other: &str, mac: Mac) -> Fault {
 
 /// MTU of new pods: no larger than that of any tunnel. A packet that is too large for one is answered by an ICMP error,
 /// but the kernel sends few of them, and a pod that speaks to many others would wait.
-pub fn pod_mtu(host: &Host, desired: &Desired) -> Option<u32> {
+/// Tunnels that stay for the routes that stay count, too.
+pub fn pod_mtu(host: &Host, desired: &Desired, observed: &Observed) -> Option<u32> {
     let tunnels = desired.tunnels.values().map(|tunnel| tunnel.device.mtu);
-    host.mtu.into_iter().chain(tunnels).min()
+    let stays = |family: &Family| !vxlan::kept(*family, &desired.keep, observed).is_empty();
+    let kept = observed.tunnels.iter().filter(|(family, _)| stays(family)).map(|(_, tunnel)| tunnel.mtu);
+    host.mtu.into_iter().chain(tunnels).chain(kept).min()
 }
 
 #[cfg(test)]
@@ -298,7 +314,8 @@ mod tests {
             None => Location::Remote,
         };
         let locations = own.iter().chain(others).map(|address| (*address, place(address))).collect();
-        Host { locations, addresses: links, ..Host::default() }
+        let addresses = links.into_iter().map(|(own, link)| (own, [link].into())).collect();
+        Host { locations, addresses, ..Host::default() }
     }
 
     fn subnet(address: &IpAddr) -> Vec<u8> {
@@ -448,10 +465,11 @@ mod tests {
         let host = Host { mtu: Some(1500), ..Host::default() };
         let far =
             |address: &str| run(&[at(&["172.30.0.11", "fd00:30::b"], block(1)), at(&[address], block(2))]).0;
-        assert_eq!(pod_mtu(&host, &far("172.30.0.12")), Some(1500), "directly");
-        assert_eq!(pod_mtu(&host, &far("172.31.0.12")), Some(1450));
-        assert_eq!(pod_mtu(&host, &far("fd00:31::c")), Some(1430));
-        assert_eq!(pod_mtu(&Host { mtu: Some(1400), ..host }, &far("172.31.0.12")), Some(1400));
+        let nothing = Observed::default();
+        assert_eq!(pod_mtu(&host, &far("172.30.0.12"), &nothing), Some(1500), "directly");
+        assert_eq!(pod_mtu(&host, &far("172.31.0.12"), &nothing), Some(1450));
+        assert_eq!(pod_mtu(&host, &far("fd00:31::c"), &nothing), Some(1430));
+        assert_eq!(pod_mtu(&Host { mtu: Some(1400), ..host }, &far("172.31.0.12"), &nothing), Some(1400));
     }
 
     /// Node `n<n>` with an IPv4 address in each of these subnets, and an IPv6 one.

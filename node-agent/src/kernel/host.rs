@@ -173,10 +173,11 @@ pub fn locate(
             None => match route::way(socket, address)? {
                 Way::Local => Location::Local,
                 Way::Direct(device) => Location::OnLink { device },
-                Way::Indirect(uplink) => {
-                    uplinks.extend(uplink);
+                Way::Indirect(Some(uplink)) => {
+                    uplinks.insert(uplink);
                     Location::Remote
                 }
+                Way::Indirect(None) => Location::Unreachable,
             },
         };
         located.insert(address, location);
@@ -247,15 +248,21 @@ pub fn reachable(
     Ok(reachable)
 }
 
-/// This node's addresses with their links, but for those on which nobody else is: the loopback, the pods' bridge, and the
-/// VXLAN devices.
-pub fn addresses_to_others(view: &View) -> BTreeMap<IpAddr, u32> {
+/// This node's addresses on links that lead to others: not the loopback, the pods' bridge, or the VXLAN devices. Each with
+/// the links whose subnets hold it: another one than its own may lead to the same neighbours.
+pub fn addresses_to_others(view: &View) -> BTreeMap<IpAddr, BTreeSet<u32>> {
     let ours = [VXLAN_DEVICE_V4, VXLAN_DEVICE_V6];
     let leads = |link: &Link| {
         !link.loopback && Some(link.index) != view.bridge && !ours.contains(&link.name.as_str())
     };
     let is_on = |own: &&InterfaceAddress| view.links.get(&own.device).is_some_and(leads);
-    view.addresses.iter().filter(is_on).map(|own| (own.address, own.device)).collect()
+    let to_others: Vec<&InterfaceAddress> = view.addresses.iter().filter(is_on).collect();
+    let links = |of: &InterfaceAddress| {
+        // The subnet of a point-to-point address is its peer's.
+        let near = to_others.iter().filter(|own| own.subnet.contains(&of.address) || own.device == of.device);
+        (of.address, near.map(|own| own.device).collect())
+    };
+    to_others.iter().map(|own| links(own)).collect()
 }
 
 /// Smallest MTU among the links that lead to other nodes behind routers, and `own`, that of the node's own link.

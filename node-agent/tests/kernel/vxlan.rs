@@ -358,3 +358,53 @@ fn what_a_tunnel_holds_of_a_node_that_left_while_the_agent_was_away_is_gone_afte
         },
     );
 }
+
+/// A node of a cluster with one subnet and no policy, and the route to another's block.
+fn plain_node() -> TestNode {
+    let node = TestNode::with(vec![block(1), block(2)], vec![range("default-v4")]);
+    node.expect_condition("CNIReady", "True", "Installed");
+    expect_way("172.30.0.12 dev eth0");
+    node
+}
+
+fn expect_way(way: &str) {
+    let expected = format!("10.244.2.0/24 gateway {way} metric 1120");
+    eventually(&expected, || {
+        let routes = our_routes();
+        if routes.contains(&expected) { Ok(()) } else { Err(format!("{routes:?}")) }
+    });
+}
+
+fn expect_no_tunnel() {
+    let links = run("ip -o link show");
+    assert!(!links.contains("plat-vxlan"), "{links}");
+}
+
+#[test]
+fn a_node_without_any_way_to_the_others_waits_for_one_and_makes_no_tunnel() {
+    isolated("vxlan::a_node_without_any_way_to_the_others_waits_for_one_and_makes_no_tunnel", || {
+        let node = plain_node();
+        run("ip addr flush dev eth0");
+        let message = node.expect_condition("RoutesReady", "False", "NotOnLink");
+        assert!(message.contains("172.30.0.12"), "{message}");
+        expect_no_tunnel();
+        run("ip addr add 172.30.0.11/24 dev eth0");
+        expect_way("172.30.0.12 dev eth0");
+        expect_no_tunnel();
+    });
+}
+
+#[test]
+fn a_node_with_two_links_in_one_subnet_goes_directly_over_the_one_that_it_prefers() {
+    isolated("vxlan::a_node_with_two_links_in_one_subnet_goes_directly_over_the_one_that_it_prefers", || {
+        let _node = plain_node();
+        run("ip link add eth1 type veth peer name wire1");
+        run("ip link set wire1 up");
+        run("ip link set eth1 up");
+        run("ip addr add 172.30.0.111/24 dev eth1");
+        run("ip route del 172.30.0.0/24 dev eth0");
+        run("ip route add 172.30.0.0/24 dev eth0 metric 100");
+        expect_way("172.30.0.12 dev eth1");
+        expect_no_tunnel();
+    });
+}
