@@ -1,5 +1,5 @@
-//! What should be in this node's kernel, from the objects and the policy: [`desired`] is pure, and the
-//! place where a new routing field takes effect (docs/routing-policy.md walks through it).
+//! What should be in this node's kernel, from the objects and the policy, wholly: [`desired`] is pure. How the
+//! policy shapes the route to one block is [`path`]'s.
 //!
 //! An object that cannot be followed becomes a [`Fault`], and the routes that its block has now stay: the
 //! last working state is better than none.
