@@ -307,6 +307,8 @@ holds "the kind can be deleted while the policy protects its objects" k delete c
 holds "helm upgrade brings a deleted kind back" h upgrade plat $chart -n plat-system
 holds "and serves it" within 10 k get podcidrs
 holds "helm upgrade with crds.keep=false is accepted" h upgrade plat $chart -n plat-system --set crds.keep=false
+# While an API server is still opening a kind's storage, it takes minutes to delete the kind.
+holds "and every kind can be listed" within 30 k get clustercidrs,podcidrs,routingpolicies,nodenetworks
 holds "helm uninstall then removes the kinds" h uninstall plat -n plat-system --wait
 holds "no kind is left" none_named plat.network crd
 finish
