@@ -331,22 +331,11 @@ pub fn forwarded(own: &BTreeMap<Block, HeldBlock>, uses: impl Fn(Datapath) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{block, block_v6, range};
+    use crate::fixtures::{block, block_v6, me, range};
     use crate::path::all_routed;
     use plat_crds::cluster_cidr::MasqueradeMode;
     use plat_crds::routing::{Mode, Routing};
     use proptest::prelude::*;
-
-    fn me() -> Me {
-        Me {
-            node: "n1".into(),
-            datapath: Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: true,
-            probe_port: None,
-            vxlan: Network::default(),
-        }
-    }
 
     struct Case {
         absent: BTreeSet<String>,
@@ -371,7 +360,7 @@ mod tests {
 
     impl Case {
         fn run(&self) -> (Desired, Vec<Fault>) {
-            desired(&me(), self.map(), &self.host)
+            desired(&me("n1"), self.map(), &self.host)
         }
 
         fn map(&self) -> Map<'_> {
@@ -533,7 +522,7 @@ mod tests {
             case.routes(),
             ["10.244.1.0/24 to the pods metric 1120", "unreachable 10.244.1.0/24 metric 65535"]
         );
-        let own = own_blocks(&me(), case.map(), &case.host);
+        let own = own_blocks(&me("n1"), case.map(), &case.host);
         assert!(own.len() == 1 && own.values().all(|held| !held.lease));
     }
 
@@ -542,7 +531,7 @@ mod tests {
         for state in [BlockState::Draining, BlockState::Unknown] {
             let case = case(vec![BlockFact { state, ..block(1) }, BlockFact { state, ..block(2) }]);
             assert!(case.routes().contains(&"10.244.2.0/24 via 172.30.0.12 metric 1120".to_owned()));
-            assert!(!own_blocks(&me(), case.map(), &case.host)[&block(1).block].lease);
+            assert!(!own_blocks(&me("n1"), case.map(), &case.host)[&block(1).block].lease);
         }
     }
 
@@ -585,7 +574,7 @@ mod tests {
         // Never under a pod.
         case.host.leased = [block(1).block].into();
         assert_eq!(case.routes()[0], "10.244.1.0/24 to the pods metric 1120");
-        assert!(!own_blocks(&me(), case.map(), &case.host)[&block(1).block].lease);
+        assert!(!own_blocks(&me("n1"), case.map(), &case.host)[&block(1).block].lease);
     }
 
     #[test]

@@ -166,11 +166,9 @@ pub fn given(node: &str, map: Map<'_>, own: &OwnBlocks) -> BTreeSet<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::desired::{Host, Me, own_blocks};
-    use crate::fixtures::{block, block as block_of};
-    use crate::vxlan::Network;
+    use crate::desired::{Host, own_blocks};
+    use crate::fixtures::{block, block as block_of, me};
     use plat_crds::blocks_file::HeldBlock;
-    use plat_crds::lease::Datapath;
     use plat_crds::pod_cidr::BlockState;
 
     #[test]
@@ -189,14 +187,7 @@ mod tests {
             let blocks: BTreeMap<_, _> = fact.into_iter().map(|fact| (fact.name.clone(), fact)).collect();
             let absent = blocks.keys().filter(|_| is_absent).cloned().collect();
             let map = Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &absent };
-            let me = Me {
-                node: "n1".into(),
-                datapath: Datapath::Bridge,
-                bridge: "cni0".into(),
-                admit_forward: true,
-                probe_port: None,
-                vxlan: Network::default(),
-            };
+            let me = me("n1");
             let host = Host { leased: ["10.244.1.0/24".parse().unwrap()].into(), ..Host::default() };
             let taken = taken(map, &own_blocks(&me, map, &host), &host.leased);
             assert_eq!(taken.values().map(String::as_str).next(), expected, "{blocks:?}");

@@ -2,13 +2,28 @@
 //! about (`BlockFact { state: …, ..block(2) }`).
 
 use plat_crds::cluster_cidr::MasqueradeMode;
+use plat_crds::lease::Datapath;
 use plat_crds::pod_cidr::BlockState;
 use plat_crds::routing_policy::Phase;
 use plat_crds::selector::Labels;
 use plat_crds::{Block, RoutingPolicySpec};
 
+use crate::desired::Me;
 use crate::facts::{BlockFact, PolicyFact, RangeFact};
 use crate::objects::{Change, Objects};
+use crate::vxlan::Network;
+
+/// A node of that name, set up as the chart does it, without probes.
+pub fn me(node: &str) -> Me {
+    Me {
+        node: node.into(),
+        datapath: Datapath::Bridge,
+        bridge: "cni0".into(),
+        admit_forward: true,
+        probe_port: None,
+        vxlan: Network::default(),
+    }
+}
 
 /// Block `10.244.<n>.0/24` of node `n<n>`, whose address is `172.30.0.<10+n>`; from range `default-v4`.
 pub fn block(n: u8) -> BlockFact {

@@ -145,21 +145,8 @@ pub fn exposed(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{block, range};
-    use crate::vxlan::Network;
-    use plat_crds::lease::Datapath;
+    use crate::fixtures::{block, me, range};
     use plat_crds::routing::{Mode, Routing};
-
-    fn me() -> Me {
-        Me {
-            node: "n1".into(),
-            datapath: Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: true,
-            probe_port: None,
-            vxlan: Network::default(),
-        }
-    }
 
     fn link(prefix: &str, device: &str) -> ForeignRoute {
         ForeignRoute { prefix: prefix.parse().unwrap(), device: Some(device.into()), gateway: None }
@@ -174,7 +161,7 @@ mod tests {
         let ranges = [("r".to_owned(), range("r"))].into();
         let absent = BTreeSet::new();
         let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &absent };
-        let mut faults = overlaps(&me(), map, &[route]);
+        let mut faults = overlaps(&me("n1"), map, &[route]);
         assert!(faults.len() <= 1, "{faults:?}");
         faults.pop().map(|fault| (fault.name, fault.reason, fault.message))
     }

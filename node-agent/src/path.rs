@@ -331,20 +331,8 @@ pub fn all_routed(range: &RangeFact, map: Map<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{block, block_v6, range};
-    use crate::vxlan::Network;
+    use crate::fixtures::{block, block_v6, me, range};
     use std::collections::BTreeMap;
-
-    fn me() -> Me {
-        Me {
-            node: "n1".into(),
-            datapath: plat_crds::lease::Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: true,
-            probe_port: None,
-            vxlan: Network::default(),
-        }
-    }
 
     fn host() -> Host {
         let device = |index, leads| Device { index, up: true, mtu: 1500, leads };
@@ -376,7 +364,7 @@ mod tests {
         );
         let map = Map { blocks: &blocks, ranges: &ranges, policies: &[], absent: &Default::default() };
         let host = host();
-        let ways = Underlay::new(&me(), map, &host);
+        let ways = Underlay::new(&me("n1"), map, &host);
         route(&block, &Resolver::of(map).resolve(&block), &host, &ways).map(Option::unwrap)
     }
 
@@ -482,7 +470,7 @@ mod tests {
         let blocks = BTreeMap::from([(far.name.clone(), far), (block(1).name, block(1))]);
         let map =
             Map { blocks: &blocks, ranges: &BTreeMap::new(), policies: &[], absent: &Default::default() };
-        let me = me();
+        let me = me("n1");
         let router: IpAddr = [172, 30, 0, 1].into();
         assert_eq!(
             needs(&me, map),

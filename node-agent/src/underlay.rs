@@ -277,25 +277,12 @@ pub fn pod_mtu(host: &Host, desired: &Desired, observed: &Observed) -> Option<u3
 mod tests {
     use super::*;
     use crate::desired::desired;
-    use crate::fixtures::{block, block_v6, range};
-    use crate::vxlan::Network;
-    use plat_crds::lease::Datapath;
+    use crate::fixtures::{block, block_v6, me, range};
     use plat_crds::routing::Routing;
     use proptest::prelude::*;
 
     /// Two names that make the same hardware address: found by trying, as 40 bits are not many.
     const ALIKE: [&str; 2] = ["node-965278", "node-1565682"];
-
-    fn me(node: &str) -> Me {
-        Me {
-            node: node.into(),
-            datapath: Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: true,
-            probe_port: None,
-            vxlan: Network::default(),
-        }
-    }
 
     fn by(mode: Mode, block: BlockFact) -> BlockFact {
         BlockFact { routing: Some(Routing { mode: Some(mode), ..Routing::default() }), ..block }

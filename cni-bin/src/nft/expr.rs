@@ -1,5 +1,7 @@
 //! Expressions: the instructions of a rule, to and from the kernel's encoding.
 
+use std::fmt;
+
 use crate::netlink::{Attribute, Attributes, Message};
 
 /// Register 1, which every match of ours loads into and compares.
@@ -72,6 +74,20 @@ pub enum Verdict {
     Jump(String),
     /// Into another chain, not back.
     Goto(String),
+}
+
+/// As nft writes it.
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Accept => f.write_str("accept"),
+            Verdict::Drop => f.write_str("drop"),
+            Verdict::Return => f.write_str("return"),
+            Verdict::Continue => f.write_str("continue"),
+            Verdict::Jump(chain) => write!(f, "jump {chain}"),
+            Verdict::Goto(chain) => write!(f, "goto {chain}"),
+        }
+    }
 }
 
 impl Verdict {

@@ -448,14 +448,7 @@ impl Rule {
 
     /// `accept`, `drop`, `return`, `jump …` or `goto …`
     pub fn verdict(self, verdict: Verdict) -> Rule {
-        let text = match &verdict {
-            Verdict::Accept => "accept".to_owned(),
-            Verdict::Drop => "drop".to_owned(),
-            Verdict::Return => "return".to_owned(),
-            Verdict::Continue => "continue".to_owned(),
-            Verdict::Jump(chain) => format!("jump {chain}"),
-            Verdict::Goto(chain) => format!("goto {chain}"),
-        };
+        let text = verdict.to_string();
         self.push(Expr::Verdict(verdict)).say(&text)
     }
 

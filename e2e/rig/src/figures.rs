@@ -1,6 +1,8 @@
 //! Benchmark figures: ours beside a peer's, from the same run.
 
 use std::fmt::Write;
+use std::path::Path;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -126,6 +128,26 @@ pub fn p99(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (values.len() * 99).div_ceil(100);
     values.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+/// Prints the table, writes a line of JSON per figure into `file`, and says on standard error which goals were missed.
+///
+/// # Errors
+/// If the file, or the folder that it is in, cannot be written.
+pub fn publish(figures: &[Figure], file: &Path) -> io::Result<()> {
+    print!("{}", table(figures));
+    let mut lines = String::new();
+    for figure in figures {
+        lines.push_str(&serde_json::to_string(figure)?);
+        lines.push('\n');
+        if figure.meets_goal() == Some(false) {
+            eprintln!("bench: MISSED: {}", figure.name);
+        }
+    }
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(file, lines)
 }
 
 /// A table in Markdown, which people can read as it is.

@@ -19,13 +19,11 @@ mod objects;
 mod scenarios;
 mod stage;
 
-use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use plat_rig::figures::table;
+use plat_rig::figures::publish;
 
 /// Measures what blocks cost.
 #[derive(Clone, Debug, Parser)]
@@ -56,17 +54,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let figures = scenarios::all(&args)?;
-    print!("{}", table(&figures));
-    let mut lines = String::new();
-    for figure in &figures {
-        writeln!(lines, "{}", serde_json::to_string(figure)?)?;
-        if figure.meets_goal() == Some(false) {
-            say(&format!("MISSED: {}", figure.name));
-        }
-    }
-    fs::create_dir_all(&args.out)?;
-    fs::write(args.out.join("ipam.json"), lines)?;
-    Ok(())
+    Ok(publish(&figures, &args.out.join("ipam.json"))?)
 }
 
 /// A line of progress.

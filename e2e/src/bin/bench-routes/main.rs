@@ -17,13 +17,11 @@ mod kernel;
 mod scenarios;
 mod traffic;
 
-use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use plat_rig::figures::table;
+use plat_rig::figures::publish;
 
 /// Measures what routes cost.
 #[derive(Clone, Debug, Parser)]
@@ -67,17 +65,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let mut figures = if args.nodes.is_empty() { Vec::new() } else { scenarios::all(&args)? };
     figures.extend(traffic::all(&args)?);
-    print!("{}", table(&figures));
-    let mut lines = String::new();
-    for figure in &figures {
-        writeln!(lines, "{}", serde_json::to_string(figure)?)?;
-        if figure.meets_goal() == Some(false) {
-            say(&format!("MISSED: {}", figure.name));
-        }
-    }
-    fs::create_dir_all(&args.out)?;
-    fs::write(args.out.join("routes.json"), lines)?;
-    Ok(())
+    Ok(publish(&figures, &args.out.join("routes.json"))?)
 }
 
 /// A line of progress.

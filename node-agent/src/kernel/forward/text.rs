@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use plat_cni::netlink::to_address;
-use plat_cni::nft::{Table, Verdict};
+use plat_cni::nft::Table;
 use plat_crds::block::{Block, Family};
 
 use super::ops::{Field, Nat, Op, Relation};
@@ -191,7 +191,7 @@ impl Words {
             Op::Reject => self.say("reject".to_owned()),
             Op::Nat(Nat::Source) => self.say("masquerade or snat".to_owned()),
             Op::Nat(Nat::Destination) => self.say("dnat".to_owned()),
-            Op::Verdict(verdict) => self.say(verdict_text(verdict)),
+            Op::Verdict(verdict) => self.say(verdict.to_string()),
             Op::Unknown(what) | Op::Opaque(what) => self.say(format!("[{what}]")),
         }
     }
@@ -250,17 +250,6 @@ impl Words {
 
 fn equals(sign: &str) -> &str {
     if sign.is_empty() { "== " } else { sign }
-}
-
-fn verdict_text(verdict: &Verdict) -> String {
-    match verdict {
-        Verdict::Accept => "accept".to_owned(),
-        Verdict::Drop => "drop".to_owned(),
-        Verdict::Return => "return".to_owned(),
-        Verdict::Continue => "continue".to_owned(),
-        Verdict::Jump(chain) => format!("jump {chain}"),
-        Verdict::Goto(chain) => format!("goto {chain}"),
-    }
 }
 
 fn prefix(value: &[u8], mask: &[u8]) -> String {

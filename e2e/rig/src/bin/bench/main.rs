@@ -14,12 +14,10 @@ mod contender;
 mod node;
 mod scenarios;
 
-use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 
 use clap::Parser;
-use plat_rig::figures::table;
+use plat_rig::figures::publish;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -61,12 +59,5 @@ fn main() -> Result<()> {
         Some(other) => scenarios::two_builds(&args, other)?,
         None => scenarios::all(&args)?,
     };
-    print!("{}", table(&figures));
-    let mut lines = String::new();
-    for figure in &figures {
-        writeln!(lines, "{}", serde_json::to_string(figure)?)?;
-    }
-    fs::create_dir_all(&args.out)?;
-    fs::write(args.out.join("cni.json"), lines)?;
-    Ok(())
+    Ok(publish(&figures, &args.out.join("cni.json"))?)
 }
