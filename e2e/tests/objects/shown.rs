@@ -7,7 +7,7 @@ use plat_e2e::testbed::repository;
 use serde_json::json;
 
 use crate::Really::Do;
-use crate::{cluster_cidr, ensure, node_network, patch, pod_cidr};
+use crate::{cluster_cidr, ensure, node_network, patch, pod_cidr, routing_policy};
 
 /// Compares with a file of `tests/golden`; with `UPDATE_GOLDEN=1` writes it instead.
 fn assert_golden(name: &str, text: &str) {
@@ -60,9 +60,13 @@ fn fill(plane: &ControlPlane) {
         "conditions": [condition("Ready", "True", "Carving")]}}), Do).unwrap();
     patch(plane, &block, json!({"status": {"used": 7, "capacity": 253, "routing": {"mode": "Direct", "via": "172.30.0.11", "metric": 1120},
         "conditions": [condition("Converged", "False", "NodesBehind"), condition("Ready", "True", "Programmed")]}}), Do).unwrap();
+    let policy = routing_policy("shown", json!({"priority": 5}));
+    ensure(plane, &policy);
+    patch(plane, &policy, json!({"status": {"phase": "Rolling", "blocks": 40, "nodes": {"selected": 3, "applied": 2, "failed": 1},
+        "conditions": [condition("Ready", "True", "Followed")]}}), Do).unwrap();
     patch(plane, &report, json!({"status": {"agentVersion": "0.1.0", "mtu": 1500, "cni": {"active": "05-plat.conflist"},
         "routes": {"desired": 3, "installed": 2, "repaired": 1}, "conditions": [condition("CNIReady", "True", "Installed"),
-        condition("ForwardingBlocked", "False", "NoDrop"), condition("RoutesReady", "False", "Incomplete")]}}), Do).unwrap();
+        condition("ForwardingBlocked", "False", "NoDrop"), condition("PeersReachable", "True", "Reachable"), condition("RoutesReady", "False", "Incomplete")]}}), Do).unwrap();
 }
 
 #[test]
@@ -88,8 +92,13 @@ fn tables_show_the_map_at_a_glance_and_more_when_wide() {
     );
     assert_eq!(
         table(plane, &["nn", "shown", "-o", "wide"]),
-        "NAME ROUTES DESIRED REPAIRED CNI BLOCKED AGENT AGE MTU CONF REASON\n\
-         shown 2 3 1 True False 0.1.0 <age> 1500 05-plat.conflist Incomplete\n"
+        "NAME ROUTES DESIRED REPAIRED CNI BLOCKED AGENT AGE MTU CONF PEERS REASON\n\
+         shown 2 3 1 True False 0.1.0 <age> 1500 05-plat.conflist True Incomplete\n"
+    );
+    assert_eq!(
+        table(plane, &["rpol", "shown", "-o", "wide"]),
+        "NAME PRIORITY MODE PHASE NODES APPLIED READY AGE BLOCKS FAILED REASON\n\
+         shown 5 Apply Rolling 3 2 True <age> 40 1 Followed\n"
     );
 }
 
@@ -112,6 +121,7 @@ fn blocks_are_selected_by_node_state_and_range() {
     for kind in [
         "clustercidr.plat.network/shown",
         "podcidr.plat.network/10-99-3-0-24",
+        "routingpolicy.plat.network/shown",
         "nodenetwork.plat.network/shown",
     ] {
         assert!(all.contains(kind), "{kind} is not in category plat: {all}");
