@@ -165,17 +165,17 @@ impl Crowd {
             let mine = blocks.iter().filter(|block| block.spec.node_name == name);
             let (active, other): (Vec<_>, Vec<_>) =
                 mine.partition(|block| block.spec.state == BlockState::Active);
-            let said = known.status.iter().flat_map(|status| &status.held_blocks).map(|held| &held.cidr);
-            let is_new =
-                known.status.is_none() || tells && !said.eq(active.iter().map(|block| &block.spec.cidr));
-            if other.is_empty() && !is_new {
+            let said: Vec<&String> =
+                known.status.iter().flat_map(|status| &status.held_blocks).map(|held| &held.cidr).collect();
+            // An agent goes on with a block whose PodCIDR is gone without having been released.
+            let robbed = said.iter().copied().filter(|said| blocks.iter().all(|b| b.spec.cidr != **said));
+            let held: Vec<&String> =
+                active.iter().map(|block| &block.spec.cidr).chain(robbed).filter(|_| tells).collect();
+            if other.is_empty() && known.status.is_some() && said == held {
                 return None;
             }
-            let held: Vec<_> = active
-                .into_iter()
-                .filter(|_| tells)
-                .map(|block| json!({"cidr": block.spec.cidr, "used": 1, "capacity": 13}))
-                .collect();
+            let held: Vec<_> =
+                held.into_iter().map(|cidr| json!({"cidr": cidr, "used": 1, "capacity": 13})).collect();
             let now = k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
             let status = json!({"reportedAt": now, "heldBlocks": held,
                 "applied": {"count": ids.len(), "digest": digest.to_string()}});
