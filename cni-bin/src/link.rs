@@ -60,6 +60,8 @@ const ADDR_GEN_NONE: u8 = 1;
 /// `IF_OPER_UP`.
 const OPERATIONAL: u8 = 6;
 const IFF_UP: u32 = 1;
+const IFF_LOOPBACK: u32 = 8;
+const IFF_POINTOPOINT: u32 = 16;
 const IFF_PROMISC: u32 = 0x100;
 /// Leave the counters out of a link's description: they are most of it.
 const SKIP_STATISTICS: u32 = 8;
@@ -131,6 +133,10 @@ pub struct Link {
     pub operational: bool,
     /// Whether it takes all frames (`promisc on`).
     pub promiscuous: bool,
+    /// Whether it is the loopback, or one like it: it carries addresses, but leads nowhere.
+    pub loopback: bool,
+    /// Whether there is one other end only.
+    pub one_peer: bool,
     /// The bridge it is a port of.
     pub master: Option<u32>,
     /// The number of its other end, in that one's namespace.
@@ -376,8 +382,14 @@ pub fn read_link(received: &Received<'_>) -> Option<Link> {
     let word = |at| received.payload.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
     let (index, flags) = (word(4)?, word(8)?);
     let attributes = Attributes::behind(received.payload, LINK_HEADER);
-    let mut link =
-        Link { index, up: flags & IFF_UP != 0, promiscuous: flags & IFF_PROMISC != 0, ..Link::default() };
+    let mut link = Link {
+        index,
+        up: flags & IFF_UP != 0,
+        promiscuous: flags & IFF_PROMISC != 0,
+        loopback: flags & IFF_LOOPBACK != 0,
+        one_peer: flags & IFF_POINTOPOINT != 0,
+        ..Link::default()
+    };
     for attribute in attributes {
         match attribute.kind {
             IFLA_IFNAME => link.name = attribute.text().into_owned(),

@@ -27,7 +27,6 @@ use crate::kernel::kube_proxy::{self, Local};
 use crate::kernel::nft::Nft;
 use crate::kernel::route;
 use crate::policies;
-use crate::vxlan::Network;
 
 /// What a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -111,14 +110,7 @@ pub fn judge(bridge: &str, seen: &Seen) -> Vec<Finding> {
         add(Subject::Cni, message);
     }
     let node = seen.file.iter().flatten().map(|file| file.node.clone()).next().unwrap_or_default();
-    let me = Me {
-        node,
-        datapath: Datapath::Bridge,
-        bridge: bridge.to_owned(),
-        admit_forward: false,
-        probe_port: None,
-        vxlan: Network::default(),
-    };
+    let me = Me::onlooker(node, bridge.to_owned());
     let absent = BTreeSet::new();
     let policies = policies::in_force(&seen.policies, &policies::labels_of(&me.node, &seen.blocks));
     let map = Map { blocks: &seen.blocks, ranges: &seen.ranges, policies: &policies, absent: &absent };

@@ -49,6 +49,20 @@ pub struct Me {
     pub vxlan: Network,
 }
 
+impl Me {
+    /// For commands that look at a node beside its agent: what they do not know of it has no part in what they say.
+    pub fn onlooker(node: String, bridge: String) -> Me {
+        Me {
+            node,
+            datapath: Datapath::Bridge,
+            bridge,
+            admit_forward: false,
+            probe_port: None,
+            vxlan: Network::default(),
+        }
+    }
+}
+
 /// Where an address is, seen from this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Location {

@@ -13,7 +13,6 @@ use ipnet::IpNet;
 use plat_cni::netlink::{Protocol, Socket};
 use plat_crds::block::{Block, Family};
 use plat_crds::blocks_file::BlocksFile;
-use plat_crds::lease::Datapath;
 use plat_crds::names::{BLOCKS_FILE, MAIN_TABLE};
 use plat_crds::routing::{Decided, Resolved};
 
@@ -27,7 +26,6 @@ use crate::kernel::{host, route, rule, vxlan};
 use crate::path;
 use crate::policies::{self, InForce, Resolver};
 use crate::underlay::Underlay;
-use crate::vxlan::Network;
 
 /// What is asked for: a block, or the one that holds an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,14 +87,7 @@ pub fn run(explain: &args::Explain) -> anyhow::Result<Answer> {
         }
         return Ok(Answer::Differs);
     };
-    let me = Me {
-        node,
-        datapath: Datapath::Bridge,
-        bridge: explain.place.bridge.clone(),
-        admit_forward: false,
-        probe_port: None,
-        vxlan: Network::default(),
-    };
+    let me = Me::onlooker(node, explain.place.bridge.clone());
     // Others' other blocks do not matter for the way to this one.
     let of_way = |fact: &&BlockFact| fact.name == block.name || fact.node == me.node;
     let blocks: BTreeMap<String, BlockFact> =
@@ -112,11 +103,7 @@ pub fn run(explain: &args::Explain) -> anyhow::Result<Answer> {
 fn look(me: &Me, map: Map<'_>, asked: &Block, block: &Block) -> anyhow::Result<Seen> {
     let mut socket = Socket::open(Protocol::Route)?;
     let view = host::observe(&mut socket, &me.bridge)?;
-    let needs = path::needs(me, map);
-    let devices = host::devices(&mut socket, &view, &needs.interfaces)?;
-    let reachable = host::reachable(&mut socket, &view, &devices, &needs.routers)?;
-    let (locations, _) = host::locate(&mut socket, &view, needs.addresses)?;
-    let tables = rule::users(&mut socket, &needs.tables)?;
+    let (found, _) = host::meet(&mut socket, &view, path::needs(me, map))?;
     let tunnels = vxlan::observe(&mut socket, &view)?;
     let tunnel = |family| tunnels.get(&family).map(|tunnel| tunnel.index);
     let ours =
@@ -124,14 +111,7 @@ fn look(me: &Me, map: Map<'_>, asked: &Block, block: &Block) -> anyhow::Result<S
     let routes = route::dump(&mut socket, ours)?.into_values();
     let rules = rule::dump(&mut socket)?.into_iter().filter_map(|found| found.ours());
     Ok(Seen {
-        host: Host {
-            locations,
-            devices,
-            reachable,
-            tables,
-            addresses: host::addresses_to_others(&view),
-            ..Host::default()
-        },
+        host: Host { addresses: host::addresses_to_others(&view), ..found },
         routes: routes.filter(|route| route.key.prefix == *block).collect(),
         rules: rules.collect(),
         taken: route::matching(&mut socket, asked.network())?,
@@ -298,14 +278,7 @@ mod tests {
             routing: serde_json::from_str(r#"{"mtu":1400,"advmss":1300}"#).unwrap(),
         }];
         let map = Map { blocks: &blocks, ranges: &ranges, policies: &policies, absent: &Default::default() };
-        let me = Me {
-            node: "n1".into(),
-            datapath: Datapath::Bridge,
-            bridge: "cni0".into(),
-            admit_forward: false,
-            probe_port: None,
-            vxlan: Network::default(),
-        };
+        let me = Me::onlooker("n1".into(), "cni0".into());
         let (lines, answer) = explained(&me, map, &far, &policies, seen);
         (lines.join("\n"), answer)
     }

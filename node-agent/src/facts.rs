@@ -284,21 +284,17 @@ impl PolicyFact {
         })
     }
 
-    /// The same with its generation.
+    /// The version that the operator lets a node with these labels follow, with its generation.
     pub fn followed<L: LabelSet + ?Sized>(&self, own: &L) -> Option<(i64, &RoutingPolicySpec)> {
-        let spec = self.in_force(own)?;
-        let good = self.last_good.as_ref().filter(|good| std::ptr::eq(&good.spec, spec));
-        Some((good.map_or(self.generation, |good| good.generation), spec))
-    }
-
-    /// The version that the operator lets a node with these labels follow.
-    pub fn in_force<L: LabelSet + ?Sized>(&self, own: &L) -> Option<&RoutingPolicySpec> {
+        let last_good = self.last_good.as_ref();
         let progress = Progress {
             observed: self.observed,
             phase: self.phase,
-            last_good: self.last_good.as_ref().map(|good| &good.spec),
+            last_good: last_good.map(|good| &good.spec),
         };
-        routing_policy::in_force(&self.spec, self.generation, progress, own)
+        let spec = routing_policy::in_force(&self.spec, self.generation, progress, own)?;
+        let good = last_good.filter(|good| std::ptr::eq(&good.spec, spec));
+        Some((good.map_or(self.generation, |good| good.generation), spec))
     }
 }
 

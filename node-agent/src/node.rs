@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use plat_cni::boot::{self, BootId};
+use plat_cni::link;
 use plat_cni::netlink;
 use plat_crds::block::{Block, Family};
 use plat_crds::lease::Datapath;
@@ -543,12 +544,8 @@ impl Machine {
         let mut needs = path::needs(&self.me, map);
         let held = map.blocks.values().filter(|block| block.node == self.me.node);
         needs.addresses.extend(egress::addresses(map, held.map(|block| &block.block)));
-        let socket = &mut self.kernel.route;
-        let (locations, uplinks) = host::locate(socket, &view, needs.addresses)?;
-        let links = host::devices(socket, &view, &needs.interfaces)?;
-        let reachable = host::reachable(socket, &view, &links, &needs.routers)?;
-        let tables = rule::users(socket, &needs.tables)?;
-        let devices = locations.values().filter_map(|location| match location {
+        let (found, uplinks) = host::meet(&mut self.kernel.route, &view, needs)?;
+        let devices = found.locations.values().filter_map(|location| match location {
             Location::OnLink { device } => Some(*device),
             Location::Local | Location::Remote | Location::Unreachable => None,
         });
@@ -560,16 +557,12 @@ impl Machine {
         let leased = self.leased(map);
         let mut host = Host {
             exposed: self.exposed(map, &leased.guessed, &needed)?,
-            locations,
-            devices: links,
-            reachable,
-            tables,
             mtu,
             addresses: host::addresses_to_others(&view),
             underlay_mtu,
             leased: leased.all,
             guessed: leased.guessed,
-            ..Host::default()
+            ..found
         };
         let own = desired::own_blocks(&self.me, map, &host);
         if own.keys().any(|block| block.family() == Family::IPv6) {
@@ -579,12 +572,11 @@ impl Machine {
         // After the MTU was found: what is only planned has no part in it.
         if let Some(planned) = planned {
             let needs = path::needs(&self.me, planned);
-            let socket = &mut self.kernel.route;
-            let links = host::devices(socket, &view, &needs.interfaces)?;
-            host.reachable.extend(host::reachable(socket, &view, &links, &needs.routers)?);
-            host.locations.extend(host::locate(socket, &view, needs.addresses)?.0);
-            host.tables.extend(rule::users(socket, &needs.tables)?);
-            host.devices.extend(links);
+            let (more, _) = host::meet(&mut self.kernel.route, &view, needs)?;
+            host.reachable.extend(more.reachable);
+            host.locations.extend(more.locations);
+            host.tables.extend(more.tables);
+            host.devices.extend(more.devices);
         }
         host.closed_ranges = closing.closed.clone();
         host.in_use = self.datapaths(&view);
@@ -613,10 +605,10 @@ impl Machine {
     fn router_advertised(&mut self) -> Result<BTreeSet<String>, Error> {
         let mut names = BTreeSet::new();
         for index in route::router_advertised(&mut self.kernel.route)? {
-            let Some(link) = host::name(&mut self.kernel.route, index)? else { continue };
-            let accepts = self.kernel.sysctls.read(&format!("ipv6/conf/{link}/accept_ra"))?;
+            let Some(link) = link::link_by_index(&mut self.kernel.route, index)? else { continue };
+            let accepts = self.kernel.sysctls.read(&format!("ipv6/conf/{}/accept_ra", link.name))?;
             if accepts.is_some_and(|value| value != "0") {
-                names.insert(link);
+                names.insert(link.name);
             }
         }
         Ok(names)
@@ -675,10 +667,14 @@ impl Machine {
 
     fn close(&mut self, map: Map<'_>, known: &Objects, needed: &BTreeSet<IpAddr>) -> Result<Closing, Error> {
         let socket = &mut self.kernel.route;
+        let left;
         let there = match &self.desired {
-            Some(_) => self.done.routes.clone(),
+            Some(_) => &self.done.routes,
             // The first pass of this life: what an earlier one left counts.
-            None => route::dump(socket, Devices::default())?,
+            None => {
+                left = route::dump(socket, Devices::default())?;
+                &left
+            }
         };
         let (mut exposed, mut installed) = (BTreeMap::new(), BTreeSet::new());
         for range in map.ranges.values() {

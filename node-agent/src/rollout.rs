@@ -1,6 +1,6 @@
 //! Which version of each RoutingPolicy this node follows, and when it goes back by itself. Pure, but for the file.
 //!
-//! The operator says which version a node may follow ([`PolicyFact::in_force`]). A node that begins to follow a new
+//! The operator says which version a node may follow ([`PolicyFact::followed`]). A node that begins to follow a new
 //! generation **tries** it: for `observeSeconds` it compares its probes with those of before, and it must reach the API
 //! server at least once. If not, it goes back to what it followed before, without asking anybody, and stays there until
 //! there is another generation: a change that cuts a node off cannot be taken back from outside.
@@ -216,8 +216,9 @@ impl Rollouts {
             let course = self.courses.get(&fact.name)?;
             let (generation, spec, state, why) = course.says(fact, own)?;
             let destinations = Selector::read(spec.destinations.as_ref()).ok()?;
-            let about = || blocks.values().filter(|block| destinations.matches(&block.labels));
-            let failed = about().find_map(|block| failing.get(block.name.as_str()));
+            let about = blocks.values().filter(|block| destinations.matches(&block.labels));
+            let is_about = |name: &str| blocks.get(name).is_some_and(|b| destinations.matches(&b.labels));
+            let failed = failing.iter().find(|(name, _)| is_about(name)).map(|(_, fault)| fault);
             let (state, why) = match (state, failed) {
                 (PolicyState::Applied | PolicyState::Trying, Some(fault)) => {
                     (PolicyState::Failed, Some(fault.message.as_str()))
@@ -229,7 +230,7 @@ impl Rollouts {
                 uid: fact.uid.clone(),
                 generation,
                 state,
-                blocks: i64::try_from(about().count()).unwrap_or(i64::MAX),
+                blocks: i64::try_from(about.count()).unwrap_or(i64::MAX),
                 message: why.map(|why| why.chars().take(512).collect()),
             })
         };

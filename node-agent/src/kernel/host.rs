@@ -6,24 +6,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use plat_cni::link::LOOPBACK;
-use plat_cni::netlink::{Attributes, Error, Message, Socket};
+use plat_cni::link::{self, LOOPBACK, Link};
+use plat_cni::netlink::{Error, Socket};
 use plat_crds::names::{ROUTE_PROTOCOL, VXLAN_DEVICE_V4, VXLAN_DEVICE_V6};
 use rtnetlink::packet_core::{Emitable, NlasIterator, Parseable};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeader, AddressMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rustix::io::Errno;
 
 use super::route::{self, Way};
-use crate::desired::{Device, Leads, Location};
+use super::rule;
+use crate::desired::{Device, Host, Leads, Location};
 use crate::fabric::{ObservedBridge, host_prefix};
-
-const GET_LINK: u16 = 18;
-/// Length of `ifinfomsg`.
-const LINK_HEADER: usize = 16;
-const IFF_UP: u32 = 1;
-const IFF_LOOPBACK: u32 = 8;
-const IFF_POINTOPOINT: u32 = 16;
+use crate::path::Needs;
 
 /// One address of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,23 +30,6 @@ pub struct InterfaceAddress {
     pub device: u32,
     /// Whether it bears our protocol number.
     pub ours: bool,
-}
-
-/// One link.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// Interface index.
-    pub index: u32,
-    /// Name.
-    pub name: String,
-    /// Administratively up.
-    pub up: bool,
-    /// The loopback, or one like it: it carries addresses, but leads nowhere.
-    pub loopback: bool,
-    /// There is one other end only.
-    pub one_peer: bool,
-    /// MTU in bytes.
-    pub mtu: u32,
 }
 
 /// Addresses and the links that carry them.
@@ -72,62 +49,15 @@ pub fn observe(socket: &mut Socket, bridge: &str) -> Result<View, Error> {
     let mut view = View { addresses, ..View::default() };
     let indexes: BTreeSet<u32> = view.addresses.iter().map(|a| a.device).collect();
     for index in indexes {
-        if let Some(link) = link(socket, Wanted::Index(index))? {
+        if let Some(link) = link::link_by_index(socket, index)? {
             view.links.insert(index, link);
         }
     }
-    if let Some(link) = link(socket, Wanted::Name(bridge))? {
+    if let Some(link) = link::link_by_name(socket, bridge)? {
         view.bridge = Some(link.index);
         view.links.insert(link.index, link);
     }
     Ok(view)
-}
-
-/// The name of a link; `None` if it is gone.
-pub fn name(socket: &mut Socket, index: u32) -> Result<Option<String>, Error> {
-    Ok(link(socket, Wanted::Index(index))?.map(|link| link.name))
-}
-
-enum Wanted<'a> {
-    Index(u32),
-    Name(&'a str),
-}
-
-/// Leaves the counters out of the answer (`RTEXT_FILTER_SKIP_STATS`).
-const SKIP_STATS: u32 = 1 << 3;
-
-fn link(socket: &mut Socket, wanted: Wanted<'_>) -> Result<Option<Link>, Error> {
-    let (index, what) = match wanted {
-        Wanted::Index(index) => (index, format!("look up link {index}")),
-        Wanted::Name(name) => (0, format!("look up link {name}")),
-    };
-    let mut header = [0; LINK_HEADER];
-    header[4..8].copy_from_slice(&index.to_ne_bytes());
-    let mut message = Message::new(GET_LINK, 0, &header, what);
-    message.attr_u32(29, SKIP_STATS);
-    if let Wanted::Name(name) = wanted {
-        message.attr_str(3, name);
-    }
-    let mut found = None;
-    let answer = socket.ask(message, |received| found = read_link(received.payload));
-    match answer {
-        Ok(()) => Ok(found),
-        Err(error) if error.errno() == Some(Errno::NODEV) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn read_link(payload: &[u8]) -> Option<Link> {
-    let word = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at + 4)?.try_into().ok()?));
-    let attributes = Attributes::behind(payload, LINK_HEADER);
-    Some(Link {
-        index: word(4)?,
-        name: attributes.find(3)?.text().into_owned(),
-        up: word(8)? & IFF_UP != 0,
-        loopback: word(8)? & IFF_LOOPBACK != 0,
-        one_peer: word(8)? & IFF_POINTOPOINT != 0,
-        mtu: attributes.find(4)?.u32()?,
-    })
 }
 
 fn addresses(socket: &mut Socket) -> Result<Vec<InterfaceAddress>, Error> {
@@ -159,9 +89,19 @@ fn read_address(payload: &[u8]) -> Option<InterfaceAddress> {
     Some(InterfaceAddress { address: own, subnet, device: header.index, ours })
 }
 
-/// Where the addresses are, and the links that lead to those behind routers. Decided by this node's subnets where exactly one link has it; the kernel is
-/// asked where none or several do.
-pub fn locate(
+/// What the node's own state says to what paths need to know, in those fields of [`Host`]; and the links that lead to
+/// addresses behind routers.
+pub fn meet(socket: &mut Socket, view: &View, needs: Needs) -> Result<(Host, BTreeSet<u32>), Error> {
+    let (locations, uplinks) = locate(socket, view, needs.addresses)?;
+    let devices = devices(socket, view, &needs.interfaces)?;
+    let reachable = reachable(socket, view, &devices, &needs.routers)?;
+    let tables = rule::users(socket, &needs.tables)?;
+    Ok((Host { locations, devices, reachable, tables, ..Host::default() }, uplinks))
+}
+
+/// Where the addresses are, and the links that lead to those behind routers. Decided by this node's subnets where
+/// exactly one link has it; the kernel is asked where none or several do.
+fn locate(
     socket: &mut Socket,
     view: &View,
     addresses: BTreeSet<IpAddr>,
@@ -205,7 +145,7 @@ fn locate_by_subnet(view: &View, address: IpAddr) -> Option<Location> {
 }
 
 /// The links with addresses, and those of these names.
-pub fn devices(
+fn devices(
     socket: &mut Socket,
     view: &View,
     named: &BTreeSet<String>,
@@ -222,7 +162,7 @@ pub fn devices(
     let mut devices: BTreeMap<String, Device> = view.links.values().map(device).collect();
     for name in named {
         if !devices.contains_key(name)
-            && let Some(link) = link(socket, Wanted::Name(name))?
+            && let Some(link) = link::link_by_name(socket, name)?
         {
             devices.insert(name.clone(), device(&link).1);
         }
@@ -231,7 +171,7 @@ pub fn devices(
 }
 
 /// Which of these routers are on the link that they are to be on.
-pub fn reachable(
+fn reachable(
     socket: &mut Socket,
     view: &View,
     devices: &BTreeMap<String, Device>,
@@ -303,6 +243,7 @@ pub fn gateways(view: &View) -> BTreeSet<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plat_cni::netlink;
     use proptest::prelude::*;
 
     fn view() -> View {
@@ -317,8 +258,8 @@ mod tests {
             name: name.into(),
             up,
             loopback: name == "lo",
-            one_peer: false,
             mtu,
+            ..Link::default()
         };
         View {
             addresses: vec![
@@ -382,7 +323,10 @@ mod tests {
         #[test]
         fn no_message_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = read_address(&bytes);
-            let _ = read_link(&bytes);
+            let length = 16 + u32::try_from(bytes.len()).unwrap();
+            let header = [length.to_ne_bytes(), [16, 0, 0, 0], [0; 4], [0; 4]].concat();
+            let link = [header, bytes].concat();
+            netlink::split(&link).for_each(|received| drop(link::read_link(&received)));
         }
     }
 }

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use plat_cni::link;
 use plat_cni::netlink::{APPEND, CREATE, EXCL, Error, Message, REPLACE, Socket, deleted};
 use plat_crds::block::{Block, Family};
 use plat_crds::names::{MAIN_TABLE, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
@@ -325,7 +326,7 @@ pub fn foreign(socket: &mut Socket) -> Result<Vec<ForeignRoute>, Error> {
     // Many routes lead over few links.
     let mut names = BTreeMap::new();
     for index in found.iter().filter_map(|(_, device)| *device).collect::<BTreeSet<u32>>() {
-        names.insert(index, super::host::name(socket, index)?);
+        names.insert(index, link::link_by_index(socket, index)?.map(|link| link.name));
     }
     let named = |(route, device): (ForeignRoute, Option<u32>)| {
         let device = device.and_then(|index| names.get(&index)?.clone());

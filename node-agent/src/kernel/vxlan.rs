@@ -31,6 +31,7 @@ use crate::fabric::host_prefix;
 use crate::vxlan::{Device, Entries, Network, ObservedTunnel, name};
 
 const NEW_LINK: u16 = 16;
+const GET_LINK: u16 = 18;
 const NEW_NEIGHBOUR: u16 = 28;
 const DELETE_NEIGHBOUR: u16 = 29;
 const GET_NEIGHBOUR: u16 = 30;
@@ -148,7 +149,7 @@ fn observe_one(
 
 /// The device without its addresses and entries.
 fn find(socket: &mut Socket, underlay: Family) -> Result<Option<ObservedTunnel>, Netlink> {
-    let mut get = Message::new(18, 0, &[0; LINK_HEADER], format!("look up link {}", name(underlay)));
+    let mut get = Message::new(GET_LINK, 0, &[0; LINK_HEADER], format!("look up link {}", name(underlay)));
     get.attr_str(IFLA_IFNAME, name(underlay));
     let mut found = None;
     match socket.ask(get, |received| found = found.take().or_else(|| read_device(&received))) {

@@ -10,7 +10,7 @@ use plat_crds::names::VETH_PREFIX;
 
 use super::packet::{Connection, Link, Packet, Peer, Traffic, other_pod, pod, world};
 use crate::fabric::Admit;
-use crate::kernel::{host, route};
+use crate::kernel::route;
 
 /// The link of a pod that does not exist, or of the bridge before it does: no rule knows its index.
 const NO_INDEX: u32 = i32::MAX as u32;
@@ -65,7 +65,7 @@ impl Scene {
 
 fn out_link(socket: &mut Socket, to: std::net::IpAddr) -> Result<Option<Link>, Error> {
     let Some(index) = route::device(socket, to)? else { return Ok(None) };
-    Ok(host::name(socket, index)?.map(|name| Link { name, index }))
+    Ok(link::link_by_index(socket, index)?.map(|link| Link { name: link.name, index }))
 }
 
 /// For each own block: to and from pods of other nodes, between pods of this node, to the world; each as the first
